@@ -1,0 +1,176 @@
+"""Names of the files that rooms share, and writing that leaves either the whole thing or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+# A model directory, as transformers and mlx-lm name its files.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# mlx-lm's adapter directory.
+ADAPTERS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class RunDir:
+    """The paths of a run directory (the contract that users and checks rely on)."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.adapters = self.root / "adapters"
+        self.base = self.root / "base"
+        self.model = self.root / "model"
+        self.checkpoints = self.root / "checkpoints"
+        self.results = self.root / "results.json"
+        self.report = self.root / "report.html"
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in `path`; UserError where it is missing, unreadable or not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(model_dir: str | Path) -> dict[str, Any]:
+    """A model directory's config.json as a dict; UserError where it is missing or not an object."""
+    config = read_json(Path(model_dir) / CONFIG)
+    if not isinstance(config, dict):
+        raise UserError(f"{Path(model_dir) / CONFIG} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+@contextlib.contextmanager
+def disk_errors(target: str | Path) -> Iterator[None]:
+    """Turn a full disk, a read-only place or a missing permission into a UserError that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing_parent(Path(target))).free
+            raise UserError(
+                f"no space left on the disk that holds {target} ({free / 1e6:.0f} MB free): "
+                "free some, or write elsewhere"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from None
+        raise
+    except RuntimeError as error:  # mlx reports a failed write of safetensors this way
+        if "write" in str(error).lower() and "fail" in str(error).lower():
+            raise UserError(f"cannot write {target}: {error}") from None
+        raise
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextlib.contextmanager
+def new_file(target: str | Path) -> Iterator[Path]:
+    """A temporary path beside `target`; synced and renamed to it when the block ends well, else removed."""
+    target = Path(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `target`, renamed to it when the block ends well, else removed.
+
+    An existing `target` is refused unless it is an empty directory or `overwrite` is set; it is
+    replaced only after the new one is whole.
+    """
+    target = Path(target)
+    if not overwrite:
+        refuse_existing(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    _sync(path)
+            temporary.chmod(0o755)
+            _swap(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(target: str | Path) -> None:
+    """UserError where `target` is a file or a directory that holds something."""
+    target = Path(target)
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} already exists: remove it, choose another name, or pass --overwrite")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        target.replace(old)
+        temporary.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.replace(target)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
