@@ -1,0 +1,309 @@
+"""Exact softmax attention in a constant workspace, forward and backward.
+
+    O = softmax(scale Q K^T + mask) V
+
+mlx's own attention holds the (T, T) scores as soon as a gradient is taken. Here they exist one tile at a
+time: the forward pass keeps a running maximum and sum per row (online softmax, arXiv 1805.02867), the
+backward pass recomputes each tile from the log-sum-exp of its rows:
+
+    P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
+
+Scores are accumulated and kept in float32 whatever the inputs are. Query heads that share a key head are
+stacked as rows, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .tiles import FLOAT32, MASKED, Tiles, check_workspace, in_order, power_of_two
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    window: int | None = None,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """softmax(scale Q K^T + mask) V, exact, its scores held one tile at a time.
+
+    Args:
+        queries: (B, Hq, Tq, D), floating.
+        keys: (B, Hkv, Tk, D), Hq a multiple of Hkv.
+        values: (B, Hkv, Tk, Dv).
+        scale: the factor of the scores.
+        mask: None, "causal" (the last query sees every key), or an array that broadcasts to (B, Hq, Tq, Tk):
+            bool (True = may see) or added to the scores. It is read tile by tile.
+        window: with mask="causal", how many keys a query sees, itself included; None for all.
+        workspace_bytes: what the tiles may hold beyond inputs, outputs and gradients; None for 256 MiB.
+
+    Returns:
+        (B, Hq, Tq, Dv) in the dtype of `queries`. A query that sees no key gets zeros.
+
+    Raises:
+        ValueError: on shapes, dtypes or options that do not fit together, naming the one that is wrong.
+    """
+    call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
+
+    @mx.custom_function
+    def output_and_lse(queries: mx.array, keys: mx.array, values: mx.array):
+        return call.forward(queries, keys, values)
+
+    @output_and_lse.vjp
+    def _(primals, cotangents, outputs):
+        return call.backward(*primals, cotangents[0], *outputs)
+
+    return output_and_lse(queries, keys, values)[0]
+
+
+def attention_no_grad(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    window: int | None = None,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """`attention` as a constant, for the frozen teacher and for evaluation: arguments and result as there."""
+    call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
+    return call.forward(*map(mx.stop_gradient, (queries, keys, values)))[0]
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One call, checked: sizes, scale, mask and the tiles it runs in."""
+
+    batch: int
+    heads: int  # key heads
+    group: int  # query heads a key head
+    rows: int  # Tq
+    columns: int  # Tk
+    scale: float
+    causal: bool
+    window: int | None
+    mask: mx.array | None
+    tiles: Tiles
+
+    @classmethod
+    def of(cls, queries, keys, values, scale, mask, window, workspace):
+        _check(queries, keys, values, mask, window)
+        batch, heads_q, rows, dim = queries.shape
+        heads, columns = keys.shape[1:3]
+        group = heads_q // heads
+        if isinstance(mask, mx.array):
+            mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        return cls(
+            batch=batch,
+            heads=heads,
+            group=group,
+            rows=rows,
+            columns=columns,
+            scale=scale,
+            causal=isinstance(mask, str),
+            window=window,
+            mask=mask if isinstance(mask, mx.array) else None,
+            tiles=plan(batch, heads, group, rows, columns, dim, values.shape[-1], workspace),
+        )
+
+    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """[output (B, Hq, Tq, Dv), lse (B, Hq, Tq, 1) float32]."""
+        shape = (*queries.shape[:3], values.shape[-1])
+        output, lse = mx.zeros(shape, dtype=queries.dtype), mx.zeros((*queries.shape[:3], 1))
+        for b, h in self.tiles.groups(self.batch, self.heads):
+            for rows in self.tiles.row_tiles(self.rows):
+                inputs = in_order([queries, keys, values], [output, lse])
+                part, part_lse = self._forward_rows(*inputs, b, h, rows)
+                at = (b, self._query_heads(h), rows)
+                output[at], lse[at] = part.astype(output.dtype), part_lse
+        return [output, lse]
+
+    def _forward_rows(self, queries, keys, values, b, h, rows) -> tuple[mx.array, mx.array]:
+        """Output and log-sum-exp of one tile of rows, by online softmax over its column blocks."""
+        q = self._stack(queries, b, h, rows) * self.scale
+        top, total, out = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
+        for columns in self._blocks(rows):
+            q, keys, values = in_order([q, keys, values], [out])
+            scores = self._scores(q, keys, b, h, rows, columns)
+            new_top = mx.maximum(top, scores.max(axis=-1, keepdims=True))
+            shrink = mx.exp(top - new_top)
+            u = mx.exp(scores - new_top)
+            total = total * shrink + u.sum(axis=-1, keepdims=True)
+            out = out * shrink + u @ _block(values, b, h, columns)
+            top = new_top
+        sees_any = top > MASKED / 2
+        out = mx.where(sees_any, out / total, 0.0)
+        lse = mx.where(sees_any, top + mx.log(total), mx.inf)  # exp(S - inf) = 0: no gradient either
+        return self._unstack(out, rows), self._unstack(lse, rows)
+
+    def backward(self, queries, keys, values, d_output, output, lse) -> list[mx.array]:
+        """[dQ, dK, dV], each in its primal's dtype, accumulated in float32."""
+        grads = [mx.zeros_like(a) for a in (queries, keys, values)]
+        inputs = [queries, keys, values, d_output, output, lse]
+        for b, h in self.tiles.groups(self.batch, self.heads):
+            sums: list[tuple[mx.array, mx.array] | None] = [None] * len(
+                self.tiles.column_blocks(self.columns)
+            )
+            for rows in self.tiles.row_tiles(self.rows):
+                d_q, sums = self._backward_rows(inputs, grads, sums, b, h, rows)
+                grads[0][b, self._query_heads(h), rows] = d_q.astype(grads[0].dtype)
+            for columns, pair in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
+                for grad, part in zip(grads[1:], pair or (), strict=False):
+                    grad[b, h, columns] = part.astype(grad.dtype)
+        return grads
+
+    def _backward_rows(self, inputs, grads, sums, b, h, rows):
+        """dQ of one tile of rows, and `sums` with the tile's shares of dK and dV added, block by block."""
+        queries, keys, values, d_output, output, lse = in_order(inputs, [*grads, *_flat(sums)])
+        q = self._stack(queries, b, h, rows) * self.scale
+        d_out, out, lse = (self._stack(a, b, h, rows) for a in (d_output, output, lse))
+        delta = (d_out * out).sum(axis=-1, keepdims=True)
+        d_q = mx.array(0.0)
+        sums = list(sums)
+        for columns in self._blocks(rows):
+            k = columns.start // self.tiles.columns
+            q, keys, values = in_order([q, keys, values], [d_q, *_flat(sums)])
+            p = mx.exp(self._scores(q, keys, b, h, rows, columns) - lse)
+            d_v = p.swapaxes(-1, -2) @ d_out
+            d_scores = p * (d_out @ _block(values, b, h, columns).swapaxes(-1, -2) - delta)
+            d_q = d_q + d_scores @ _block(keys, b, h, columns)
+            d_k = d_scores.swapaxes(-1, -2) @ q
+            sums[k] = _added(sums[k], d_k, d_v, self.tiles.columns)
+        return self._unstack(d_q * self.scale, rows), sums
+
+    def _blocks(self, rows: slice) -> Iterator[slice]:
+        """The column blocks that a tile of rows can see."""
+        offset = self.columns - self.rows
+        first = 0 if self.window is None else max(0, rows.start + offset - self.window + 1)
+        end = min(self.columns, rows.stop + offset) if self.causal else self.columns
+        return (block for block in self.tiles.column_blocks(max(end, 0)) if block.stop > first)
+
+    def _scores(self, q, keys, b, h, rows, columns) -> mx.array:
+        """The masked scores of a tile, (b, h, group * rows, columns) float32; q carries the scale."""
+        scores = q @ _block(keys, b, h, columns).swapaxes(-1, -2)
+        bias = self._bias(b, h, rows, columns)
+        if bias is None:
+            return scores
+        by_head = scores.reshape(*scores.shape[:2], self.group, -1, scores.shape[-1])
+        return (by_head + bias).reshape(scores.shape)
+
+    def _bias(self, b, h, rows, columns) -> mx.array | None:
+        """What the mask adds to a tile, broadcastable to (b, h, group, rows, columns), or None."""
+        if self.mask is not None:
+            part = self._mask_tile(b, h, rows, columns)
+            return mx.where(part, 0.0, MASKED) if part.dtype == mx.bool_ else part.astype(mx.float32)
+        if not self.causal:
+            return None
+        offset = self.columns - self.rows
+        newest, oldest = rows.start + offset, rows.stop - 1 + offset
+        outside_window = self.window is not None and columns.start <= oldest - self.window
+        if columns.stop <= newest + 1 and not outside_window:
+            return None
+        i = mx.arange(newest, rows.stop + offset)[:, None]
+        j = mx.arange(columns.start, columns.stop)[None, :]
+        allowed = j <= i
+        if self.window is not None:
+            allowed = allowed & (j > i - self.window)
+        return mx.where(allowed, 0.0, MASKED)
+
+    def _mask_tile(self, b, h, rows, columns) -> mx.array:
+        """The mask's part of a tile, (b|1, h|1, group|1, rows|1, columns|1)."""
+        assert self.mask is not None
+        wanted = (b, self._query_heads(h), rows, columns)
+        at = tuple(slice(None) if n == 1 else s for n, s in zip(self.mask.shape, wanted, strict=True))
+        part = self.mask[at]
+        heads = (1, 1) if part.shape[1] == 1 else (-1, self.group)
+        return part.reshape(part.shape[0], *heads, *part.shape[2:])
+
+    def _query_heads(self, h: slice) -> slice:
+        return slice(h.start * self.group, h.stop * self.group)
+
+    def _stack(self, a: mx.array, b: slice, h: slice, rows: slice) -> mx.array:
+        """Rows of the query heads of a key head, one under another: (b, h, group * rows, D) float32."""
+        part = a[b, self._query_heads(h), rows].astype(mx.float32)
+        return part.reshape(part.shape[0], h.stop - h.start, -1, part.shape[-1])
+
+    def _unstack(self, a: mx.array, rows: slice) -> mx.array:
+        """The inverse of `_stack`: (b, query heads, rows, D)."""
+        return a.reshape(a.shape[0], -1, rows.stop - rows.start, a.shape[-1])
+
+
+def _block(a: mx.array, b: slice, h: slice, columns: slice) -> mx.array:
+    return a[b, h, columns].astype(mx.float32)
+
+
+def _flat(sums) -> list[mx.array]:
+    return [a for pair in sums if pair is not None for a in pair]
+
+
+def _added(sums: tuple[mx.array, mx.array] | None, d_k: mx.array, d_v: mx.array, width: int):
+    """The running (dK, dV) of a column block; the first tile to touch it (the last rows) sees all of it."""
+    if sums is None:
+        return d_k, d_v
+    seen = d_k.shape[2]
+    if seen == sums[0].shape[2]:
+        return sums[0] + d_k, sums[1] + d_v
+    return sums[0].at[:, :, :seen].add(d_k), sums[1].at[:, :, :seen].add(d_v)
+
+
+def plan(
+    batch: int, heads: int, group: int, rows: int, columns: int, dim: int, dim_v: int, workspace: int
+) -> Tiles:
+    """The tiles of one call, so that what they hold at a time stays within `workspace` bytes."""
+    budget = workspace / 6
+    block = min(power_of_two(2 * columns - 1), 2048)
+    tile = min(power_of_two(2 * rows - 1), 256)
+
+    def held(tile: int) -> float:
+        """float32 numbers of one key head: scores, P, dP, dS; blocks of K and V; running dK and dV."""
+        return group * tile * (4 * block + 3 * (dim + dim_v)) + (dim + dim_v) * (2 * block + columns)
+
+    while tile > 8 and held(tile) * FLOAT32 > budget:
+        tile //= 2
+    sequences = max(1, int(budget / (held(tile) * FLOAT32)))
+    if sequences < heads:
+        return Tiles(1, sequences, tile, block)
+    return Tiles(min(batch, sequences // heads), heads, tile, block)
+
+
+def _check(queries: mx.array, keys: mx.array, values: mx.array, mask, window: int | None) -> None:
+    for name, array in (("queries", queries), ("keys", keys), ("values", values)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(array.shape)}")
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{name} must be floating, got {array.dtype}")
+    if keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"keys and values must agree in B, H, T: {tuple(keys.shape)}, {tuple(values.shape)}")
+    if queries.shape[0] != keys.shape[0] or queries.shape[3] != keys.shape[3]:
+        raise ValueError(
+            f"queries and keys must agree in B and D: {tuple(queries.shape)}, {tuple(keys.shape)}"
+        )
+    if keys.shape[1] == 0 or queries.shape[1] % keys.shape[1]:
+        raise ValueError(
+            f"query heads ({queries.shape[1]}) must be a multiple of key heads ({keys.shape[1]})"
+        )
+    if isinstance(mask, mx.array):
+        _check_mask(mask, (*queries.shape[:3], keys.shape[2]))
+    elif mask not in (None, "causal"):
+        raise ValueError(f'mask must be None, "causal" or an array, got {mask!r}')
+    if isinstance(mask, str) and queries.shape[2] > keys.shape[2]:
+        raise ValueError(f"causal: more queries ({queries.shape[2]}) than keys ({keys.shape[2]})")
+    if window is not None and not isinstance(mask, str):
+        raise ValueError('window needs mask="causal"')
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+
+
+def _check_mask(mask: mx.array, shape: tuple[int, ...]) -> None:
+    if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"mask must broadcast to {shape}, got shape {tuple(mask.shape)}")
+    if mask.dtype != mx.bool_ and not mx.issubdtype(mask.dtype, mx.floating):
+        raise ValueError(f"mask must be bool or floating, got {mask.dtype}")

@@ -1,0 +1,57 @@
+"""How large the tiles of the quadratic parts are, so that what they hold fits a constant workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+WORKSPACE_BYTES = 256 * 2**20
+FLOAT32 = 4
+MASKED = -1e30  # a finite minus infinity: exp() of it is 0, differences of it are 0 and never NaN
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes: `batch` x `heads` sequences, `rows` rows of their scores, `columns` columns a block."""
+
+    batch: int
+    heads: int
+    rows: int
+    columns: int
+
+    def groups(self, batch: int, heads: int) -> Iterator[tuple[slice, slice]]:
+        """The (batch, heads) index pairs, group by group."""
+        for b in range(0, batch, self.batch):
+            for h in range(0, heads, self.heads):
+                yield slice(b, min(b + self.batch, batch)), slice(h, min(h + self.heads, heads))
+
+    def row_tiles(self, length: int) -> Iterator[slice]:
+        """Row tiles from the last to the first: under a causal mask the columns of a tile that is done
+        are touched by no later one, so their gradient is final."""
+        for start in reversed(range(0, length, self.rows)):
+            yield slice(start, min(start + self.rows, length))
+
+    def column_blocks(self, end: int) -> list[slice]:
+        """The column blocks of [0, end)."""
+        return [slice(c, min(c + self.columns, end)) for c in range(0, end, self.columns)]
+
+
+def check_workspace(workspace_bytes: int | None) -> int:
+    """The workspace in bytes: the default for None. Raises ValueError unless it is positive."""
+    if workspace_bytes is None:
+        return WORKSPACE_BYTES
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be positive, got {workspace_bytes}")
+    return int(workspace_bytes)
+
+
+def in_order(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> list[mx.array]:
+    """`arrays` unchanged, but evaluated only after `after`: keeps lazily built tiles one behind another."""
+    return mx.depends(list(arrays), list(after)) if after else list(arrays)
+
+
+def power_of_two(limit: float) -> int:
+    """The largest power of two that is at most `limit`, and at least 1."""
+    return 1 << max(0, int(limit).bit_length() - 1)
