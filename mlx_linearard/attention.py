@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, MASKED, Tiles, check_workspace, in_order, power_of_two
+from .tiles import FLOAT32, MASKED, Tiles, check_workspace, first, in_order, power_of_two
 
 
 def attention(
@@ -60,7 +60,7 @@ def attention(
     def _(primals, cotangents, outputs):
         return call.backward(*primals, cotangents[0], *outputs)
 
-    return output_and_lse(queries, keys, values)[0]
+    return first(output_and_lse(queries, keys, values))
 
 
 def attention_no_grad(
@@ -75,7 +75,7 @@ def attention_no_grad(
 ) -> mx.array:
     """`attention` as a constant, for the frozen teacher and for evaluation: arguments and result as there."""
     call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
-    return call.forward(*map(mx.stop_gradient, (queries, keys, values)))[0]
+    return call.forward(mx.stop_gradient(queries), mx.stop_gradient(keys), mx.stop_gradient(values))[0]
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class _Attention:
         output, lse = mx.zeros(shape, dtype=queries.dtype), mx.zeros((*queries.shape[:3], 1))
         for b, h in self.tiles.groups(self.batch, self.heads):
             for rows in self.tiles.row_tiles(self.rows):
-                inputs = in_order([queries, keys, values], [output, lse])
-                part, part_lse = self._forward_rows(*inputs, b, h, rows)
+                q, k, v = in_order([queries, keys, values], [output, lse])
+                part, part_lse = self._forward_rows(q, k, v, b, h, rows)
                 at = (b, self._query_heads(h), rows)
                 output[at], lse[at] = part.astype(output.dtype), part_lse
         return [output, lse]

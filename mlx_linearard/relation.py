@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, MASKED, Tiles, check_workspace, in_order, power_of_two
+from .tiles import FLOAT32, MASKED, Tiles, check_workspace, first, in_order, power_of_two, times
 
 REDUCTIONS = ("mean", "sum")
 
@@ -100,9 +100,9 @@ def relation_kl(
 
     @loss_and_gradient.vjp
     def _(primals, cotangents, outputs):
-        return _times(outputs[1], cotangents[0]), mx.zeros_like(primals[1])
+        return times(outputs[1], cotangents[0]), mx.zeros_like(primals[1])
 
-    return loss_and_gradient(student, mx.stop_gradient(teacher))[0]
+    return first(loss_and_gradient(student, mx.stop_gradient(teacher)))
 
 
 def relation_kl_with_grad(
@@ -265,11 +265,6 @@ def _add_rows(sums: list[mx.array], blocks: list[slice], rows: slice, part: mx.a
     return [s.at[:, :, local].add(part) if i == k else s for i, s in enumerate(sums)]
 
 
-def _times(gradient: mx.array, cotangent: mx.array) -> mx.array:
-    """cotangent * gradient, rounded once to the gradient's dtype."""
-    return (gradient.astype(mx.float32) * cotangent).astype(gradient.dtype)
-
-
 def _exponentials(scores: list[mx.array]) -> tuple[list[mx.array], mx.array, mx.array]:
     """exp(scores - top) block by block, their row sums z, and top, the row maxima."""
     tops = [s.max(axis=-1, keepdims=True) for s in scores]
@@ -314,7 +309,7 @@ def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reductio
             raise ValueError(f"{name} must be floating, got {array.dtype}")
     if student.shape[:3] != teacher.shape[:3]:
         raise ValueError(
-            f"student and teacher must agree in B, H, T, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"student and teacher must agree in B, H, T: {tuple(student.shape)}, {tuple(teacher.shape)}"
         )
     if mask is not None and (
         mask.dtype != mx.bool_ or tuple(mask.shape) != (student.shape[0], student.shape[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -55,3 +56,13 @@ def in_order(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> list[mx.a
 def power_of_two(limit: float) -> int:
     """The largest power of two that is at most `limit`, and at least 1."""
     return 1 << max(0, int(limit).bit_length() - 1)
+
+
+def times(gradient: mx.array, cotangent: mx.array) -> mx.array:
+    """cotangent * gradient, rounded once to the gradient's dtype."""
+    return (gradient.astype(mx.float32) * cotangent).astype(gradient.dtype)
+
+
+def first(outputs: Any) -> mx.array:
+    """The first of a custom function's outputs (mlx's stubs do not tell their type)."""
+    return outputs[0]
