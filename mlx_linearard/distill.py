@@ -1,0 +1,87 @@
+"""Command: extend a model's window and restore what that costs. `python -m mlx_linearard.distill --help`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from .config import parse
+from .errors import run_command
+from .plan import duration
+from .run import Listener, Result, distill, recovered
+from .trainer import StepRecord
+
+
+class Printer(Listener):
+    """Tells a run's progress on standard output: one changing line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+        self._last = 0.0
+        self._first_step: tuple[int, float] | None = None
+        self._live = sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        begun = self._started.setdefault(label, time.monotonic())
+        left = (time.monotonic() - begun) / done * (total - done)
+        if done == total:
+            del self._started[label]
+        self._line(f"{label}: {done}/{total} tokens, {duration(left)} left", last=done == total)
+
+    def step(self, record: StepRecord, total: int) -> None:
+        now = time.monotonic()
+        first, begun = self._first_step = self._first_step or (record.step, now - record.seconds)
+        left = (now - begun) / (record.step - first + 1) * (total - record.step)
+        self._line(
+            f"step {record.step}/{total}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
+            f"{record.tokens / record.seconds:.0f} tokens/s, peak {record.peak_memory / 1e9:.2f} GB, {duration(left)} left",
+            last=record.step == total,
+        )
+
+    def _line(self, text: str, *, last: bool) -> None:
+        now = time.monotonic()
+        if self._live:
+            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
+        elif last or now - self._last >= 10:
+            self._last = now
+            print(text, flush=True)
+
+
+def table(result: Result) -> str:
+    """The result as the table that the README shows."""
+    lengths = list(result.scaled.perplexity)
+    heads = ["", *(f"perplexity @{n}" for n in lengths), "KL to native", "top-1 agreement"]
+    rows = [heads]
+    for name in ("native", "scaled", "restored"):
+        row = getattr(result, name)
+        kl = "-" if row.kl is None else f"{row.kl:.4f}"
+        agreement = "-" if row.agreement is None else f"{row.agreement:.1%}"
+        rows.append([name, *(f"{row.perplexity[n]:.2f}" for n in lengths), kl, agreement])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command's body: parse, distil, tell."""
+    config = parse(arguments)
+    result = distill(config, Printer())
+    if result is None:
+        return 0
+    print(f"\n{table(result)}\n")
+    print(f"{recovered(result):.0%} of the KL that scaling cost is recovered; {duration(result.seconds)} in all.")
+    model = result.run.model
+    print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
+    return 0
+
+
+def main() -> None:
+    """Entry point of `mlx_linearard.distill`."""
+    sys.exit(run_command(run))
+
+
+if __name__ == "__main__":
+    main()

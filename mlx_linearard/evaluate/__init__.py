@@ -1,0 +1,1 @@
+"""Measurements of a model on text and tasks; one file a suite."""

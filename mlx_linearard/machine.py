@@ -1,0 +1,76 @@
+"""What this machine is and how fast it multiplies, for sizing a run and for telling where numbers came from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+SLOW_BLAS_GFLOPS = 20.0  # the Linux wheel's own BLAS reaches 3 to 5, OpenBLAS on two cores about 200
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The default device: its name, whether it is a GPU, and its measured matrix speed."""
+
+    name: str
+    gpu: bool
+    memory: int  # bytes
+    gflops: float  # of a square matrix product in the working dtype
+
+    @property
+    def hint(self) -> str | None:
+        """What would make a slow machine fast, if it is known."""
+        if self.gpu or platform.system() != "Linux" or self.gflops > SLOW_BLAS_GFLOPS:
+            return None
+        return (
+            f"matrix products run at {self.gflops:.0f} GFLOP/s on mlx's built-in BLAS; OpenBLAS is about 40 times "
+            "faster: install libopenblas0-pthread and put its libopenblas.so.0 into LD_PRELOAD"
+        )
+
+
+def describe() -> str:
+    """The device's name, for results: 'Apple M3 Max', 'NVIDIA H200', or the processor and its core count."""
+    info = mx.device_info()
+    if mx.default_device() == mx.Device(mx.gpu):
+        return str(info.get("device_name", "GPU"))
+    return f"{_processor()} ({_cores()} cores, CPU)"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def measure(dtype: mx.Dtype = mx.float32) -> Machine:
+    """Time a matrix product on the default device; takes about a second on the slowest BLAS."""
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    size = 4096 if gpu else 768
+    a = mx.random.normal((size, size)).astype(dtype)
+    mx.eval(a, a @ a)
+    best = min(_timed(a) for _ in range(3))
+    info: dict[str, Any] = mx.device_info()
+    return Machine(describe(), gpu, int(info.get("memory_size", 0)) or _system_memory(), 2 * size**3 / best / 1e9)
+
+
+def _timed(a: mx.array) -> float:
+    start = time.perf_counter()
+    mx.eval(a @ a)
+    return time.perf_counter() - start
+
+
+def _system_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+

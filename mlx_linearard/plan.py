@@ -1,0 +1,119 @@
+"""What a run will do, before it does it: sizes for this model, this text and this machine, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .config import DistillConfig
+from .errors import UserError
+from .machine import Machine
+
+STEP_TOKENS = 8192  # of the measured recipe
+STEP_COUNT = 144
+GPU_EFFICIENCY = 0.35  # share of the matrix speed that a step reaches, seen on one GPU; a CPU reaches most of it
+CPU_EFFICIENCY = 0.8
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demonstration's size: block length, steps of how many tokens, and held-out tokens."""
+
+    seq_len: int
+    grad_accum: int
+    steps: int
+    eval_tokens: int
+    learning_rate: float
+
+
+# The demonstration by matrix speed in GFLOP/s: the first row that the machine reaches.
+DEMOS: tuple[tuple[float, Demo], ...] = (
+    (2000.0, Demo(2048, 4, 144, 32768, 3e-4)),
+    (20.0, Demo(256, 2, 60, 4096, 1e-3)),
+    (0.0, Demo(128, 1, 24, 512, 1e-3)),
+)
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Everything about a run's size that the configuration may leave open."""
+
+    seq_len: int
+    batch_size: int
+    grad_accum: int
+    steps: int
+    eval_tokens: int
+    eval_lengths: tuple[int, ...]
+    learning_rate: float
+    seconds: float  # estimated, for training and both measurements
+    model: str
+    window: tuple[int, int]  # native, extended
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.batch_size * self.grad_accum
+
+    def lines(self, machine: Machine) -> Iterator[str]:
+        """The plan in a few lines."""
+        native, extended = self.window
+        yield f"{self.model}: window {native} -> {extended} tokens"
+        yield (
+            f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
+            f"{self.seq_len}) on {machine.name}: about {duration(self.seconds)}"
+        )
+        if machine.hint:
+            yield f"hint: {machine.hint}"
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '12 min' or '3 h 05 min'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, *, native_window: int) -> Sizing:
+    """Choose what the configuration leaves open, and check what it says against the native window."""
+    demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
+    seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
+    if seq_len > native_window:
+        raise UserError(
+            f"--seq-len {seq_len} is above the native window of {native_window} tokens, where the teacher is "
+            f"no reference: give at most {native_window}"
+        )
+    accum = config.grad_accum or (demo.grad_accum if demo else max(1, STEP_TOKENS // (seq_len * config.batch_size)))
+    per_step = seq_len * config.batch_size * accum
+    steps = config.steps or (config.tokens and max(1, config.tokens // per_step)) or (demo.steps if demo else STEP_COUNT)
+    lengths = eval_lengths(config, seq_len, native_window, machine)
+    eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
+    work = (4 * per_step * steps + 4 * max(eval_tokens, seq_len) * len(lengths)) * 2 * parameters(native)
+    speed = machine.gflops * 1e9 * (GPU_EFFICIENCY if machine.gpu else CPU_EFFICIENCY)
+    return Sizing(
+        seq_len, config.batch_size, accum, steps, eval_tokens, lengths,
+        config.learning_rate or (demo.learning_rate if demo else 3e-4), work / speed,
+        config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
+    )  # fmt: skip
+
+
+def _is_demo(config: DistillConfig) -> bool:
+    return config.model is None and config.data is None
+
+
+def eval_lengths(config: DistillConfig, seq_len: int, native_window: int, machine: Machine) -> tuple[int, ...]:
+    """The lengths of --eval-lengths, ascending."""
+    if config.eval_lengths != "auto":
+        return tuple(sorted({int(part) for part in config.eval_lengths.split(",")}))
+    return (seq_len, 2 * native_window) if machine.gpu else (seq_len,)
+
+
+def parameters(config: dict[str, Any]) -> int:
+    """Weights of matrix products a token passes, from a config, without loading anything."""
+    width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or width // heads)
+    kv = int(config.get("num_key_value_heads") or heads)
+    attention = width * head * (2 * heads + 2 * kv)
+    mlp = 3 * width * int(config.get("intermediate_size") or 4 * width)
+    return layers * (attention + mlp)

@@ -1,0 +1,383 @@
+"""A distillation from its configuration to its run directory: plan, measure, train, export, verify."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import __version__, checkpoint, rope
+from .config import DistillConfig, to_yaml
+from .data import Blocks, python_prose, read_documents, split, tokenize, windows
+from .default_model import default_model
+from .errors import UserError
+from .evaluate.fidelity import Fidelity, measure
+from .files import RunDir, disk_errors, read_config, read_json, write_json
+from .fuse import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
+from .hub import resolve_model
+from .machine import Machine
+from .machine import measure as measure_machine
+from .objective import Objective, resolve_objective
+from .pair import Pair, load_pair
+from .plan import Sizing, size_run
+from .trainer import Schedule, StepRecord, TrainState, train
+
+VERIFY_TOKENS = 256
+
+# Options that may differ when a run is resumed; all others make another run of it.
+FREE_ON_RESUME = {
+    "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
+    "cache_limit", "resume", "overwrite", "dry_run", "model", "data", "valid_data", "data_tokens",
+}  # fmt: skip
+
+
+class Listener:
+    """What a run tells while it goes; a command prints it, a function call may ignore it."""
+
+    def say(self, text: str) -> None:
+        """A line on what is happening."""
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        """A part of something long is done."""
+
+    def step(self, record: StepRecord, total: int) -> None:
+        """An optimizer step is done."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `distill` returns: where the run lies, and the rows of its table."""
+
+    run: RunDir
+    native: Fidelity
+    scaled: Fidelity
+    restored: Fidelity
+    export: Verified
+    seconds: float
+
+
+@dataclass
+class _Job:
+    """A run that is ready to start: everything checked and loaded, nothing written yet."""
+
+    config: DistillConfig
+    pair: Pair
+    objective: Objective
+    schedule: Schedule
+    blocks: Blocks
+    held_out: dict[int, np.ndarray]
+    run: RunDir
+    sizing: Sizing
+    machine: Machine
+    identity: dict[str, Any]
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.config.workspace << 20
+
+
+def distill(config: DistillConfig, listener: Listener | None = None) -> Result | None:
+    """Run a whole distillation (the contract's main path); None after a dry run.
+
+    Raises UserError for a user's mistake, before anything is written; KeyboardInterrupt after saving.
+    """
+    listener = listener or Listener()
+    started = time.perf_counter()
+    run = RunDir(config.output)
+    _check_output(config, run)
+    if config.cache_limit is not None:
+        mx.set_cache_limit(config.cache_limit << 20)
+    job = _prepare(config, run, listener)
+    for line in job.sizing.lines(job.machine):
+        listener.say(line)
+    if config.dry_run:
+        return None
+    return _execute(job, listener, started)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before anything is written
+
+
+def _check_output(config: DistillConfig, run: RunDir) -> None:
+    if run.root.exists() and not run.root.is_dir():
+        raise UserError(f"--output {run.root} is a file: choose a directory")
+    holds = run.config.exists() or run.checkpoints.exists()
+    if config.resume and not checkpoint.found(run.checkpoints):
+        raise UserError(f"--resume: {run.root} holds no checkpoint to go on from")
+    if holds and not (config.resume or config.overwrite):
+        raise UserError(f"--output {run.root} already holds a run: pass --resume to go on with it, --overwrite to replace it")
+    if run.root.is_dir() and any(run.root.iterdir()) and not holds:
+        raise UserError(f"--output {run.root} exists and is not a run: choose another directory")
+    if not config.dry_run:
+        _probe(run.root)
+
+
+def _probe(target: Path) -> None:
+    """UserError where `target` cannot be made or written; leaves nothing behind."""
+    parent = target.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"--output {target}: {parent} is not a directory; choose another place")
+    probe = parent / f".linearard-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
+
+
+def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
+    path = resolve_model(config.model) if config.model else default_model(progress=listener.say)
+    native = _native_config(path)
+    dtype = _dtype(config, native)
+    machine = measure_machine(getattr(mx, dtype or "float16") if _on_gpu() else mx.float32)
+    sizing = size_run(config, native, machine, native_window=rope.native_window(native))
+    pair = load_pair(
+        path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
+        lora_rank=config.lora_rank, lora_scale=config.lora_scale, lora_dropout=config.lora_dropout,
+        dtype=dtype, seed=config.seed,
+    )  # fmt: skip
+    objective = resolve_objective(
+        pair.student, config.objective, layers=config.layers, relations=config.relations,
+        normalization=config.normalization, relation_weight=config.relation_weight,
+        logits_weight=config.logits_weight, workspace_bytes=config.workspace << 20,
+    )  # fmt: skip
+    train_tokens, held_out = _tokens(config, pair, sizing, listener)
+    blocks = Blocks(train_tokens, sizing.seq_len, config.seed)
+    if blocks.count < config.batch_size:
+        raise UserError(
+            f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
+            f"{config.batch_size}: give more text with --data"
+        )
+    schedule = Schedule(
+        sizing.steps, config.batch_size, sizing.grad_accum, sizing.learning_rate, config.warmup,
+        config.weight_decay, config.clip, config.seed,
+    )  # fmt: skip
+    return _Job(
+        config, pair, objective, schedule, blocks, held_out, run, sizing, machine,
+        _identity(config, sizing, path, train_tokens),
+    )  # fmt: skip
+
+
+def _native_config(path: Path) -> dict[str, Any]:
+    try:
+        return rope.normalise(read_config(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _on_gpu() -> bool:
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
+def _dtype(config: DistillConfig, native: dict[str, Any]) -> str | None:
+    """The working dtype; None keeps the file's own."""
+    if config.dtype != "auto":
+        return config.dtype
+    return None if _on_gpu() else "float32"
+
+
+def _tokens(
+    config: DistillConfig, pair: Pair, sizing: Sizing, listener: Listener
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    documents = read_documents(config.data) if config.data else python_prose()
+    listener.say(f"reading {config.data or 'the prose of this Python'}")
+    stream = tokenize(documents, pair.tokenizer, limit=config.data_tokens)
+    if config.valid_data:
+        held = tokenize(read_documents(config.valid_data), pair.tokenizer, limit=config.data_tokens)
+    else:
+        stream, held = split(stream, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
+    cut = {n: windows(held, n, max(1, sizing.eval_tokens // n)) for n in sizing.eval_lengths}
+    if not len(cut[sizing.eval_lengths[0]]):
+        raise UserError(
+            f"the held-out text has {len(held)} tokens, too few for one block of {sizing.eval_lengths[0]}: give more "
+            "text with --data or --valid-data, or a shorter --seq-len"
+        )
+    return stream, {n: w for n, w in cut.items() if len(w)}
+
+
+def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndarray) -> dict[str, Any]:
+    """What a checkpoint must agree on to be gone on from."""
+    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+    weights = [f"{p.name}:{p.stat().st_size}" for p in sorted(path.glob("model*.safetensors"))]
+    model = json.dumps([read_config(path), weights], sort_keys=True).encode()
+    return {
+        **fixed,
+        "seq_len": sizing.seq_len,
+        "grad_accum": sizing.grad_accum,
+        "learning_rate": sizing.learning_rate,
+        "model": hashlib.sha256(model).hexdigest()[:16],
+        "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+
+
+def _execute(job: _Job, listener: Listener, started: float) -> Result:
+    state = TrainState.start(job.pair, job.schedule)
+    if job.config.resume:
+        latest = checkpoint.found(job.run.checkpoints)[-1]
+        checkpoint.load(latest, state, job.identity)
+        listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
+    _open_run(job, state)
+    native, scaled = _first_measure(job, listener)
+    _train(job, state, listener)
+    job.pair.set_parameters(state.parameters)
+    _, restored = measure(
+        job.pair, job.held_out, native=False, workspace_bytes=job.workspace_bytes,
+        progress=_told(listener, "measuring restored"),
+    )  # fmt: skip
+    verified = _export(job, listener)
+    rows = {"native": native, "scaled": scaled, "restored": restored}
+    seconds = time.perf_counter() - started
+    _write_results(job, rows, verified, seconds)
+    return Result(job.run, native, scaled, restored, verified, seconds)
+
+
+def _told(listener: Listener, label: str) -> Callable[[int, int], None]:
+    return lambda done, total: listener.progress(label, done, total)
+
+
+def _open_run(job: _Job, state: TrainState) -> None:
+    """Make the directory, and drop from it what an earlier run, or the steps after the checkpoint, left."""
+    run = job.run
+    with disk_errors(run.root):
+        run.root.mkdir(parents=True, exist_ok=True)
+        if not job.config.resume:
+            for old in checkpoint.found(run.checkpoints):
+                shutil.rmtree(old)
+            for file in (run.metrics, run.results, run.report):
+                file.unlink(missing_ok=True)
+        resolved = dataclasses.replace(
+            job.config, seq_len=job.sizing.seq_len, grad_accum=job.sizing.grad_accum, steps=job.schedule.steps,
+            learning_rate=job.schedule.learning_rate, tokens=None, eval_tokens=job.sizing.eval_tokens, model=str(job.pair.path),
+        )  # fmt: skip
+        run.config.write_text(to_yaml(resolved), encoding="utf-8")
+        run.checkpoints.mkdir(exist_ok=True)
+        _truncate_metrics(run.metrics, state.step)
+    write_base(job.pair, run.base)
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines up to `step`: those after the checkpoint will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _first_measure(job: _Job, listener: Listener) -> tuple[Fidelity, Fidelity]:
+    """Native and scaled, before training (the adapters add nothing yet); read back where a run is resumed."""
+    saved = job.run.root / "before.json"
+    if job.config.resume and saved.exists():
+        rows = read_json(saved)
+        return Fidelity.from_json(rows["native"]), Fidelity.from_json(rows["scaled"])
+    native, scaled = measure(
+        job.pair, job.held_out, native=True, workspace_bytes=job.workspace_bytes,
+        progress=_told(listener, "measuring native and scaled"),
+    )  # fmt: skip
+    write_json(saved, {"native": native.as_json(), "scaled": scaled.as_json()})
+    return native, scaled
+
+
+def _train(job: _Job, state: TrainState, listener: Listener) -> None:
+    folder, every = job.run.checkpoints, job.config.save_every
+    with job.run.metrics.open("a", encoding="utf-8") as metrics, _saving_on_interrupt(job, state):
+        for record in train(job.pair, job.objective, job.schedule, job.blocks, state):
+            metrics.write(json.dumps(record.as_json()) + "\n")
+            metrics.flush()
+            listener.step(record, job.schedule.steps)
+            if not record.finite:
+                raise UserError(
+                    f"the loss is not finite at step {record.step}: lower --learning-rate "
+                    f"({job.config.learning_rate:g}); the last good state is in {folder}"
+                )
+            if every and state.step % every == 0 and state.step < job.schedule.steps:
+                checkpoint.save(folder, state, job.identity)
+            if job.config.eval_every and state.step % job.config.eval_every == 0:
+                _measure_now(job, state, listener)
+    checkpoint.save(folder, state, job.identity)
+
+
+@contextlib.contextmanager
+def _saving_on_interrupt(job: _Job, state: TrainState) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        checkpoint.save(job.run.checkpoints, state, job.identity)
+        raise
+
+
+def _measure_now(job: _Job, state: TrainState, listener: Listener) -> None:
+    job.pair.set_parameters(state.parameters)
+    shortest = {job.sizing.eval_lengths[0]: job.held_out[job.sizing.eval_lengths[0]]}
+    _, now = measure(job.pair, shortest, native=False, workspace_bytes=job.workspace_bytes)
+    with (job.run.root / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": state.step, **now.as_json()}) + "\n")
+    listener.say(f"after step {state.step}: KL to the teacher {now.kl:.4f}, agreement {now.agreement:.1%}")
+
+
+def _export(job: _Job, listener: Listener) -> Verified:
+    """Write adapters and fused model, then load the model as mlx-lm does and compare."""
+    run, pair = job.run, job.pair
+    listener.say("exporting")
+    sample = next(iter(job.held_out.values()))[0][:VERIFY_TOKENS]
+    expected = sample_logits(pair.student, sample)
+    note = {"model": str(run.base), "linearard": {"method": job.config.method, "factor": job.config.factor}}
+    write_adapters(pair, run.adapters, note)
+    write_fused(pair, run.model)
+    del pair.teacher, pair.student
+    verified = verify_export(run.model, sample, expected)
+    if not verified.ok:
+        raise RuntimeError(
+            f"the export in {run.model} does not compute what was trained: KL {verified.kl:.2g} nats a token, "
+            f"logits differ by up to {verified.max_difference:.2g}"
+        )
+    return verified
+
+
+def _write_results(job: _Job, rows: dict[str, Fidelity], verified: Verified, seconds: float) -> None:
+    write_json(
+        job.run.results,
+        {
+            **{name: row.as_json() for name, row in rows.items()},
+            "export": dataclasses.asdict(verified),
+            "run": {
+                "method": job.config.method,
+                "factor": job.config.factor,
+                "objective": job.config.objective,
+                "native_window": job.pair.native_window,
+                "training_tokens": job.sizing.tokens_per_step * job.schedule.steps,
+                "seconds": round(seconds, 1),
+                "machine": job.machine.name,
+                "versions": {"mlx_linearard": __version__, "mlx": mx.__version__},
+            },
+        },
+    )
+
+
+def recovered(result: Result) -> float:
+    """The share of the KL that scaling cost and training took back; NaN where scaling cost nothing."""
+    if not result.scaled.kl or result.restored.kl is None:
+        return math.nan
+    return 1 - result.restored.kl / result.scaled.kl

@@ -1,0 +1,158 @@
+"""One optimizer step as a function, and the loop that yields what happened. It neither prints nor writes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+from .data import Blocks
+from .objective import Objective, objective_loss
+from .pair import Leaves, Pair
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: everything a step needs beside the models, the loss and the data."""
+
+    steps: int
+    batch_size: int
+    grad_accum: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    clip: float  # of the gradient's norm; 0: none
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ...: linear warm-up that starts above zero, then a cosine to a tenth."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@dataclass
+class TrainState:
+    """All that a step changes. `step` counts finished steps and is also the data's cursor."""
+
+    step: int
+    parameters: list[Leaves]
+    optimizer: optim.AdamW
+
+    @classmethod
+    def start(cls, pair: Pair, schedule: Schedule) -> TrainState:
+        """The state before the first step."""
+        parameters = pair.parameters()
+        optimizer = optim.AdamW(
+            learning_rate=schedule.learning_rate, betas=list(BETAS), weight_decay=schedule.weight_decay,
+            bias_correction=True,
+        )  # fmt: skip
+        optimizer.init({"layers": parameters})
+        return cls(0, parameters, optimizer)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did; `as_json` is a line of metrics.jsonl."""
+
+    step: int  # 1 is the first
+    loss: float  # nats
+    parts: dict[str, float]
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # of this step
+    seconds: float
+    peak_memory: int  # bytes, of mlx
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step, "loss": self.loss, **self.parts, "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate, "tokens": self.tokens, "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.tokens / self.seconds, 2), "peak_memory_gb": round(self.peak_memory / 1e9, 4),
+        }  # fmt: skip
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def train_step(
+    pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array]
+) -> StepRecord:
+    """One optimizer step over `batches` ((B, T + 1) each, equally weighted); updates `state` where all is finite."""
+    started = time.perf_counter()
+    mx.reset_peak_memory()
+    losses, parts, gradients = _accumulate(pair, objective, schedule, state, batches)
+    norm = gradient_norm(gradients)
+    rate = schedule.rate(state.step)
+    if mx.isfinite(norm).item() and mx.isfinite(losses).item():
+        state.parameters = _update(state, gradients, norm, rate, schedule.clip)
+    state.step += 1
+    return StepRecord(
+        step=state.step,
+        loss=losses.item(),
+        parts={name: value.item() for name, value in parts.items()},
+        grad_norm=norm.item(),
+        learning_rate=rate,
+        tokens=sum(b.shape[0] * (b.shape[1] - 1) for b in batches),
+        seconds=time.perf_counter() - started,
+        peak_memory=mx.get_peak_memory(),
+    )
+
+
+def _accumulate(
+    pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array]
+) -> tuple[mx.array, dict[str, mx.array], list[Leaves]]:
+    """Mean loss, parts and gradients over the batches, each evaluated and released before the next begins."""
+    first = (schedule.seed * schedule.steps + state.step) * len(batches)
+
+    def loss_of(parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None) -> Any:
+        return objective_loss(pair, objective, parameters, tokens, dropout_seed)
+
+    total: Any = None
+    for i, tokens in enumerate(batches):
+        seed = first + i if pair.adapter.dropout > 0 else None
+        (loss, parts), gradients = mx.value_and_grad(loss_of)(state.parameters, tokens, seed)
+        now = (loss, parts, gradients)
+        total = now if total is None else tree_map(mx.add, total, now)
+        mx.eval(total)
+    return tree_map(lambda x: x / len(batches), total)
+
+
+def gradient_norm(gradients: list[Leaves]) -> mx.array:
+    """The Euclidean norm of all gradients together, float32 scalar."""
+    squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+    return mx.sqrt(sum(squares[1:], squares[0]))
+
+
+def _update(
+    state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float
+) -> list[Leaves]:
+    if clip:
+        scale = mx.minimum(1.0, clip / (norm + 1e-12))
+        gradients = tree_map(lambda g: g * scale.astype(g.dtype), gradients)
+    state.optimizer.learning_rate = mx.array(rate)
+    updated = state.optimizer.apply_gradients({"layers": gradients}, {"layers": state.parameters})
+    mx.eval(updated, state.optimizer.state)
+    return updated["layers"]
+
+
+def train(
+    pair: Pair, objective: Objective, schedule: Schedule, blocks: Blocks, state: TrainState
+) -> Iterator[StepRecord]:
+    """Steps from `state.step` to the end, one record each; the caller may save, evaluate or stop between them."""
+    while state.step < schedule.steps:
+        first = state.step * schedule.grad_accum
+        batches = [
+            mx.array(blocks.batch(first + i, schedule.batch_size)) for i in range(schedule.grad_accum)
+        ]  # fmt: skip
+        yield train_step(pair, objective, schedule, state, batches)
