@@ -322,7 +322,7 @@ def _write(
 def _plain_attention(config: dict[str, Any]) -> None:
     """Write down that every layer attends to everything, where the sliding window never binds.
 
-    mlx-lm gives these families no sliding window; transformers does, Mistral one of 4096 if the key is missing.
+    mlx-lm gives these families no sliding window; transformers does (Mistral: 4096 if the key is missing).
     """
     if config.get("model_type") in _ALL_SLIDING and not _window_binds(config):
         config["sliding_window"] = None
