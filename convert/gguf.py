@@ -323,14 +323,15 @@ def _scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any] | None:
 def _llama3_scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     """The Llama 3.1 scaling whose factors a file stores; UserError where they are of another kind."""
     factors = file.read("rope_freqs.weight").astype(np.float64)
+    largest = float(factors.max(initial=0))
     scaling = {
         "rope_type": "llama3",
-        "factor": float(factors.max()),
+        "factor": largest,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    if scaling["factor"] > 0:
+    if largest > 0 and math.isfinite(largest):
         native = inverse_frequencies({**config, "rope_scaling": None})["full_attention"]
         meant = native / inverse_frequencies({**config, "rope_scaling": scaling})["full_attention"]
         if meant.shape == factors.shape and np.allclose(meant, factors, rtol=1e-4):

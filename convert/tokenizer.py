@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import UserError, one_line
+from ..files import read_json
 
 # Token types, the same numbers in GGUF and in sentencepiece's ModelProto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -270,7 +270,8 @@ def _sentencepiece(
 def from_sentencepiece(path: Path) -> Parts:
     """The tokenizer of a bare tokenizer.model (sentencepiece, Llama-2 style); UserError where it is damaged.
 
-    It begins texts with the model's beginning-of-sentence piece, as Llama does.
+    tokenizer_config.json and added_tokens.json beside it are heeded; without them texts begin with <s>, as
+    Llama's do.
     """
     try:
         model = _read_model(path.read_bytes())
@@ -290,13 +291,53 @@ def from_sentencepiece(path: Path) -> Parts:
     except Exception as error:  # bare Exceptions of the tokenizers library, and every kind of damage
         raise UserError(f"{path} is not a sentencepiece model: {one_line(error)}") from None
     tokens = [text for text, _, _ in model.pieces]
-    ids: dict[str, int | None] = {
-        "bos": tokens.index("<s>") if "<s>" in tokens else None,
-        "eos": tokens.index("</s>") if "</s>" in tokens else None,
-        "unk": next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None),
-        "pad": tokens.index("<pad>") if "<pad>" in tokens else None,
-    }
-    return finish(tokenizer, tokens, ids, add_bos=True)
+    tokens += _add_beside(tokenizer, path.with_name("added_tokens.json"), len(tokens))
+    settings = _object(path.with_name("tokenizer_config.json"))
+    ids = {name: _named(settings, name, default, tokens) for name, default in _USUAL.items()}
+    parts = finish(
+        tokenizer,
+        tokens,
+        ids,
+        add_bos=settings.get("add_bos_token", True) is not False,
+        add_eos=settings.get("add_eos_token") is True,
+        chat_template=settings.get("chat_template")
+        if isinstance(settings.get("chat_template"), str)
+        else None,
+    )
+    if isinstance(settings.get("model_max_length"), int):
+        parts.config["model_max_length"] = settings["model_max_length"]
+    return parts
+
+
+_USUAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, or an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def _add_beside(tokenizer: Tokenizer, path: Path, count: int) -> list[str]:
+    """Add the tokens of added_tokens.json, which must follow the model's own without a gap."""
+    added = _object(path)
+    order = sorted(added.items(), key=lambda item: str(item[1]).zfill(12))
+    new = [token for token, index in order if not (isinstance(index, int) and index < count)]
+    if [added[token] for token in new] != list(range(count, count + len(new))):
+        raise UserError(f"{path}: its ids do not follow the {count} of tokenizer.model")
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in new])
+    return new
+
+
+def _named(settings: Mapping[str, Any], name: str, default: str, tokens: Sequence[str]) -> int | None:
+    """The id of a special token as tokenizer_config.json names it, else the usual one, else None."""
+    named = settings.get(f"{name}_token", default)
+    named = named.get("content") if isinstance(named, dict) else named
+    return tokens.index(named) if named in tokens else None
 
 
 @dataclass
@@ -383,8 +424,3 @@ def _token_id(metadata: Mapping[str, Any], key: str, count: int, source: str) ->
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
         raise UserError(f"{source}: {key} must be an id below {count}, not {value!r}")
     return value
-
-
-def is_byte_piece(text: str) -> bool:
-    """Whether a piece stands for a single byte, as <0x0A> does."""
-    return re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text) is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ def model_directory(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    framework: str = "mlx",
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Path]:
     """Write config and weights, then yield the directory for what else belongs there; whole or not at all.
@@ -60,7 +61,7 @@ def model_directory(
     Raises UserError where the target exists, the disk is full, or a weight is not finite.
     """
     with new_directory(target, overwrite=overwrite) as directory:
-        write_weights(directory, tensors, shard_bytes=shard_bytes, progress=progress)
+        write_weights(directory, tensors, shard_bytes=shard_bytes, framework=framework, progress=progress)
         write_config(directory, config)
         yield directory
 
@@ -76,6 +77,7 @@ def write_weights(
     tensors: Iterable[Tensor],
     *,
     shard_bytes: int = SHARD_BYTES,
+    framework: str = "mlx",
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Write model.safetensors, or numbered shards and their index where `shard_bytes` is exceeded."""
@@ -85,10 +87,10 @@ def write_weights(
     total = 0
     for number in range(count):
         name = WEIGHTS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        shard, shards[number] = shards[number], []
+        shard = shards[number]
         total += sum(tensor.nbytes for tensor in shard)
         weight_map.update({tensor.name: name for tensor in shard})
-        write_safetensors(directory / name, shard)
+        write_safetensors(directory / name, _drain(shard), {"format": framework})
         if progress:
             progress(f"wrote {name} ({number + 1} of {count})")
     if count > 1:
@@ -97,7 +99,7 @@ def write_weights(
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """One safetensors file, tensor by tensor; UserError where a weight is not finite.
 
@@ -139,6 +141,12 @@ def raw(array: mx.array) -> np.ndarray:
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.ascontiguousarray(np.array(array, copy=False))
+
+
+def _drain(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """Hand the tensors over without keeping them, so that each is freed once it is written."""
+    while tensors:
+        yield tensors.pop()
 
 
 def _shards(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:

@@ -1,0 +1,250 @@
+"""Between Hugging Face directories and mlx-lm directories, both ways, and scaled copies of either."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import UserError, one_line
+from ..files import CONFIG, WEIGHTS_INDEX, new_directory
+from ..rope import disagreement, scale_rope
+from . import names, safe, tokenizer
+from .write import SHARD_BYTES, Tensor, copy_tokenizer, lazy, model_directory, write_config
+
+Progress = Callable[[str], None]
+
+# What a hub repository is fetched for; weights in any other format are left where they are.
+PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+
+
+def from_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int = 4,
+    q_group_size: int = 64,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a local Hugging Face directory or hub repository to an mlx-lm directory; return its path.
+
+    dtype float32, float16 or bfloat16 (default: as stored). With `quantize`, linear and embedding layers
+    become mlx's affine groups of q_group_size at q_bits. Both config generations are normalised; a bare
+    tokenizer.model becomes a tokenizer.json. Read and written one tensor at a time.
+    UserError where the source is damaged, unknown, or would compute something else in mlx-lm.
+    """
+    directory = resolve(source)
+    checked = safe.check_model_dir(directory)
+    config = dict(checked.config)
+    if reason := disagreement(config):
+        raise UserError(f"{directory / CONFIG}: {reason}")
+    stated = safe.quantization_of(config, directory / CONFIG)
+    arrays = checked.arrays
+    if dtype is not None:
+        arrays = _cast(arrays, dtype)
+        config["dtype"] = config["torch_dtype"] = dtype
+    if quantize:
+        if stated is not None:
+            raise UserError(f"{directory} is already quantized; convert the original")
+        arrays, settings = _quantize(config, arrays, q_bits, q_group_size, len(checked.stored), directory)
+        config["quantization"] = config["quantization_config"] = settings
+    with model_directory(
+        target,
+        _clean(config),
+        _tensors(arrays),
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    ) as made:
+        _write_tokenizer(directory, made)
+    return Path(target)
+
+
+def to_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert an mlx-lm directory to one that transformers' AutoModelForCausalLM loads; return its path.
+
+    Quantized layers are dequantized, to `dtype` or to the type of their scales. The config carries RoPE in
+    both spellings. UserError where the source is damaged or mlx-lm and transformers would disagree.
+    """
+    directory = resolve(source)
+    checked = safe.check_model_dir(directory)
+    config = _clean(checked.config)
+    if config["model_type"] in STACKED:
+        raise UserError(
+            f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back"
+        )
+    if reason := disagreement(config):
+        raise UserError(f"{directory / CONFIG}: {reason}")
+    settings = safe.quantization_of(config, directory / CONFIG)
+    arrays = checked.arrays
+    if settings is not None:
+        arrays = _dequantize(arrays, settings)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    if dtype is not None:
+        arrays = _cast(arrays, dtype)
+    kinds = {names.FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in names.FLOAT_NAMES}
+    if len(kinds) == 1:
+        config["dtype"] = config["torch_dtype"] = kinds.pop()
+    config.setdefault("architectures", [ARCHITECTURES.get(config["model_type"], "")])
+    with model_directory(
+        target,
+        config,
+        _tensors(arrays),
+        framework="pt",
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    ) as made:
+        _write_tokenizer(directory, made)
+    return Path(target)
+
+
+# Families whose experts mlx-lm stacks into one tensor, a layout transformers does not load.
+STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+
+def scale(
+    source: str | Path,
+    target: str | Path,
+    *,
+    method: str,
+    factor: float,
+    overwrite: bool = False,
+) -> Path:
+    """A copy of a model directory with its RoPE scaled; only the config is new, the weights are linked.
+
+    Hard links, so that neither directory breaks when the other is moved or removed; copies where the file
+    system cannot link. UserError where the family does not honour the method.
+    """
+    directory = resolve(source)
+    checked = safe.check_model_dir(directory)
+    try:
+        config = scale_rope(_clean(checked.config), method, factor)
+    except ValueError as error:
+        raise UserError(one_line(error)) from None
+    with new_directory(target, overwrite=overwrite) as made:
+        link_model_files(directory, made)
+        write_config(made, config)
+    return Path(target)
+
+
+def link_model_files(source: Path, target: Path) -> None:
+    """Give `target` the weights, index, tokenizer and generation config of `source`; weights are linked."""
+    for path in safe.shards(source):
+        link(path, target / path.name)
+    if (source / WEIGHTS_INDEX).is_file():
+        shutil.copyfile(source / WEIGHTS_INDEX, target / WEIGHTS_INDEX)
+    copy_tokenizer(source, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file (its real place, where it is a symbolic link itself), or copy it where that fails."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def resolve(source: str | Path) -> Path:
+    """A local directory as it is, or a hub repository's snapshot; UserError where it is neither."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise UserError(f"{source} is not a model directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=PATTERNS))
+    except Exception as error:  # no network, no such repository, a gated one: each library has its own
+        raise UserError(
+            f"{source} is neither a local directory nor a repository that the hub gives us "
+            f"({type(error).__name__}): check the name and the connection"
+        ) from None
+
+
+def _clean(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what names a place or code of its own."""
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
+
+
+def _tensors(arrays: dict[str, mx.array]) -> Iterator[Tensor]:
+    """The arrays as Tensors in order of name; each is let go of as it is handed over."""
+    for name in sorted(arrays):
+        yield lazy(name, arrays.pop(name))
+
+
+def _cast(arrays: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
+    """The arrays with floats cast, lazily. `arrays` is emptied: no source outlives its own writing."""
+    if dtype not in names.FLOATS:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(names.FLOATS)}")
+    result = {}
+    for name in list(arrays):
+        array = arrays.pop(name)
+        result[name] = array.astype(names.FLOATS[dtype]) if mx.issubdtype(array.dtype, mx.floating) else array
+    return result
+
+
+def _quantize(
+    config: dict[str, Any], arrays: dict[str, mx.array], bits: int, group: int, count: int, where: Path
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The layers that mlx-lm would quantize, quantized lazily, and the settings that say so."""
+    settings = safe.quantization_of({"quantization": {"group_size": group, "bits": bits}}, where)
+    assert settings is not None
+    settings["mode"] = "affine"
+    model = safe.build(config, count, where)
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if not hasattr(module, "to_quantized") or name not in arrays or arrays[name].shape[-1] % group:
+            continue
+        weight, scales, biases = mx.quantize(arrays.pop(name), group_size=group, bits=bits)
+        arrays.update({name: weight, f"{path}.scales": scales, f"{path}.biases": biases})
+    return arrays, settings
+
+
+def _dequantize(arrays: dict[str, mx.array], settings: dict[str, Any]) -> dict[str, mx.array]:
+    for path in [name.removesuffix(".scales") for name in arrays if name.endswith(".scales")]:
+        own = settings.get(path)
+        own = own if isinstance(own, dict) else settings
+        weight, scales, biases = (arrays.pop(f"{path}.{leaf}") for leaf in ("weight", "scales", "biases"))
+        arrays[f"{path}.weight"] = mx.dequantize(
+            weight, scales, biases, group_size=own["group_size"], bits=own["bits"]
+        )
+    return arrays
+
+
+def _write_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files; rebuild it where there is only a bare tokenizer.model."""
+    copy_tokenizer(source, target)
+    if not (source / "tokenizer.json").is_file() and (source / "tokenizer.model").is_file():
+        tokenizer.write(target, tokenizer.from_sentencepiece(source / "tokenizer.model"))
