@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, MASKED, Tiles, check_workspace, first, in_order, power_of_two
+from .tiles import FLOAT32, MASKED, Pace, Tiles, check_workspace, first, in_order, on_gpu, power_of_two
 
 
 def attention(
@@ -73,9 +73,27 @@ def attention_no_grad(
     window: int | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """`attention` as a constant, for the frozen teacher and for evaluation: arguments and result as there."""
-    call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
-    return call.forward(mx.stop_gradient(queries), mx.stop_gradient(keys), mx.stop_gradient(values))[0]
+    """`attention` as a constant, for the frozen teacher and for evaluation: arguments and result as there.
+
+    On a GPU mlx's fused kernel does the work where it can: on CUDA for half precision at once, elsewhere in
+    float32 for some rows at a time, so that its unfused fallback (which mlx takes for some head sizes, and on
+    Metal whenever a gradient is traced around this call) stays exact and within the workspace as well.
+    """
+    workspace = check_workspace(workspace_bytes)
+    call = _Attention.of(queries, keys, values, float(scale), mask, window, workspace)
+    queries, keys, values = (mx.stop_gradient(a) for a in (queries, keys, values))
+    if not on_gpu() or call.mask is not None or window is not None:
+        return call.forward(queries, keys, values)[0]
+    if _has_linear_kernel(queries, values):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
+    return call.fused_rows(queries, keys, values, workspace)
+
+
+def _has_linear_kernel(queries: mx.array, values: mx.array) -> bool:
+    """Whether mlx's kernel is known to hold no scores, traced or not: measured on CUDA in half precision."""
+    dim = queries.shape[-1]
+    half = queries.dtype in (mx.float16, mx.bfloat16)
+    return not mx.metal.is_available() and half and dim == values.shape[-1] and dim <= 128 and dim % 8 == 0
 
 
 @dataclass(frozen=True)
@@ -111,27 +129,33 @@ class _Attention:
             causal=isinstance(mask, str),
             window=window,
             mask=mask if isinstance(mask, mx.array) else None,
-            tiles=plan(batch, heads, group, rows, columns, dim, values.shape[-1], workspace),
+            tiles=plan(batch, heads, group, rows, columns, dim, values.shape[-1], workspace, on_gpu()),
         )
 
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
         """[output (B, Hq, Tq, Dv), lse (B, Hq, Tq, 1) float32]."""
-        shape = (*queries.shape[:3], values.shape[-1])
-        output, lse = mx.zeros(shape, dtype=queries.dtype), mx.zeros((*queries.shape[:3], 1))
+        output = mx.zeros((*queries.shape[:3], values.shape[-1]), dtype=queries.dtype)
+        lse = mx.zeros((*queries.shape[:3], 1))
+        pace = Pace()
         for b, h in self.tiles.groups(self.batch, self.heads):
+            inputs = in_order([queries, keys, values], [output, lse])
+            outputs: list[mx.array] = []
+            lses: list[mx.array] = []
             for rows in self.tiles.row_tiles(self.rows):
-                q, k, v = in_order([queries, keys, values], [output, lse])
-                part, part_lse = self._forward_rows(q, k, v, b, h, rows)
-                at = (b, self._query_heads(h), rows)
-                output[at], lse[at] = part.astype(output.dtype), part_lse
+                q, k, v = in_order(inputs, [*outputs[:1], *lses[:1]])
+                part, part_lse = self._forward_rows(q, k, v, b, h, rows, pace)
+                outputs.insert(0, part.astype(output.dtype))
+                lses.insert(0, part_lse)
+            at = (b, self._query_heads(h))
+            output[at], lse[at] = mx.concatenate(outputs, axis=2), mx.concatenate(lses, axis=2)
         return [output, lse]
 
-    def _forward_rows(self, queries, keys, values, b, h, rows) -> tuple[mx.array, mx.array]:
+    def _forward_rows(self, queries, keys, values, b, h, rows, pace) -> tuple[mx.array, mx.array]:
         """Output and log-sum-exp of one tile of rows, by online softmax over its column blocks."""
         q = self._stack(queries, b, h, rows) * self.scale
         top, total, out = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
         for columns in self._blocks(rows):
-            q, keys, values = in_order([q, keys, values], [out])
+            keys, values = pace([keys, values], [q, out])
             scores = self._scores(q, keys, b, h, rows, columns)
             new_top = mx.maximum(top, scores.max(axis=-1, keepdims=True))
             shrink = mx.exp(top - new_top)
@@ -146,38 +170,56 @@ class _Attention:
 
     def backward(self, queries, keys, values, d_output, output, lse) -> list[mx.array]:
         """[dQ, dK, dV], each in its primal's dtype, accumulated in float32."""
-        grads = [mx.zeros_like(a) for a in (queries, keys, values)]
-        inputs = [queries, keys, values, d_output, output, lse]
+        d_q, d_k, d_v = (mx.zeros_like(a) for a in (queries, keys, values))
+        pace = Pace()
         for b, h in self.tiles.groups(self.batch, self.heads):
-            sums: list[tuple[mx.array, mx.array] | None] = [None] * len(
-                self.tiles.column_blocks(self.columns)
-            )
+            inputs = in_order([queries, keys, values, d_output, output, lse], [d_q, d_k, d_v])
+            parts: list[mx.array] = []
+            sums = [_Sums() for _ in self.tiles.column_blocks(self.columns)]
             for rows in self.tiles.row_tiles(self.rows):
-                d_q, sums = self._backward_rows(inputs, grads, sums, b, h, rows)
-                grads[0][b, self._query_heads(h), rows] = d_q.astype(grads[0].dtype)
-            for columns, pair in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
-                for grad, part in zip(grads[1:], pair or (), strict=False):
-                    grad[b, h, columns] = part.astype(grad.dtype)
-        return grads
+                inputs = in_order(inputs, [*parts[:1], *(a for total in sums for a in total.running)])
+                parts.insert(0, self._backward_rows(inputs, sums, b, h, rows, pace).astype(d_q.dtype))
+            d_q[b, self._query_heads(h)] = mx.concatenate(parts, axis=2)
+            for columns, total in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
+                if total.running:
+                    d_k[b, h, columns], d_v[b, h, columns] = total.whole(d_k.dtype), total.whole(d_v.dtype, 1)
+        return [d_q, d_k, d_v]
 
-    def _backward_rows(self, inputs, grads, sums, b, h, rows):
-        """dQ of one tile of rows, and `sums` with the tile's shares of dK and dV added, block by block."""
-        queries, keys, values, d_output, output, lse = in_order(inputs, [*grads, *_flat(sums)])
+    def _backward_rows(self, inputs, sums, b, h, rows, pace) -> mx.array:
+        """dQ of one tile of rows; adds the tile's shares of dK and dV to `sums`, block by block."""
+        queries, keys, values, d_output, output, lse = inputs
         q = self._stack(queries, b, h, rows) * self.scale
         d_out, out, lse = (self._stack(a, b, h, rows) for a in (d_output, output, lse))
         delta = (d_out * out).sum(axis=-1, keepdims=True)
-        d_q = mx.array(0.0)
-        sums = list(sums)
+        d_q = mx.zeros(q.shape)
+        stage = _fused_d_scores if on_gpu() else _d_scores
+        after = [q, d_out, delta]
         for columns in self._blocks(rows):
-            k = columns.start // self.tiles.columns
-            q, keys, values = in_order([q, keys, values], [d_q, *_flat(sums)])
-            p = mx.exp(self._scores(q, keys, b, h, rows, columns) - lse)
-            d_v = p.swapaxes(-1, -2) @ d_out
-            d_scores = p * (d_out @ _block(values, b, h, columns).swapaxes(-1, -2) - delta)
-            d_q = d_q + d_scores @ _block(keys, b, h, columns)
-            d_k = d_scores.swapaxes(-1, -2) @ q
-            sums[k] = _added(sums[k], d_k, d_v, self.tiles.columns)
-        return self._unstack(d_q * self.scale, rows), sums
+            keys, values = pace([keys, values], after)
+            scores = self._scores(q, keys, b, h, rows, columns)
+            d_p = d_out @ _block(values, b, h, columns).swapaxes(-1, -2)
+            p, d_scores = stage(scores, d_p, lse, delta)
+            d_q = mx.addmm(d_q, d_scores, _block(keys, b, h, columns))
+            total = sums[columns.start // self.tiles.columns]
+            total.add(d_scores.swapaxes(-1, -2), q, p.swapaxes(-1, -2), d_out)
+            after = [d_q, *total.running]
+        return self._unstack(d_q * self.scale, rows)
+
+    def fused_rows(self, queries: mx.array, keys: mx.array, values: mx.array, workspace: int) -> mx.array:
+        """The output by mlx's own attention in float32, as many rows at a time as its scores would allow."""
+        heads = self.batch * self.heads * self.group
+        tile = max(1, min(self.rows, int(workspace / (4 * FLOAT32 * heads * self.columns))))
+        outputs: list[mx.array] = []
+        pace = Pace()
+        for start in range(0, self.rows, tile):
+            rows = slice(start, min(start + tile, self.rows))
+            end = rows.stop + self.columns - self.rows if self.causal else self.columns
+            q, k, v = pace([queries, keys, values], outputs[-1:])
+            q, k, v = (a.astype(mx.float32) for a in (q[:, :, rows], k[:, :, :end], v[:, :, :end]))
+            mask = "causal" if self.causal else None
+            part = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+            outputs.append(part.astype(queries.dtype))
+        return mx.concatenate(outputs, axis=2)
 
     def _blocks(self, rows: slice) -> Iterator[slice]:
         """The column blocks that a tile of rows can see."""
@@ -240,35 +282,68 @@ def _block(a: mx.array, b: slice, h: slice, columns: slice) -> mx.array:
     return a[b, h, columns].astype(mx.float32)
 
 
-def _flat(sums) -> list[mx.array]:
-    return [a for pair in sums if pair is not None for a in pair]
+class _Sums:
+    """Running dK and dV of a column block. Later tiles (earlier rows) see a prefix of it at most."""
+
+    def __init__(self) -> None:
+        self.running: list[mx.array] = []
+        self.finished: list[list[mx.array]] = []
+
+    def add(self, d_scores_t: mx.array, q: mx.array, p_t: mx.array, d_out: mx.array) -> None:
+        """Adds dS^T Q and P^T dO of a tile."""
+        if not self.running:
+            self.running = [d_scores_t @ q, p_t @ d_out]
+            return
+        seen = p_t.shape[2]
+        if seen < self.running[0].shape[2]:
+            self.finished.insert(0, [a[:, :, seen:] for a in self.running])
+            self.running = [a[:, :, :seen] for a in self.running]
+        d_k, d_v = self.running
+        self.running = [mx.addmm(d_k, d_scores_t, q), mx.addmm(d_v, p_t, d_out)]
+
+    def whole(self, dtype: mx.Dtype, which: int = 0) -> mx.array:
+        """dK (0) or dV (1) of the block."""
+        parts = [self.running[which], *(pair[which] for pair in self.finished)]
+        return mx.concatenate([a.astype(dtype) for a in parts], axis=2)
 
 
-def _added(sums: tuple[mx.array, mx.array] | None, d_k: mx.array, d_v: mx.array, width: int):
-    """The running (dK, dV) of a column block; the first tile to touch it (the last rows) sees all of it."""
-    if sums is None:
-        return d_k, d_v
-    seen = d_k.shape[2]
-    if seen == sums[0].shape[2]:
-        return sums[0] + d_k, sums[1] + d_v
-    return sums[0].at[:, :, :seen].add(d_k), sums[1].at[:, :, :seen].add(d_v)
+def _d_scores(scores: mx.array, d_p: mx.array, lse: mx.array, delta: mx.array) -> tuple[mx.array, mx.array]:
+    """P and dS of a tile."""
+    p = mx.exp(scores - lse)
+    return p, p * (d_p - delta)
+
+
+_fused_d_scores = mx.compile(_d_scores, shapeless=True)
 
 
 def plan(
-    batch: int, heads: int, group: int, rows: int, columns: int, dim: int, dim_v: int, workspace: int
+    batch: int,
+    heads: int,
+    group: int,
+    rows: int,
+    columns: int,
+    dim: int,
+    dim_v: int,
+    workspace: int,
+    gpu: bool,
 ) -> Tiles:
-    """The tiles of one call, so that what they hold at a time stays within `workspace` bytes."""
-    budget = workspace / 6
-    block = min(power_of_two(2 * columns - 1), 2048)
-    tile = min(power_of_two(2 * rows - 1), 256)
+    """The tiles of one call, so that what they hold at a time stays within `workspace` bytes.
 
-    def held(tile: int) -> float:
-        """float32 numbers of one key head: scores, P, dP, dS; blocks of K and V; running dK and dV."""
-        return group * tile * (4 * block + 3 * (dim + dim_v)) + (dim + dim_v) * (2 * block + columns)
+    The workspace holds, for each key head of a group: the finished dQ of its query heads, the running dK and
+    dV, and the tiles in flight: scores, P, dP and dS, blocks of K and V, the stacked rows.
+    """
+    budget, dims = workspace / FLOAT32, dim + dim_v
 
-    while tile > 8 and held(tile) * FLOAT32 > budget:
-        tile //= 2
-    sequences = max(1, int(budget / (held(tile) * FLOAT32)))
+    def held(tile: int, block: int) -> float:
+        """float32 numbers for one key head."""
+        step = 4 * group * tile * block + 4 * block * dims + 3 * group * tile * dims
+        return (2 if gpu else 1) * step + 2 * columns * dims + group * rows * dims
+
+    block = min(power_of_two(2 * columns - 1), 16384 if gpu else 2048)
+    tile = min(power_of_two(2 * rows - 1), 128 if columns <= 2048 else 256)
+    while tile * block > 64 and held(tile, block) > budget:
+        tile, block = (tile // 2, block) if 16 * tile > block and tile > 1 else (tile, block // 2)
+    sequences = max(1, int(budget / held(tile, block)))
     if sequences < heads:
         return Tiles(1, sequences, tile, block)
     return Tiles(min(batch, sequences // heads), heads, tile, block)

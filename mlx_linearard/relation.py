@@ -15,10 +15,22 @@ log-sum-exp, its KL and its E, so the gradient comes out of the same pass as the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, MASKED, Tiles, check_workspace, first, in_order, power_of_two, times
+from .tiles import (
+    FLOAT32,
+    MASKED,
+    Pace,
+    Tiles,
+    check_workspace,
+    first,
+    in_order,
+    on_gpu,
+    power_of_two,
+    times,
+)
 
 REDUCTIONS = ("mean", "sum")
 
@@ -145,13 +157,18 @@ class _Relation:
     mask: mx.array | None
     causal: bool
     reduction: str
+    dtype: mx.Dtype
     tiles: Tiles
+    cast_once: bool
 
     @classmethod
     def of(cls, student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes):
         _check(student, teacher, mask, reduction)
         batch, heads, length, dim_s = student.shape
         dim_t = teacher.shape[-1]
+        cast = student.dtype != mx.float32 or teacher.dtype != mx.float32
+        workspace = check_workspace(workspace_bytes)
+        tiles, cast_once = plan(batch, heads, length, dim_s, dim_t, workspace, cast, on_gpu())
         return cls(
             batch=batch,
             heads=heads,
@@ -161,7 +178,9 @@ class _Relation:
             mask=mask,
             causal=causal,
             reduction=reduction,
-            tiles=plan(batch, heads, length, dim_s, dim_t, check_workspace(workspace_bytes)),
+            dtype=student.dtype,
+            tiles=tiles,
+            cast_once=cast_once,
         )
 
     def valid_rows(self) -> mx.array:
@@ -179,126 +198,179 @@ class _Relation:
     def run(self, student: mx.array, teacher: mx.array, gradient: bool = True) -> list[mx.array]:
         """The loss and, where asked for, the gradient: [loss] or [loss, dX]."""
         done = [mx.array(0.0)] + ([mx.zeros_like(student)] if gradient else [])
-        weight = self.weight()
+        weight, pace = self.weight(), Pace()
         for b, h in self.tiles.groups(self.batch, self.heads):
-            sums: list[mx.array] = []  # column parts of dX, (b, h, columns, Ds) each
-            for rows in self.tiles.row_tiles(self.length):
-                student, teacher = in_order([student, teacher], [*done, *sums])
-                tile = _Tile(self, student[b, h], teacher[b, h], b, rows)
-                done, sums = tile.add_to(done, sums, weight, (b, h))
-            for columns, part in zip(self.tiles.column_blocks(self.length), sums, strict=False):
-                done[1][b, h, columns] = part.astype(student.dtype)
+            x, y = in_order([student, teacher], done)
+            x, y = x[b, h], y[b, h]
+            if self.cast_once:
+                x, y = x.astype(mx.float32), y.astype(mx.float32)
+            loss, *parts = self._group(x, y, b, done[0], weight, pace, gradient)
+            done[0] = loss
+            if gradient:  # once a group: an array that something else still reads is copied when written to
+                done[1][b, h] = mx.concatenate(parts, axis=2)
         return done
 
+    def _group(self, x, y, b, loss, weight, pace, gradient) -> list[mx.array]:
+        """The loss with that of some heads added and, row tile by row tile, the gradient of these heads."""
+        parts: list[mx.array] = []  # dX, from the first rows to the last
+        sums: list[mx.array] = []  # E^T X of the rows so far, (b, h, columns, Ds) for each column block
+        for rows in self.tiles.row_tiles(self.length):
+            x, y = pace([x, y], [loss, *parts[:1], *sums])
+            tile = _Rows(self, x, y, b, rows, weight)
+            kl, errors = tile.kl_and_errors()
+            loss = loss + kl
+            if not gradient:
+                continue
+            row_part, sums = tile.products(errors, sums)
+            if self.causal:  # no earlier row sees these columns: their sum is final
+                finished, sums = _split(sums, rows.start, self.tiles.columns)
+                row_part = row_part + finished
+            parts.insert(0, row_part if not self.causal else row_part.astype(self.dtype))
+        if sums:
+            parts = [(mx.concatenate(parts, axis=2) + mx.concatenate(sums, axis=2)).astype(self.dtype)]
+        return [loss, *parts]
 
-class _Tile:
+
+class _Rows:
     """A tile of rows of S and R, held as blocks of columns."""
 
-    def __init__(self, call: _Relation, x: mx.array, y: mx.array, b: slice, rows: slice):
-        self.call, self.x, self.rows = call, x, rows
+    def __init__(self, call: _Relation, x: mx.array, y: mx.array, b: slice, rows: slice, weight: mx.array):
+        self.call, self.x, self.y, self.rows = call, x, y, rows
         self.blocks = call.tiles.column_blocks(rows.stop if call.causal else call.length)
         self.valid = None if call.mask is None else call.mask[b]
+        self.weight = weight if self.valid is None else weight * self.valid[:, None, rows, None]
         self.x_rows = x[:, :, rows].astype(mx.float32)
-        masks = [self._bias(columns) for columns in self.blocks]
-        self.scores_s = self._scores(x, self.x_rows, call.scale_student, masks)
-        self.scores_t = self._scores(y, y[:, :, rows].astype(mx.float32), call.scale_teacher, masks)
 
-    def _bias(self, columns: slice) -> mx.array | None:
-        """What is added to the scores of a block: MASKED where row i must not see column j, else 0."""
-        allowed = None
+    def kl_and_errors(self) -> tuple[mx.array, list[mx.array]]:
+        """The weighted sum of the tile's KL, and E, block by block."""
+        s, r = self._scores()
+        pairs = _by_lse(s, r) if on_gpu() else _by_exponentials(s, r)
+        kl = reduce(mx.add, [terms.sum(axis=-1, keepdims=True) for terms, _ in pairs])
+        return (kl * self.weight).sum(), [error for _, error in pairs]
+
+    def products(self, errors: list[mx.array], sums: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
+        """E X, the tile's rows of dX, and E^T X of each column block added to what `sums` has for it."""
+        factor = self.weight * self.call.scale_student
+        weighted = self.x_rows * factor
+        row_part: mx.array | None = None
+        new_sums: list[mx.array] = []
+        for k, (columns, error) in enumerate(zip(self.blocks, errors, strict=True)):
+            (x,) = in_order([self.x], new_sums[-1:])
+            row_part = _plus_product(row_part, error, x[:, :, columns].astype(mx.float32))
+            new_sums.append(_plus_product(sums[k] if sums else None, error.swapaxes(-1, -2), weighted))
+        assert row_part is not None
+        return row_part * factor, new_sums
+
+    def _scores(self) -> tuple[list[mx.array], list[mx.array]]:
+        """S and R, block by block, float32, masked."""
+        x_rows = self.x_rows * self.call.scale_student
+        y_rows = self.y[:, :, self.rows].astype(mx.float32) * self.call.scale_teacher
+        s: list[mx.array] = []
+        r: list[mx.array] = []
+        for columns in self.blocks:
+            x, y = in_order([self.x, self.y], [*s[-1:], *r[-1:]])
+            block_s = x_rows @ x[:, :, columns].astype(mx.float32).swapaxes(-1, -2)
+            block_r = y_rows @ y[:, :, columns].astype(mx.float32).swapaxes(-1, -2)
+            block_s, block_r = self._masked(block_s, block_r, columns)
+            s.append(block_s)
+            r.append(block_r)
+        return s, r
+
+    def _masked(self, s: mx.array, r: mx.array, columns: slice) -> tuple[mx.array, mx.array]:
+        """The scores of a block with MASKED added where row i must not see column j."""
+        if self.valid is not None:
+            bias = mx.where(self.valid[:, None, None, columns], 0.0, MASKED)
+            s, r = s + bias, r + bias
         if self.call.causal and columns.stop > self.rows.start + 1:
             i = mx.arange(self.rows.start, self.rows.stop)[:, None]
-            allowed = mx.arange(columns.start, columns.stop)[None, :] <= i
-        if self.valid is not None:
-            valid = self.valid[:, None, None, columns]
-            allowed = valid if allowed is None else allowed & valid
-        return None if allowed is None else mx.where(allowed, 0.0, MASKED)
-
-    def _scores(self, v: mx.array, v_rows: mx.array, scale: float, masks: list) -> list[mx.array]:
-        """The tile's scores scale * v_rows v^T, block by block, float32."""
-        v_rows = v_rows * scale
-        scores = [v_rows @ v[:, :, c].astype(mx.float32).swapaxes(-1, -2) for c in self.blocks]
-        return [s if bias is None else s + bias for s, bias in zip(scores, masks, strict=True)]
-
-    def add_to(self, done, sums, weight, where) -> tuple[list[mx.array], list[mx.array]]:
-        """Add the tile's loss and gradient to what is `done`, and its column parts to `sums`."""
-        row_weight = weight if self.valid is None else weight * self.valid[:, None, self.rows, None]
-        u_s, z_s, top_s = _exponentials(self.scores_s)
-        u_t, z_t, top_t = _exponentials(self.scores_t)
-        shift = (top_s + mx.log(z_s)) - (top_t + mx.log(z_t))  # lse_s - lse_t
-        kl, errors = mx.array(0.0), []
-        for s, r, us, ut in zip(self.scores_s, self.scores_t, u_s, u_t, strict=True):
-            p_t = ut / z_t
-            error = us / z_s - p_t
-            # E sums to zero, so adding it changes nothing but makes errors of lse second order.
-            kl = kl + (error - p_t * ((s - r) - shift)).sum(axis=-1, keepdims=True)
-            errors.append(error)
-        loss = done[0] + (kl * row_weight).sum(axis=(2, 3)).sum()
-        if len(done) == 1:
-            return [loss], []
-        gradient, sums = self._gradient(errors, done[1], sums, row_weight * self.call.scale_student, where)
-        return [loss, gradient], sums
-
-    def _gradient(self, errors, gradient, sums, factor, where):
-        """Adds this tile's E^T X to the column sums and writes the rows of dX that are final."""
-        weighted = self.x_rows * factor
-        row_part = mx.array(0.0)
-        new_sums = []
-        for k, (columns, error) in enumerate(zip(self.blocks, errors, strict=True)):
-            row_part = row_part + error @ self.x[:, :, columns].astype(mx.float32)
-            part = error.swapaxes(-1, -2) @ weighted
-            new_sums.append(sums[k] + part if sums else part)
-        row_part = row_part * factor
-        if not self.call.causal:  # later tiles still add to these rows
-            return gradient, _add_rows(new_sums, self.blocks, self.rows, row_part)
-        start = self.rows.start - self.blocks[-1].start
-        row_part = row_part + new_sums[-1][:, :, start:]
-        new_sums[-1] = new_sums[-1][:, :, :start]
-        gradient[(*where, self.rows)] = row_part.astype(gradient.dtype)
-        return gradient, new_sums if start else new_sums[:-1]
+            mask = _fused_causal if on_gpu() else _causal
+            s, r = mask(s, r, i, mx.arange(columns.start, columns.stop))
+        return s, r
 
 
-def _add_rows(sums: list[mx.array], blocks: list[slice], rows: slice, part: mx.array) -> list[mx.array]:
-    """Adds `part` to the rows `rows` of a matrix held as the blocks `sums`."""
-    k = next(k for k, block in enumerate(blocks) if rows.start < block.stop)
-    local = slice(rows.start - blocks[k].start, rows.stop - blocks[k].start)
-    return [s.at[:, :, local].add(part) if i == k else s for i, s in enumerate(sums)]
+def _causal(s: mx.array, r: mx.array, i: mx.array, j: mx.array) -> tuple[mx.array, mx.array]:
+    bias = mx.where(j <= i, 0.0, MASKED)
+    return s + bias, r + bias
+
+
+def _by_exponentials(s: list[mx.array], r: list[mx.array]) -> list[tuple[mx.array, mx.array]]:
+    """(KL terms, E) of each block, with one exponential an element: the costly operation of a CPU."""
+    differences = [a - b for a, b in zip(s, r, strict=True)]
+    u_s, z_s, top_s = _exponentials(s)
+    u_t, z_t, top_t = _exponentials(r)
+    shift = (top_s + mx.log(z_s)) - (top_t + mx.log(z_t))  # lse_s - lse_t
+    return [
+        _terms(a * (1 / z_s), b * (1 / z_t), d - shift) for a, b, d in zip(u_s, u_t, differences, strict=True)
+    ]
 
 
 def _exponentials(scores: list[mx.array]) -> tuple[list[mx.array], mx.array, mx.array]:
-    """exp(scores - top) block by block, their row sums z, and top, the row maxima."""
-    tops = [s.max(axis=-1, keepdims=True) for s in scores]
-    top = tops[0]
-    for other in tops[1:]:
-        top = mx.maximum(top, other)
+    """exp(scores - top) block by block, their row sums, and top, the row maxima."""
+    top = reduce(mx.maximum, [s.max(axis=-1, keepdims=True) for s in scores])
     exps = [mx.exp(s - top) for s in scores]
-    total = exps[0].sum(axis=-1, keepdims=True)
-    for other in exps[1:]:
-        total = total + other.sum(axis=-1, keepdims=True)
-    return exps, total, top
+    return exps, reduce(mx.add, [u.sum(axis=-1, keepdims=True) for u in exps]), top
 
 
-def plan(batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int) -> Tiles:
-    """The tiles of one call, so that what they hold at a time stays within `workspace` bytes."""
-    budget = workspace / 4
-    columns = min(power_of_two(2 * length - 1), 2048)
+def _by_lse(s: list[mx.array], r: list[mx.array]) -> list[tuple[mx.array, mx.array]]:
+    """(KL terms, E) of each block, with the fewest passes over memory: the costly operation of a GPU."""
+    lse_s, lse_t = (reduce(mx.logaddexp, [mx.logsumexp(b, -1, keepdims=True) for b in v]) for v in (s, r))
+    return [_fused_terms(a, b, lse_s, lse_t) for a, b in zip(s, r, strict=True)]
+
+
+@partial(mx.compile, shapeless=True)
+def _fused_terms(s: mx.array, r: mx.array, lse_s: mx.array, lse_t: mx.array) -> tuple[mx.array, mx.array]:
+    log_s, log_t = s - lse_s, r - lse_t
+    return _terms(mx.exp(log_s), mx.exp(log_t), log_s - log_t)
+
+
+_fused_causal = mx.compile(_causal, shapeless=True)
+
+
+def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array, mx.array]:
+    """The terms of KL(p_t || p_s), and E. That E sums to zero makes errors of the lse second order."""
+    error = p_s - p_t
+    return error - p_t * log_ratio, error
+
+
+def _plus_product(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:
+    return a @ b if total is None else mx.addmm(total, a, b)
+
+
+def _split(sums: list[mx.array], start: int, columns: int) -> tuple[mx.array, list[mx.array]]:
+    """The column sums from `start` on, all in the last block, and those before."""
+    *before, last = sums
+    local = start - len(before) * columns
+    return last[:, :, local:], [*before, last[:, :, :local]] if local else before
+
+
+def plan(
+    batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int, cast: bool, gpu: bool
+) -> tuple[Tiles, bool]:
+    """The tiles of one call, and whether a group of heads is cast to float32 once rather than block by block.
+
+    The workspace holds, for each head of a group: its finished gradient, its float32 copy where it is cast
+    once, the running sums of E^T X (old and new), and the tiles in flight: S and R of a tile of rows, on the
+    CPU with their exponentials, and the float32 copies of a block of X and Y.
+    """
+    budget, dims = workspace / FLOAT32, dim_s + dim_t
+    cast_once = cast and 4 * length * dims < budget
+    columns = power_of_two(2 * length - 1)
+    if not gpu or (cast and not cast_once):
+        columns = min(columns, 8192 if gpu else 2048)
 
     def held(rows: int) -> float:
-        """float32 numbers that one head holds: scores, exponentials and E; blocks of X and Y; column sums."""
-        return (
-            5.0 * rows * min(length, 1 << 30)
-            + 2.0 * rows * columns
-            + (dim_s + dim_t) * (columns + 2 * rows)
-            + length * dim_s
-        )
+        """float32 numbers for one head."""
+        tile = (2 if gpu else 4) * rows * length + 4 * rows * columns + 4 * rows * dims
+        copies = (length if cast_once else 2 * min(columns, length) if cast else 0) * dims
+        return (2 if gpu else 1) * tile + copies + 3 * length * dim_s
 
-    rows = min(columns, 256)
-    while rows > 8 and held(rows) * FLOAT32 > budget:
+    rows = min(columns, 128 if length <= 2048 else 256 if length <= 8192 else 1024 if gpu else 256)
+    while rows > 8 and held(rows) > budget:
         rows //= 2
-    sequences = max(1, int(budget / (held(rows) * FLOAT32)))
+    sequences = max(1, int(budget / held(rows)))
     if sequences < heads:
-        return Tiles(1, sequences, rows, columns)
-    return Tiles(min(batch, sequences // heads), heads, rows, columns)
+        return Tiles(1, sequences, rows, columns), cast_once
+    return Tiles(min(batch, sequences // heads), heads, rows, columns), cast_once
 
 
 def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reduction: str) -> None:

@@ -1,4 +1,10 @@
-"""How large the tiles of the quadratic parts are, so that what they hold fits a constant workspace."""
+"""Tiles of the quadratic parts: how large they are, and that they run one behind another.
+
+mlx is lazy: a loop over tiles only builds a graph, and its evaluation may hold every tile at once. Two things
+keep it from that. `in_order` makes the inputs of a tile depend on the outputs of the one before. A GPU still
+accepts work, and so memory, far ahead of what it has done (about 4 GB on CUDA); `Pace` therefore lets a
+4-byte token travel from each tile through the CPU before the tile after next may start.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +54,33 @@ def check_workspace(workspace_bytes: int | None) -> int:
     return int(workspace_bytes)
 
 
+def on_gpu() -> bool:
+    """Whether new operations go to a GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
 def in_order(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> list[mx.array]:
     """`arrays` unchanged, but evaluated only after `after`: keeps lazily built tiles one behind another."""
     return mx.depends(list(arrays), list(after)) if after else list(arrays)
+
+
+class Pace:
+    """`in_order` for tiles whose memory matters: on a GPU at most `ahead` of them are in flight."""
+
+    HOPS = 2  # mlx bounds what the CPU has yet to do; a token is copied as often as makes that bound bite
+
+    def __init__(self, ahead: int = 2):
+        self.tokens: list[mx.array] = []
+        self.ahead = ahead if on_gpu() else 0
+
+    def __call__(self, arrays: Sequence[mx.array], after: Sequence[mx.array]) -> list[mx.array]:
+        """`arrays` for the next tile; `after` are the outputs of the last one."""
+        if not self.ahead:
+            return in_order(arrays, after)
+        (token,) = mx.depends([mx.zeros(1)], list(after))
+        self.tokens.append(mx.concatenate([token] * self.HOPS, stream=mx.cpu))
+        due = [self.tokens.pop(0)] if len(self.tokens) >= self.ahead else []
+        return in_order(arrays, [*after, *due])
 
 
 def power_of_two(limit: float) -> int:
