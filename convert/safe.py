@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
 from ..files import CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
-from ..rope import FAMILIES, normalise
+from ..rope import FAMILIES, family, normalise
 from .names import DTYPES
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
@@ -162,7 +162,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
             if name in tensors and tensors[name].file.name != file
         ]
         wrong += [f"{name} is not in the index" for name in sorted(tensors.keys() - claimed.keys())]
-        _refuse(wrong, f"{index} and its shards disagree")
+        refuse(wrong, f"{index} and its shards disagree")
     return tensors
 
 
@@ -187,10 +187,12 @@ def check_config(directory: Path) -> dict[str, Any]:
     if config.get("model_file") is not None:
         raise UserError(f"{directory / CONFIG} asks to run {config['model_file']!r}; models run no code here")
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES or not _in_mlx_lm(kind):
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{directory / CONFIG} has unknown model_type {kind!r}; known are {known}")
+    if isinstance(kind, str) and kind in FAMILIES and not _in_mlx_lm(kind):
+        raise UserError(
+            f"{directory / CONFIG} has model_type {kind!r}, which this mlx-lm lacks: update mlx-lm"
+        )
     try:
+        family(config)
         return normalise(config)
     except ValueError as error:
         raise UserError(f"{directory / CONFIG}: {one_line(error)}") from None
@@ -290,10 +292,11 @@ def check_tensors(wanted: Mapping[str, tuple[int, ...]], arrays: Mapping[str, mx
         for name in sorted(wanted.keys() & arrays.keys())
         if tuple(arrays[name].shape) != wanted[name]
     ]
-    _refuse(wrong, f"{where} does not fit its config")
+    refuse(wrong, f"{where} does not fit its config")
 
 
-def _refuse(problems: list[str], what: str) -> None:
+def refuse(problems: list[str], what: str) -> None:
+    """UserError that names the first problems and counts the rest; nothing where there are none."""
     if problems:
         rest = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise UserError(f"{what}: {'; '.join(problems[:NAMED])}{rest}")
@@ -306,7 +309,7 @@ def check_finite(arrays: Mapping[str, mx.array], where: Path) -> None:
         if mx.issubdtype(array.dtype, mx.floating) and array.size and not mx.isfinite(array).all().item():
             wrong.append(name)
         mx.clear_cache()
-    _refuse(wrong, f"{where} holds weights that are not finite")
+    refuse(wrong, f"{where} holds weights that are not finite")
 
 
 def check_tokenizer(directory: Path) -> None:

@@ -27,7 +27,7 @@ _YARN_FAST, _YARN_SLOW = 32.0, 1.0
 _INTEGERS = ("original_max_position_embeddings",)
 
 # Families whose sliding window mlx-lm does not apply: on every layer, on some layers, on request.
-_ALL_SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
+_ALL_SLIDING = ("mistral", "mixtral", "phi3")
 _HALF_SLIDING = ("gemma2",)
 _OPTIONAL_SLIDING = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
 
@@ -78,17 +78,19 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": _ntk(theta=1000000.0),
     "qwen2_moe": _ntk(),
     "qwen3_moe": _ntk(),
-    "gemma": _ntk(),
     "gemma2": _ntk(),
-    "olmo": _ntk(),
     "phi": _ntk(partial=0.5),
-    "starcoder2": _ntk(),
     "cohere": _ntk(theta=500000.0),
-    "cohere2": _ntk(),
-    "glm": _ntk(partial=0.5),
     "glm4": _ntk(partial=0.5),
-    "helium": _ntk(theta=100000.0),
     "stablelm": _ntk(partial=0.25),
+}
+
+# Families that mlx-lm has but whose native logits already part from transformers', and why.
+REFUSED: Mapping[str, str] = {
+    "gemma": "mlx-lm computes its GELU exactly and transformers by tanh",
+    "starcoder2": "mlx-lm computes its GELU exactly and transformers by tanh",
+    "glm": "mlx-lm rotates whole heads and transformers half of each",
+    "olmo": "mlx-lm reads it only in its own layout and with another package",
 }
 
 
@@ -97,6 +99,8 @@ def family(config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ValueError("the config has no model_type")
+    if kind in REFUSED:
+        raise ValueError(f"model_type {kind!r} is not supported: {REFUSED[kind]}")
     if kind not in FAMILIES:
         reason = "it is multimodal, and only text models are" if "text_config" in config else "it is not"
         raise ValueError(f"model_type {kind!r}: {reason} among {', '.join(sorted(FAMILIES))}")
@@ -127,6 +131,8 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     full, sliding = _read(result, kind)
     _write(result, kind, full, sliding)
     _plain_attention(result)
+    if "moe" in str(config.get("model_type")) and "num_local_experts" in result:
+        result.setdefault("num_experts", result["num_local_experts"])  # transformers 5 writes only the former
     return result
 
 

@@ -1,0 +1,132 @@
+"""Two models on the same tokens: the largest difference of their logits, and where their configs differ."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import UserError
+from ..rope import inverse_frequencies
+from . import safe
+from .gguf import from_gguf
+from .hf import resolve
+
+# Settings that say how a file came to be and not what it computes.
+UNIMPORTANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `verify` found.
+
+    logits       the largest absolute difference over all positions and the vocabulary
+    position     the position at which it stands
+    agreement    the fraction of positions at which both models prefer the same token
+    frequencies  the largest relative difference of the inverse frequencies, by layer type
+    configs      the settings that differ, with both values
+    """
+
+    logits: float
+    position: int
+    agreement: float
+    frequencies: dict[str, float]
+    configs: dict[str, tuple[Any, Any]]
+
+    def lines(self) -> list[str]:
+        """The comparison as lines of text."""
+        found = [
+            f"largest logit difference  {self.logits:.3g} (at position {self.position})",
+            f"same most likely token    {self.agreement:.2%}",
+        ]
+        found += [f"inverse frequencies       {kind} {value:.3g}" for kind, value in self.frequencies.items()]
+        if not self.configs:
+            found.append("configs                   equal")
+        found += [f"config {key}: {a!r} / {b!r}" for key, (a, b) in self.configs.items()]
+        return found
+
+
+def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool = False) -> Comparison:
+    """Compare two model directories (or GGUF files) in float32 on `tokens` fixed pseudo-random token ids.
+
+    Both run in mlx-lm, with their configs normalised; with `reference`, `b` runs in transformers on torch.
+    UserError where either is damaged or their vocabularies differ.
+    """
+    if tokens < 1:
+        raise UserError(f"--tokens must be at least 1, not {tokens}")
+    with _directory(a) as first, _directory(b) as second:
+        ours, theirs = safe.check_model_dir(first), safe.check_model_dir(second)
+        vocab = min(int(ours.config["vocab_size"]), int(theirs.config["vocab_size"]))
+        ids = np.random.default_rng(SEED).integers(0, vocab, (1, tokens))
+        left = mlx_logits(first, ours.config, ids)
+        right = torch_logits(second, ids) if reference else mlx_logits(second, theirs.config, ids)
+    if left.shape != right.shape:
+        raise UserError(f"the vocabularies differ: {left.shape[-1]} and {right.shape[-1]} tokens")
+    worst = np.abs(left - right).max(axis=-1)[0]
+    return Comparison(
+        float(worst.max()),
+        int(worst.argmax()),
+        float((left.argmax(-1) == right.argmax(-1)).mean()),
+        _frequencies(ours.config, theirs.config),
+        differences(ours.config, theirs.config),
+    )
+
+
+@contextmanager
+def _directory(source: str | Path) -> Iterator[Path]:
+    """A model directory as it is; a GGUF file converted in a place that is removed afterwards."""
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        with tempfile.TemporaryDirectory() as place:
+            yield from_gguf(path, Path(place) / "model", dtype="float32")
+    else:
+        yield resolve(source)
+
+
+def mlx_logits(directory: Path, config: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    """float32 logits (1, T, vocabulary) of stock mlx-lm."""
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(directory, lazy=True, model_config=dict(config))
+    model.set_dtype(mx.float32)
+    return np.array(model(mx.array(ids)).astype(mx.float32))
+
+
+def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
+    """float32 logits (1, T, vocabulary) of transformers on torch."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError("--reference needs torch: pip install 'mlx-linearard[hf]'") from None
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: np.ndarray = model.eval()(torch.tensor(ids)).logits.numpy()
+    return logits
+
+
+def _frequencies(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, float]:
+    """The largest relative difference by layer type; infinite where the heads are of different size."""
+    try:
+        left, right = inverse_frequencies(a), inverse_frequencies(b)
+    except ValueError:  # dynamic scaling has no fixed frequencies
+        return {}
+    return {
+        kind: float(np.abs(left[kind] / right[kind] - 1).max())
+        if left[kind].shape == right[kind].shape
+        else float("inf")
+        for kind in sorted(left.keys() & right.keys())
+    }
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two normalised configs differ."""
+    keys = sorted((a.keys() | b.keys()) - set(UNIMPORTANT))
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
