@@ -212,7 +212,7 @@ def _group(
 
 
 def _check(modules: Modules, dora: bool, where: Path, axis: int) -> int:
-    """The one rank of all modules, along `axis` of lora_a; UserError listing every module that does not fit."""
+    """The one rank of all modules, along `axis` of lora_a; UserError listing those that do not fit."""
     wanted = {"lora_a", "lora_b", "m"} if dora else {"lora_a", "lora_b"}
     wrong = [f"{path} has {', '.join(sorted(m))}" for path, m in modules.items() if set(m) != wanted]
     safe.refuse(wrong, f"{where} should hold {', '.join(sorted(wanted))} of each module")

@@ -351,7 +351,7 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} must be a JSON object, not {type(value).__name__}")
-    return value
+    return {name: entry for name, entry in value.items() if entry is not None}  # null says nothing
 
 
 def _number(name: str, value: Any) -> float:
