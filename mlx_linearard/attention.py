@@ -19,7 +19,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, MASKED, Pace, Tiles, check_workspace, first, in_order, on_gpu, power_of_two
+from .tiles import (
+    FLOAT32,
+    MASKED,
+    Pace,
+    Tiles,
+    check_workspace,
+    first,
+    fitting,
+    in_order,
+    on_gpu,
+    row_sizes,
+    usable,
+)
 
 
 def attention(
@@ -332,21 +344,18 @@ def plan(
     The workspace holds, for each key head of a group: the finished dQ of its query heads, the running dK and
     dV, and the tiles in flight: scores, P, dP and dS, blocks of K and V, the stacked rows.
     """
-    budget, dims = workspace / FLOAT32, dim + dim_v
+    budget, dims = usable(workspace, gpu) / FLOAT32, dim + dim_v
 
     def held(tile: int, block: int) -> float:
         """float32 numbers for one key head."""
-        step = 4 * group * tile * block + 4 * block * dims + 3 * group * tile * dims
-        return (2 if gpu else 1) * step + 2 * columns * dims + group * rows * dims
+        step = (
+            4 * group * tile * min(block, columns) + 4 * min(block, columns) * dims + 3 * group * tile * dims
+        )
+        return (3 if gpu else 1.5) * step + 2 * columns * dims + group * rows * dims
 
-    block = min(power_of_two(2 * columns - 1), 16384 if gpu else 2048)
-    tile = min(power_of_two(2 * rows - 1), 128 if columns <= 2048 else 256)
-    while tile * block > 64 and held(tile, block) > budget:
-        tile, block = (tile // 2, block) if 16 * tile > block and tile > 1 else (tile, block // 2)
-    sequences = max(1, int(budget / held(tile, block)))
-    if sequences < heads:
-        return Tiles(1, sequences, tile, block)
-    return Tiles(min(batch, sequences // heads), heads, tile, block)
+    widths = [w for w in (512, 2048, 8192, 32768) if w == 512 or (w < 2 * columns and (gpu or w == 2048))]
+    sizes = [(tile, width) for width in widths for tile in row_sizes(rows, gpu)]
+    return fitting(batch, heads, rows, columns, sizes, held, budget, gpu)
 
 
 def _check(queries: mx.array, keys: mx.array, values: mx.array, mask, window: int | None) -> None:

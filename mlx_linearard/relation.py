@@ -15,7 +15,7 @@ log-sum-exp, its KL and its E, so the gradient comes out of the same pass as the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 
 import mlx.core as mx
 
@@ -24,12 +24,15 @@ from .tiles import (
     MASKED,
     Pace,
     Tiles,
+    ceil_div,
     check_workspace,
     first,
+    fitting,
     in_order,
     on_gpu,
-    power_of_two,
+    row_sizes,
     times,
+    usable,
 )
 
 REDUCTIONS = ("mean", "sum")
@@ -197,111 +200,112 @@ class _Relation:
 
     def run(self, student: mx.array, teacher: mx.array, gradient: bool = True) -> list[mx.array]:
         """The loss and, where asked for, the gradient: [loss] or [loss, dX]."""
-        done = [mx.array(0.0)] + ([mx.zeros_like(student)] if gradient else [])
-        weight, pace = self.weight(), Pace()
+        total, weight, pace = mx.array(0.0), self.weight(), Pace()
+        d_x = [mx.zeros_like(student)] if gradient else []
         for b, h in self.tiles.groups(self.batch, self.heads):
-            x, y = in_order([student, teacher], done)
+            x, y = in_order([student, teacher], [total, *d_x])
             x, y = x[b, h], y[b, h]
             if self.cast_once:
                 x, y = x.astype(mx.float32), y.astype(mx.float32)
-            loss, *parts = self._group(x, y, b, done[0], weight, pace, gradient)
-            done[0] = loss
+            total, parts = self._group(x, y, b, total, weight * self.scale_student, pace, gradient)
             if gradient:  # once a group: an array that something else still reads is copied when written to
-                done[1][b, h] = mx.concatenate(parts, axis=2)
-        return done
+                d_x[0][b, h] = mx.concatenate(parts, axis=2)
+        return [total * weight, *d_x]
 
-    def _group(self, x, y, b, loss, weight, pace, gradient) -> list[mx.array]:
-        """The loss with that of some heads added and, row tile by row tile, the gradient of these heads."""
-        parts: list[mx.array] = []  # dX, from the first rows to the last
+    def _group(self, x, y, b, total, factor, pace, gradient) -> tuple[mx.array, list[mx.array]]:
+        """`total` with the KL of some heads added, and their dX in parts from the first rows to the last."""
+        parts: list[mx.array] = []
         sums: list[mx.array] = []  # E^T X of the rows so far, (b, h, columns, Ds) for each column block
         for rows in self.tiles.row_tiles(self.length):
-            x, y = pace([x, y], [loss, *parts[:1], *sums])
-            tile = _Rows(self, x, y, b, rows, weight)
+            x, y = pace([x, y], [total, *parts[:1], *sums])
+            tile = _Rows(self, x, y, b, rows)
             kl, errors = tile.kl_and_errors()
-            loss = loss + kl
+            total = total + kl
             if not gradient:
                 continue
             row_part, sums = tile.products(errors, sums)
             if self.causal:  # no earlier row sees these columns: their sum is final
-                finished, sums = _split(sums, rows.start, self.tiles.columns)
-                row_part = row_part + finished
-            parts.insert(0, row_part if not self.causal else row_part.astype(self.dtype))
+                column_part, sums = _split(sums, rows.start, self.tiles.columns)
+                row_part = self._rounded(row_part, column_part, factor)
+            parts.insert(0, row_part)
         if sums:
-            parts = [(mx.concatenate(parts, axis=2) + mx.concatenate(sums, axis=2)).astype(self.dtype)]
-        return [loss, *parts]
+            row_part, column_part = (mx.concatenate(part, axis=2) for part in (parts, sums))
+            parts = [self._rounded(row_part, column_part, factor)]
+        return total, parts
+
+    def _rounded(self, row_part: mx.array, column_part: mx.array, factor: mx.array) -> mx.array:
+        """dX in the student's dtype from E X and E^T X."""
+        return (_fused_sum if on_gpu() else _sum)(row_part, column_part, factor).astype(self.dtype)
 
 
 class _Rows:
     """A tile of rows of S and R, held as blocks of columns."""
 
-    def __init__(self, call: _Relation, x: mx.array, y: mx.array, b: slice, rows: slice, weight: mx.array):
+    def __init__(self, call: _Relation, x: mx.array, y: mx.array, b: slice, rows: slice):
         self.call, self.x, self.y, self.rows = call, x, y, rows
         self.blocks = call.tiles.column_blocks(rows.stop if call.causal else call.length)
         self.valid = None if call.mask is None else call.mask[b]
-        self.weight = weight if self.valid is None else weight * self.valid[:, None, rows, None]
-        self.x_rows = x[:, :, rows].astype(mx.float32)
 
     def kl_and_errors(self) -> tuple[mx.array, list[mx.array]]:
-        """The weighted sum of the tile's KL, and E, block by block."""
+        """The sum of the KL of the tile's valid rows, and their E, block by block; 0 for the other rows."""
+        valid = mx.array(1.0)
+        if self.valid is not None:
+            valid = self.valid[:, None, self.rows, None].astype(mx.float32)
         s, r = self._scores()
-        pairs = _by_lse(s, r) if on_gpu() else _by_exponentials(s, r)
-        kl = reduce(mx.add, [terms.sum(axis=-1, keepdims=True) for terms, _ in pairs])
-        return (kl * self.weight).sum(), [error for _, error in pairs]
+        pairs = _by_lse(s, r, valid) if on_gpu() else _by_exponentials(s, r, valid)
+        kl = reduce(mx.add, [terms.sum(axis=-1) for terms, _ in pairs])
+        return kl.sum(), [error for _, error in pairs]
 
     def products(self, errors: list[mx.array], sums: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
-        """E X, the tile's rows of dX, and E^T X of each column block added to what `sums` has for it."""
-        factor = self.weight * self.call.scale_student
-        weighted = self.x_rows * factor
+        """E X, (b, h, rows, Ds), and E^T X of each column block added to what `sums` has for it."""
+        x_rows = self.x[:, :, self.rows].astype(mx.float32)
         row_part: mx.array | None = None
         new_sums: list[mx.array] = []
         for k, (columns, error) in enumerate(zip(self.blocks, errors, strict=True)):
             (x,) = in_order([self.x], new_sums[-1:])
             row_part = _plus_product(row_part, error, x[:, :, columns].astype(mx.float32))
-            new_sums.append(_plus_product(sums[k] if sums else None, error.swapaxes(-1, -2), weighted))
+            new_sums.append(_plus_product(sums[k] if sums else None, error.swapaxes(-1, -2), x_rows))
         assert row_part is not None
-        return row_part * factor, new_sums
+        return row_part, new_sums
 
     def _scores(self) -> tuple[list[mx.array], list[mx.array]]:
         """S and R, block by block, float32, masked."""
-        x_rows = self.x_rows * self.call.scale_student
-        y_rows = self.y[:, :, self.rows].astype(mx.float32) * self.call.scale_teacher
         s: list[mx.array] = []
         r: list[mx.array] = []
         for columns in self.blocks:
             x, y = in_order([self.x, self.y], [*s[-1:], *r[-1:]])
-            block_s = x_rows @ x[:, :, columns].astype(mx.float32).swapaxes(-1, -2)
-            block_r = y_rows @ y[:, :, columns].astype(mx.float32).swapaxes(-1, -2)
-            block_s, block_r = self._masked(block_s, block_r, columns)
+            # Unscaled: bf16 inputs are exact in the TF32 of a GPU's products, scaled ones would not be.
+            block_s, block_r = (
+                v[:, :, self.rows].astype(mx.float32) @ v[:, :, columns].astype(mx.float32).swapaxes(-1, -2)
+                for v in (x, y)
+            )
+            block_s, block_r = self._scaled_and_masked(block_s, block_r, columns)
             s.append(block_s)
             r.append(block_r)
         return s, r
 
-    def _masked(self, s: mx.array, r: mx.array, columns: slice) -> tuple[mx.array, mx.array]:
-        """The scores of a block with MASKED added where row i must not see column j."""
+    def _scaled_and_masked(self, s: mx.array, r: mx.array, columns: slice) -> tuple[mx.array, mx.array]:
+        """A block of products as scores, with MASKED added where row i must not see column j."""
+        bias = mx.array(0.0)
         if self.valid is not None:
             bias = mx.where(self.valid[:, None, None, columns], 0.0, MASKED)
-            s, r = s + bias, r + bias
-        if self.call.causal and columns.stop > self.rows.start + 1:
-            i = mx.arange(self.rows.start, self.rows.stop)[:, None]
-            mask = _fused_causal if on_gpu() else _causal
-            s, r = mask(s, r, i, mx.arange(columns.start, columns.stop))
-        return s, r
+        scales = mx.array(self.call.scale_student), mx.array(self.call.scale_teacher)
+        if not self.call.causal or columns.stop <= self.rows.start + 1:
+            return (_fused_scaled if on_gpu() else _scaled)(s, r, *scales, bias)
+        i, j = mx.arange(self.rows.start, self.rows.stop)[:, None], mx.arange(columns.start, columns.stop)
+        return (_fused_causal if on_gpu() else _causal)(s, r, *scales, bias, i, j)
 
 
-def _causal(s: mx.array, r: mx.array, i: mx.array, j: mx.array) -> tuple[mx.array, mx.array]:
-    bias = mx.where(j <= i, 0.0, MASKED)
-    return s + bias, r + bias
-
-
-def _by_exponentials(s: list[mx.array], r: list[mx.array]) -> list[tuple[mx.array, mx.array]]:
+def _by_exponentials(
+    s: list[mx.array], r: list[mx.array], valid: mx.array
+) -> list[tuple[mx.array, mx.array]]:
     """(KL terms, E) of each block, with one exponential an element: the costly operation of a CPU."""
     differences = [a - b for a, b in zip(s, r, strict=True)]
     u_s, z_s, top_s = _exponentials(s)
     u_t, z_t, top_t = _exponentials(r)
     shift = (top_s + mx.log(z_s)) - (top_t + mx.log(z_t))  # lse_s - lse_t
-    return [
-        _terms(a * (1 / z_s), b * (1 / z_t), d - shift) for a, b, d in zip(u_s, u_t, differences, strict=True)
-    ]
+    w_s, w_t = valid / z_s, valid / z_t
+    return [_terms(a * w_s, b * w_t, d - shift) for a, b, d in zip(u_s, u_t, differences, strict=True)]
 
 
 def _exponentials(scores: list[mx.array]) -> tuple[list[mx.array], mx.array, mx.array]:
@@ -311,25 +315,42 @@ def _exponentials(scores: list[mx.array]) -> tuple[list[mx.array], mx.array, mx.
     return exps, reduce(mx.add, [u.sum(axis=-1, keepdims=True) for u in exps]), top
 
 
-def _by_lse(s: list[mx.array], r: list[mx.array]) -> list[tuple[mx.array, mx.array]]:
+def _by_lse(s: list[mx.array], r: list[mx.array], valid: mx.array) -> list[tuple[mx.array, mx.array]]:
     """(KL terms, E) of each block, with the fewest passes over memory: the costly operation of a GPU."""
     lse_s, lse_t = (reduce(mx.logaddexp, [mx.logsumexp(b, -1, keepdims=True) for b in v]) for v in (s, r))
-    return [_fused_terms(a, b, lse_s, lse_t) for a, b in zip(s, r, strict=True)]
-
-
-@partial(mx.compile, shapeless=True)
-def _fused_terms(s: mx.array, r: mx.array, lse_s: mx.array, lse_t: mx.array) -> tuple[mx.array, mx.array]:
-    log_s, log_t = s - lse_s, r - lse_t
-    return _terms(mx.exp(log_s), mx.exp(log_t), log_s - log_t)
-
-
-_fused_causal = mx.compile(_causal, shapeless=True)
+    return [_fused_from_lse(a, b, lse_s, lse_t, valid) for a, b in zip(s, r, strict=True)]
 
 
 def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array, mx.array]:
     """The terms of KL(p_t || p_s), and E. That E sums to zero makes errors of the lse second order."""
     error = p_s - p_t
     return error - p_t * log_ratio, error
+
+
+# The elementwise stages. A GPU reads and writes a tile once for each of the fused ones; compiling for the CPU
+# would need a C++ compiler at run time and gain little.
+
+
+def _from_lse(s, r, lse_s, lse_t, valid):
+    log_s, log_t = s - lse_s, r - lse_t
+    return _terms(mx.exp(log_s) * valid, mx.exp(log_t) * valid, log_s - log_t)
+
+
+def _scaled(s, r, scale_s, scale_t, bias):
+    return s * scale_s + bias, r * scale_t + bias
+
+
+def _causal(s, r, scale_s, scale_t, bias, i, j):
+    return _scaled(s, r, scale_s, scale_t, bias + mx.where(j <= i, 0.0, MASKED))
+
+
+def _sum(row_part, column_part, factor):
+    return (row_part + column_part) * factor
+
+
+_fused_from_lse, _fused_scaled, _fused_causal, _fused_sum = (
+    mx.compile(stage, shapeless=True) for stage in (_from_lse, _scaled, _causal, _sum)
+)
 
 
 def _plus_product(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:
@@ -349,28 +370,22 @@ def plan(
     """The tiles of one call, and whether a group of heads is cast to float32 once rather than block by block.
 
     The workspace holds, for each head of a group: its finished gradient, its float32 copy where it is cast
-    once, the running sums of E^T X (old and new), and the tiles in flight: S and R of a tile of rows, on the
-    CPU with their exponentials, and the float32 copies of a block of X and Y.
+    once, the running sums of E^T X (old and new), and the tiles in flight with S and R of a tile of rows, on
+    the CPU with their exponentials, and the float32 copies of a block of X and Y.
     """
-    budget, dims = workspace / FLOAT32, dim_s + dim_t
+    budget, dims = usable(workspace, gpu) / FLOAT32, dim_s + dim_t
     cast_once = cast and 4 * length * dims < budget
-    columns = power_of_two(2 * length - 1)
-    if not gpu or (cast and not cast_once):
-        columns = min(columns, 8192 if gpu else 2048)
 
-    def held(rows: int) -> float:
+    def held(rows: int, columns: int) -> float:
         """float32 numbers for one head."""
-        tile = (2 if gpu else 4) * rows * length + 4 * rows * columns + 4 * rows * dims
-        copies = (length if cast_once else 2 * min(columns, length) if cast else 0) * dims
-        return (2 if gpu else 1) * tile + copies + 3 * length * dim_s
+        tile = 6 * rows * length + 2 * rows * (0 if gpu else min(columns, length)) + 3 * rows * dims
+        copies = (length if cast_once else 3 * min(columns, length) if cast else 0) * dims
+        return tile + copies + 4 * length * dim_s
 
-    rows = min(columns, 128 if length <= 2048 else 256 if length <= 8192 else 1024 if gpu else 256)
-    while rows > 8 and held(rows) > budget:
-        rows //= 2
-    sequences = max(1, int(budget / held(rows)))
-    if sequences < heads:
-        return Tiles(1, sequences, rows, columns), cast_once
-    return Tiles(min(batch, sequences // heads), heads, rows, columns), cast_once
+    one_block = gpu and (cast_once or not cast)
+    width = length if one_block else 8192 if gpu else 2048
+    sizes = [(rows, rows * ceil_div(width, rows)) for rows in row_sizes(length, gpu)]
+    return fitting(batch, heads, length, length, sizes, held, budget, gpu), cast_once
 
 
 def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reduction: str) -> None:

@@ -8,7 +8,7 @@ accepts work, and so memory, far ahead of what it has done (about 4 GB on CUDA);
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,53 @@ class Pace:
         return in_order(arrays, [*after, *due])
 
 
-def power_of_two(limit: float) -> int:
-    """The largest power of two that is at most `limit`, and at least 1."""
-    return 1 << max(0, int(limit).bit_length() - 1)
+def usable(workspace: int, gpu: bool) -> float:
+    """The bytes of a workspace that are left for tiles.
+
+    Measured on CUDA: beside the tiles, cuBLAS takes up to 32 MiB for a product, with several in flight.
+    """
+    scratch = 160 * 2**20 if gpu and not mx.metal.is_available() else 0
+    return max(workspace - scratch, workspace / 4)
+
+
+def row_sizes(length: int, gpu: bool) -> list[int]:
+    """The numbers of rows worth trying for a tile of `length` rows, smallest first."""
+    sizes = [8, 16, 32, 64, 128, 256] + ([192, 384, 512, 768, 1024, 1536, 2048] if gpu else [])
+    return sorted(r for r in sizes if r < 2 * length) or [1]
+
+
+def fitting(
+    batch: int,
+    heads: int,
+    rows: int,
+    columns: int,
+    sizes: Sequence[tuple[int, int]],
+    held: Callable[[int, int], float],
+    budget: float,
+    gpu: bool,
+) -> Tiles:
+    """For scores of `rows` x `columns`: of the tiles that fit `budget`, those that cost least.
+
+    A head of a tile holds `held(tile rows, block columns)`; of `sizes` the first is taken if none fits. Cost
+    are the elements computed above the diagonal, and the time to launch a block: on an H200 that of 7 million
+    elements, on a CPU very little.
+    """
+    launch = 7e6 if gpu else 5e4
+
+    def of(tile: int, block: int) -> tuple[float, Tiles]:
+        sequences = max(1, min(int(budget / held(tile, block)), batch * heads))
+        b = max(1, sequences // heads)
+        b = ceil_div(batch, ceil_div(batch, b))  # groups of one size
+        h = heads if sequences >= heads else ceil_div(heads, ceil_div(heads, sequences))
+        blocks = ceil_div(batch, b) * ceil_div(heads, h) * ceil_div(rows, tile) * ceil_div(columns, block)
+        return blocks * launch + batch * heads * rows * tile / 2, Tiles(b, h, tile, block)
+
+    fit = [size for size in sizes if held(*size) <= budget] or list(sizes[:1])
+    return min((of(*size) for size in fit), key=lambda pair: pair[0])[1]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def times(gradient: mx.array, cotangent: mx.array) -> mx.array:
