@@ -155,10 +155,10 @@ def from_peft(
 
 
 def alpha(scale: float, rank: int) -> float | int:
-    """The lora_alpha for which lora_alpha / rank is `scale` to the last bit, where there is one."""
+    """The lora_alpha for which lora_alpha / rank is `scale`, to the last bit where any number is."""
     product = scale * rank
     candidates = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
-    value = next((c for c in candidates if c / rank == scale), product)
+    value = min(candidates, key=lambda candidate: abs(candidate / rank - scale))
     return int(value) if value == int(value) else value
 
 

@@ -1,0 +1,162 @@
+"""Adapters to PEFT and back: bit for bit, and refused where PEFT says what mlx-lm cannot."""
+
+import json
+import math
+
+import converter_models as tiny
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_linearard.convert.peft import alpha, from_peft, to_peft
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import load_model
+
+from mlx_linearard.errors import UserError
+
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+
+
+def adapter(directory, base, *, rank=8, scale=2.0, layers=2, keys=QKV, dora=False, seed=0):
+    """A random adapter in mlx-lm's format, and the logits of the model that carries it."""
+    model, _ = load_model(base)
+    model.freeze()
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}
+    linear_to_lora_layers(model, layers, parameters, use_dora=dora)
+    random = np.random.default_rng(seed)
+    held = {}
+    for name, value in tree_flatten(model.parameters()):
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("lora_a", "lora_b"):
+            held[name] = mx.array(random.normal(0, 0.15, value.shape).astype(np.float32))
+        elif leaf == "m":
+            held[name] = value * 1.25
+    model.load_weights(list(held.items()), strict=False)
+    model.eval()
+    directory.mkdir(parents=True)
+    mx.save_safetensors(str(directory / "adapters.safetensors"), held)
+    config = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": layers,
+        "lora_parameters": parameters,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return held, np.array(model(mx.array(tiny.ids())))
+
+
+def adapted(base, directory):
+    model, _ = load_model(base)
+    load_adapters(model, str(directory))
+    model.eval()
+    return np.array(model(mx.array(tiny.ids())))
+
+
+# rank 64 is the model's width: every factor of q is square, and a missing transpose would load
+CASES = [
+    {"rank": 8},
+    {"rank": 64},
+    {"rank": 64, "scale": 2.3, "dora": True},
+    {"rank": 4, "layers": 1},
+    {"rank": 5, "scale": 1 / 3, "keys": ["self_attn.q_proj", "mlp.down_proj"]},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_bit_for_bit(tmp_path, case):
+    base = tiny.write(tmp_path / "base")
+    held, logits = adapter(tmp_path / "ours", base, **case)
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    back = from_peft(theirs, tmp_path / "back")
+    found = mx.load(str(back / "adapters.safetensors"))
+    assert found.keys() == held.keys()
+    for name in held:
+        assert mx.array_equal(found[name], held[name]), name
+    scale = json.loads((back / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    assert scale == case.get("scale", 2.0)
+    np.testing.assert_array_equal(adapted(base, back), logits)
+    assert np.abs(logits - tiny.logits(base)).max() > 0.1
+    assert tiny.files(to_peft(back, tmp_path / "again")) == tiny.files(theirs)
+
+
+def test_what_peft_reads(tmp_path):
+    held, _ = adapter(tmp_path / "ours", tiny.write(tmp_path / "base"), rank=64, layers=1)
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs", base_model="a/b")
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "a/b"
+    assert (config["r"], config["lora_alpha"], config["layers_to_transform"]) == (64, 128, [1])
+    assert config["target_modules"] == ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    found = mx.load(str(theirs / "adapter_model.safetensors"))
+    name = "model.layers.1.self_attn.q_proj"
+    assert mx.array_equal(found[f"base_model.model.{name}.lora_A.weight"], held[f"{name}.lora_a"].T)
+    assert mx.array_equal(found[f"base_model.model.{name}.lora_B.weight"], held[f"{name}.lora_b"].T)
+
+
+def test_names_that_training_scripts_leave(tmp_path):
+    held, _ = adapter(tmp_path / "ours", tiny.write(tmp_path / "base"))
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    path = theirs / "adapter_model.safetensors"
+    renamed = {}
+    for name, array in mx.load(str(path)).items():
+        name = name.replace("base_model.model.", "base_model.model._orig_mod.module.")
+        renamed[name.replace(".weight", ".default.weight")] = array
+    mx.save_safetensors(str(path), renamed)
+    found = mx.load(str(from_peft(theirs, tmp_path / "back") / "adapters.safetensors"))
+    assert found.keys() == held.keys() and all(mx.array_equal(found[name], held[name]) for name in held)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 64, 100])
+@pytest.mark.parametrize("scale", [2.0, 0.1, 1 / 3, 20.0, 2.3])
+def test_alpha_gives_the_scale_back(rank, scale):
+    # exactly, or within the last bit where no float64 divided by the rank gives the scale (0.1 and 3)
+    assert abs(alpha(scale, rank) / rank - scale) <= (0 if scale in (2.0, 20.0, 2.3) else math.ulp(scale))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "IA3"}, "'IA3' adapter"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save replaces whole modules"),
+        ({"rank_pattern": {"q_proj": 4}}, "ranks of their own"),
+        ({"alpha_pattern": {"q_proj": 4}}, "scales of their own"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights"),
+        ({"r": 16}, "says r = 16"),
+        ({"lora_alpha": None}, "lora_alpha must be a number"),
+        ({"use_dora": True}, "lora_a, lora_b, m of each module"),
+    ],
+)
+def test_settings_that_mean_more_are_refused(tmp_path, change, said):
+    adapter(tmp_path / "ours", tiny.write(tmp_path / "base"))
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    path = theirs / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=said):
+        from_peft(theirs, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_rslora_and_weights_that_do_not_fit(tmp_path):
+    adapter(tmp_path / "ours", tiny.write(tmp_path / "base"), rank=16)
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    path = theirs / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "use_rslora": True}))
+    back = from_peft(theirs, tmp_path / "rs")
+    assert json.loads((back / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 8.0
+    weights = mx.load(str(theirs / "adapter_model.safetensors"))
+    lost = sorted(weights)[0]
+    mx.save_safetensors(
+        str(theirs / "adapter_model.safetensors"), {k: v for k, v in weights.items() if k != lost}
+    )
+    with pytest.raises(UserError, match="should hold lora_a, lora_b of each module: model"):
+        from_peft(theirs, tmp_path / "back")
+    mx.save_safetensors(
+        str(theirs / "adapter_model.safetensors"), {**weights, "base_model.x.bias": weights[lost]}
+    )
+    with pytest.raises(UserError, match=r"unexpected base_model\.x\.bias"):
+        from_peft(theirs, tmp_path / "back")
+    (theirs / "adapter_model.safetensors").unlink()
+    (theirs / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="pickled"):
+        from_peft(theirs, tmp_path / "back")

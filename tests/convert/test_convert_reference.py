@@ -1,0 +1,246 @@
+"""The real transformers and peft on torch, in float32, below and beyond the native window."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import converter_models as tiny
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_linearard.convert.hf import from_hf, scale, to_hf
+from mlx_linearard.convert.peft import to_peft
+from mlx_linearard.convert.verify import torch_logits
+from mlx_lm.utils import _get_classes
+from test_convert_peft import CASES, adapter
+
+from mlx_linearard.rope import FAMILIES, METHODS, attention_factor, inverse_frequencies, scale_rope
+
+pytestmark = pytest.mark.slow
+
+CLOSE = 1e-4  # absolute, on logits of a few units
+EXTRA = {
+    "olmo3": {"sliding_window": 32, "num_hidden_layers": 4},
+    "gemma3_text": {"sliding_window": 32, "num_hidden_layers": 6, "query_pre_attn_scalar": 16},
+    "granite": {
+        "logits_scaling": 1.0,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
+KINDS = (*tiny.FAMILIES, "olmo3", "gemma3_text", "granite", "smollm3")
+
+
+def in_memory(config, arrays):
+    """Logits of mlx-lm's model built in memory from a config and arrays, as a trainer holds it."""
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    model.load_weights(list(arrays.items()))
+    return np.array(model(mx.array(tiny.ids())))
+
+
+def torch_frequencies(directory):
+    """The inverse frequencies and attention factor of transformers' own rotary embedding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    rotary = model.model.rotary_emb
+    if hasattr(rotary, "inv_freq"):
+        return {"full_attention": rotary.inv_freq.numpy()}, rotary.attention_scaling
+    kinds = ("full_attention", "sliding_attention")
+    found = {kind: getattr(rotary, f"{kind}_inv_freq").numpy() for kind in kinds}
+    return found, rotary.full_attention_attention_scaling
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_three_ways_to_the_same_logits(tmp_path, kind, method):
+    if method is not None and method not in FAMILIES[kind].methods:
+        pytest.skip("refused, which test_rope.py checks")
+    settings = tiny.config(kind, **EXTRA.get(kind, {}))
+    arrays = tiny.weights(settings)
+    ours = from_hf(tiny.write(tmp_path / "source", settings, arrays, shards=2), tmp_path / "native")
+    if method is not None:
+        ours = scale(ours, tmp_path / "ours", method=method, factor=4.0)
+    theirs = to_hf(ours, tmp_path / "theirs")
+    config = json.loads((ours / "config.json").read_text())
+    reference = torch_logits(theirs, tiny.ids())
+    for logits in (tiny.logits(ours), in_memory(config, arrays)):
+        apart = np.abs(logits - reference)[0].max(axis=-1)
+        assert apart[: tiny.WINDOW].max() < CLOSE
+        assert apart[tiny.WINDOW :].max() < CLOSE
+    if method is not None:  # the comparison is worth something: scaling changes the logits
+        assert np.abs(reference - tiny.logits(tmp_path / "native")).max() > 100 * CLOSE
+    frequencies, factor = torch_frequencies(theirs)
+    for layers, expected in inverse_frequencies(config).items():
+        np.testing.assert_allclose(frequencies[layers], expected, rtol=0, atol=1e-6)
+    assert factor == pytest.approx(attention_factor(config), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_what_transformers_5_saves_is_read(tmp_path, kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = scale_rope(tiny.config(kind, **EXTRA.get(kind, {})), "yarn", 4.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).float()
+    model.save_pretrained(tmp_path / "source")
+    saved = json.loads((tmp_path / "source" / "config.json").read_text())
+    assert "rope_parameters" in saved and "rope_scaling" not in saved
+    (tmp_path / "source" / "tokenizer.json").write_text(tiny.tokenizer().to_str())
+    ours = from_hf(tmp_path / "source", tmp_path / "ours")
+    apart = np.abs(tiny.logits(ours) - torch_logits(tmp_path / "source", tiny.ids())).max()
+    assert apart < CLOSE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_computes_the_same_on_the_scaled_base(tmp_path, case):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    native = from_hf(tiny.write(tmp_path / "source"), tmp_path / "native")
+    base = scale(native, tmp_path / "base", method="linear", factor=4.0)
+    _, ours = adapter(tmp_path / "ours", base, **case)
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    model = AutoModelForCausalLM.from_pretrained(to_hf(base, tmp_path / "hf"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, theirs).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(tiny.ids())).logits.numpy()
+    assert np.abs(ours - logits).max() < CLOSE
+    assert np.abs(ours - tiny.logits(base)).max() > 100 * CLOSE
+
+
+def test_an_adapter_that_peft_saved(tmp_path):
+    """As the authors' training script saves one: LoRA on q_proj, k_proj and v_proj of every layer."""
+    import torch
+    from mlx_linearard.convert.peft import from_peft
+    from peft import LoraConfig, get_peft_model
+    from test_convert_peft import adapted
+    from transformers import AutoModelForCausalLM
+
+    base = from_hf(tiny.write(tmp_path / "source"), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(to_hf(base, tmp_path / "hf"), dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj"]
+    config = LoraConfig(r=64, lora_alpha=128, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+        logits = model(torch.tensor(tiny.ids())).logits.numpy()
+    model.save_pretrained(tmp_path / "theirs")
+    ours = adapted(base, from_peft(tmp_path / "theirs", tmp_path / "ours"))
+    assert np.abs(ours - logits).max() < CLOSE
+
+
+PEAK = """
+import resource, sys
+from mlx_linearard.convert.hf import from_hf
+from_hf(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None, shard_bytes=900 << 20)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak if sys.platform == "darwin" else peak * 1024)
+"""
+
+
+def large(directory, layers=17, shard_bytes=900 << 20):
+    """An unquantized model of 2.5 GB (by default), random, in several shards."""
+    from mlx_linearard.convert.write import Tensor, write_config, write_weights
+
+    settings = tiny.config(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=128,
+        vocab_size=32000,
+    )
+    model_class, args_class = _get_classes(settings)
+    from mlx.utils import tree_flatten
+
+    shapes = tree_flatten(model_class(args_class.from_dict(settings)).parameters())
+    directory.mkdir()
+    tensors = [
+        Tensor(name, tuple(v.shape), mx.bfloat16, lambda s=v.shape: mx.random.normal(s, dtype=mx.bfloat16))
+        for name, v in shapes
+    ]
+    write_weights(directory, tensors, shard_bytes=shard_bytes)
+    write_config(directory, settings)
+    (directory / "tokenizer.json").write_text(tiny.tokenizer().to_str())
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["", "float16"])
+def test_memory_is_that_of_a_shard_at_most(tmp_path, dtype):
+    source = large(tmp_path / "source")
+    shards = [path.stat().st_size for path in source.glob("*.safetensors")]
+    assert len(shards) > 2 and sum(shards) > 2.4e9
+    line = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "ours"), dtype]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * max(shards) + 500e6
+
+
+def started(source, target):
+    line = [sys.executable, "-m", "mlx_linearard.convert", "from-hf", str(source), str(target)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_midway_leaves_nothing(tmp_path):
+    source = large(tmp_path / "source", layers=6)
+    (tmp_path / "place").mkdir()
+    process = started(source, tmp_path / "place" / "ours")
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "place").glob(".ours.*/*.safetensors")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.count("\n") == 1
+    assert not list((tmp_path / "place").iterdir())
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=2m tmpfs "$1"
+shift
+status=0
+"$@" || status=$?
+ls -A "$PLACE"
+exit $status
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small file system")
+def test_a_full_disk_midway_leaves_nothing(tmp_path):
+    settings = tiny.config(hidden_size=512, intermediate_size=1024)
+    source = tiny.write(tmp_path / "source", settings)
+    place = tmp_path / "place"
+    place.mkdir()
+    inside = ["bash", "-c", FULL, "bash", str(place), sys.executable, "-m", "mlx_linearard.convert"]
+    outside = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    line = [*outside, *inside, "from-hf", str(source), str(place / "ours")]
+    environment = {**os.environ, "PLACE": str(place)}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr and done.stderr.count("\n") == 1
+    assert not done.stdout.strip()  # nothing is left on the small disk
+
+
+def test_models_convert_from_anywhere(tmp_path):
+    """The console script's module runs outside the repository."""
+    tiny.write(tmp_path / "source")
+    line = [sys.executable, "-m", "mlx_linearard.convert", "scale", "source", "ours", "--factor", "4"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(tmp_path / "ours" / "config.json").is_file()
