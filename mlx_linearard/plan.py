@@ -30,8 +30,8 @@ class Demo:
 # The demonstration by matrix speed in GFLOP/s: the first row that the machine reaches.
 DEMOS: tuple[tuple[float, Demo], ...] = (
     (2000.0, Demo(2048, 4, 144, 32768, 3e-4)),
-    (20.0, Demo(256, 2, 60, 4096, 1e-3)),
-    (0.0, Demo(128, 1, 24, 512, 1e-3)),
+    (20.0, Demo(256, 2, 36, 2048, 1e-3)),
+    (0.0, Demo(64, 1, 40, 512, 2e-3)),
 )
 
 

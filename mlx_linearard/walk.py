@@ -44,13 +44,23 @@ class _StandIn:
 
 @contextlib.contextmanager
 def _stand_ins(model: Any, run: Callable[[int, mx.array, Call], mx.array]) -> Iterator[None]:
-    layers = model.layers
+    layers = _own_list(model)
     real = list(layers)
     try:
         layers[:] = [_StandIn(layer, lambda h, call, i=i: run(i, h, call)) for i, layer in enumerate(real)]
         yield
     finally:
         layers[:] = real
+
+
+def _own_list(model: Any) -> list[nn.Module]:
+    """The list the model itself runs through; `model.layers` may be a copy of it."""
+    first = model.layers[0]
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, list) and value and value[0] is first:
+                return value
+    raise UserError(f"{model.model_type} does not keep its layers in one list: not supported")
 
 
 def enter(model: Any, tokens: mx.array) -> tuple[mx.array, list[Call]]:

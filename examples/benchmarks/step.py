@@ -1,0 +1,292 @@
+"""The whole distillation step: peak memory and tokens/s against length, beside mlx-lm's own LoRA training.
+
+    python examples/benchmarks/step.py                          # SmolLM2-135M, T = 1024 ... 8192
+    python examples/benchmarks/step.py --shape llama-3-8b --lengths 4096,8192 --series last
+
+Each series runs in a process of its own, so that none sees another's memory. `last` and `all` are this
+project's step with the relations of the last layer or of all layers; `mlx-lm` is mlx_lm.lora's training loop
+with --grad-checkpoint: the same adapters, model, length and optimizer, on the next-token loss. Peak memory is
+mlx's own counter, weights included. The exponent is the slope of log(peak - weights) over log(T).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RANK, SCALE = 64, 2.0
+SERIES = ("last", "all", "logits", "mlx-lm")
+
+
+def main() -> None:
+    options = arguments()
+    if options.child:
+        child(json.loads(options.child))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        model = prepare_model(options, Path(scratch))
+        rows = [row for name in options.series.split(",") for row in run_series(options, model, name)]
+    report(rows, Path(options.out))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model directory (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random 4-bit weights of this shape, made on the spot")
+    parser.add_argument("--lengths", default="1024,2048,4096,8192")
+    parser.add_argument("--series", default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
+    parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
+    parser.add_argument("--dtype", default=None, help="of the weights in memory")
+    parser.add_argument("--out", default="examples/benchmarks/results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-5, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
+    """The directory to measure on: the user's, SmolLM2's, or random weights of a shape."""
+    if options.model:
+        return Path(options.model)
+    from mlx_linearard.default_model import default_model
+
+    smollm2 = default_model()
+    return random_quantized(SHAPES[options.shape], scratch / options.shape, smollm2) if options.shape else smollm2
+
+
+def random_quantized(config: dict[str, Any], folder: Path, tokenizer_from: Path) -> Path:
+    """A 4-bit model directory with random codes, scaled so that activations keep a sensible size."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import llama
+
+    folder.mkdir(parents=True)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    weights = {}
+    for name, array in tree_flatten(model.parameters()):
+        if array.dtype == mx.uint32:
+            value = mx.random.randint(0, 2**31 - 1, array.shape).astype(mx.uint32)
+        elif name.endswith("scales"):
+            value = mx.full(array.shape, 0.02 / 4.6, mx.bfloat16)  # codes 0 ... 15 have a deviation of 4.6
+        elif name.endswith("biases"):
+            value = mx.full(array.shape, -7.5 * 0.02 / 4.6, mx.bfloat16)
+        else:
+            value = mx.ones(array.shape, mx.bfloat16)
+        mx.eval(value)
+        weights[name] = value
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    quantization = {"group_size": 64, "bits": 4, "mode": "affine"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+    for file in tokenizer_from.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------
+# Series
+
+
+def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict[str, Any]]:
+    """One series in a process of its own; its rows, also of what came before a failure."""
+    work = {
+        "model": str(model), "shape": options.shape or model.name, "series": name, "steps": options.steps,
+        "lengths": [int(n) for n in options.lengths.split(",")], "workspace": options.workspace << 20,
+        "dtype": options.dtype,
+    }  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(work)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    if process.returncode:
+        print(f"{name}: ended with status {process.returncode} after {len(rows)} lengths", file=sys.stderr)
+    return rows
+
+
+def child(work: dict[str, Any]) -> None:
+    """Measure one series, a JSON line a length."""
+    import mlx.core as mx
+
+    from mlx_linearard.machine import describe
+
+    measure = rival(work) if work["series"] == "mlx-lm" else ours(work)
+    weights = mx.get_active_memory()
+    for length in work["lengths"]:
+        mx.clear_cache()
+        peak, speed = measure(length)
+        row = {
+            "machine": describe(), "mlx": mx.__version__, "model": work["shape"], "series": work["series"],
+            "length": length, "peak_mb": round(peak / 1e6, 1), "weights_mb": round(weights / 1e6, 1),
+            "tokens_per_second": round(speed, 1), "workspace_mb": work["workspace"] >> 20,
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        print(f"{work['series']} T={length}: {peak / 1e6:.0f} MB, {speed:.0f} tokens/s", file=sys.stderr, flush=True)
+
+
+def ours(work: dict[str, Any]) -> Any:
+    """This project's step: length -> (peak bytes, tokens a second)."""
+    import mlx.core as mx
+
+    from mlx_linearard.objective import resolve_objective
+    from mlx_linearard.pair import load_pair
+    from mlx_linearard.trainer import Schedule, TrainState, train_step
+
+    pair = load_pair(work["model"], method="linear", factor=4.0, lora_rank=RANK, lora_scale=SCALE, dtype=work["dtype"])
+    name, layers = ("logits", "last") if work["series"] == "logits" else ("relation", work["series"])
+    objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work["workspace"])
+    schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
+    state = TrainState.start(pair, schedule)
+
+    def measure(length: int) -> tuple[int, float]:
+        peak, speeds = 0, []
+        for step in range(work["steps"] + 1):
+            tokens = mx.random.randint(0, 1000, (1, length + 1))
+            mx.eval(tokens)
+            record = train_step(pair, objective, schedule, state, [tokens])
+            peak = max(peak, record.peak_memory)
+            speeds += [record.tokens / record.seconds] if step or not work["steps"] else []
+        return peak, sorted(speeds)[len(speeds) // 2]
+
+    return measure
+
+
+def rival(work: dict[str, Any]) -> Any:
+    """mlx-lm's training loop with --grad-checkpoint, on the same adapters: length -> (peak bytes, tokens a second)."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import TrainingArgs, grad_checkpoint, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    from mlx_linearard.files import read_config
+    from mlx_linearard.pair import qkv_keys
+    from mlx_linearard.rope import normalise, scale_rope
+
+    config = scale_rope(normalise(read_config(work["model"])), "linear", 4.0)
+    model, _ = load_model(Path(work["model"]), lazy=True, model_config=config)
+    if work["dtype"]:
+        model.set_dtype(getattr(mx, work["dtype"]))
+    model.freeze()
+    mx.eval(model.parameters())
+    keys = set(qkv_keys(model))
+    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": keys})
+    mx.eval(model.parameters())
+    grad_checkpoint(model.layers[0])
+
+    class Heard:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            self.speed = info["tokens_per_second"]
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            pass
+
+    def measure(length: int) -> tuple[int, float]:
+        rows = [(mx.random.randint(0, 1000, (length + 1,)).tolist(), 0) for _ in range(2)]
+        heard, steps = Heard(), max(1, work["steps"])
+        mx.reset_peak_memory()
+        optimizer = optim.AdamW(learning_rate=1e-4)
+        with tempfile.TemporaryDirectory() as folder:
+            for iters in (1, steps):  # the first compiles
+                args = TrainingArgs(
+                    batch_size=1, iters=iters, val_batches=0, steps_per_report=iters, steps_per_eval=10**9,
+                    steps_per_save=10**9, max_seq_length=length + 1, adapter_file=str(Path(folder) / "a.safetensors"),
+                )  # fmt: skip
+                train(model, optimizer, Dataset(rows), None, args=args, training_callback=heard)
+        return mx.get_peak_memory(), heard.speed
+
+    return measure
+
+
+class Dataset(list[Any]):
+    """Token rows as mlx-lm's trainer takes them."""
+
+    def itemlen(self, index: int) -> int:
+        return len(self[index][0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Report
+
+
+def exponent(rows: list[dict[str, Any]]) -> float:
+    """Slope of log(peak - weights) over log(T), by least squares."""
+    xs = [math.log(r["length"]) for r in rows]
+    ys = [math.log(max(r["peak_mb"] - r["weights_mb"], 1e-3)) for r in rows]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread if spread else math.nan
+
+
+def report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Print a table, write a CSV, draw a picture."""
+    if not rows:
+        sys.exit("nothing was measured")
+    names = list(dict.fromkeys(r["series"] for r in rows))
+    for name in names:
+        own = [r for r in rows if r["series"] == name]
+        print(f"\n{name}: exponent {exponent(own):.2f} on {own[0]['machine']}, {own[0]['model']}")
+        for r in own:
+            print(f"  T={r['length']:>6}  peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})  {r['tokens_per_second']:>9.0f} tokens/s")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"step-{slug(rows[0]['model'])}-{slug(rows[0]['machine'])}"
+    with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, names, folder / f"{stem}.png")
+    print(f"\nwrote {folder / stem}.csv")
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-").replace("--", "-")
+
+
+def draw(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install 'mlx-linearard[plot]'")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name in names:
+        own = [r for r in rows if r["series"] == name]
+        label = {"last": "relations, last layer", "all": "relations, all layers", "mlx-lm": "mlx_lm.lora --grad-checkpoint"}.get(name, name)
+        axes[0].plot([r["length"] for r in own], [r["peak_mb"] / 1e3 for r in own], marker="o", label=label)
+        axes[1].plot([r["length"] for r in own], [r["tokens_per_second"] for r in own], marker="o", label=label)
+    for axis, title in zip(axes, ("peak memory, GB", "tokens a second"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="sequence length", title=title)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"one training step, {rows[0]['model']}, {rows[0]['machine']}", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Fixtures shared by the tests: one tiny model directory and one text a session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import PROSE, tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 Llama; tests must not write into it."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 16 thousand characters of prose."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text("".join(f"{i}. {PROSE}" for i in range(200)))
+    return path
