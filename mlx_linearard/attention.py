@@ -204,13 +204,15 @@ class _Attention:
         d_out, out, lse = (self._stack(a, b, h, rows) for a in (d_output, output, lse))
         delta = (d_out * out).sum(axis=-1, keepdims=True)
         d_q = mx.zeros(q.shape)
-        stage = _fused_d_scores if on_gpu() else _d_scores
+        softmax, derivative = _probabilities, _d_scores
+        if on_gpu():
+            softmax, derivative = _fused_probabilities, _fused_d_scores
         after = [q, d_out, delta]
         for columns in self._blocks(rows):
             keys, values = pace([keys, values], after)
-            scores = self._scores(q, keys, b, h, rows, columns)
+            p = softmax(self._scores(q, keys, b, h, rows, columns), lse)
             d_p = d_out @ _block(values, b, h, columns).swapaxes(-1, -2)
-            p, d_scores = stage(scores, d_p, lse, delta)
+            d_scores = derivative(p, d_p, delta)
             d_q = mx.addmm(d_q, d_scores, _block(keys, b, h, columns))
             total = sums[columns.start // self.tiles.columns]
             total.add(d_scores.swapaxes(-1, -2), q, p.swapaxes(-1, -2), d_out)
@@ -319,13 +321,16 @@ class _Sums:
         return mx.concatenate([a.astype(dtype) for a in parts], axis=2)
 
 
-def _d_scores(scores: mx.array, d_p: mx.array, lse: mx.array, delta: mx.array) -> tuple[mx.array, mx.array]:
-    """P and dS of a tile."""
-    p = mx.exp(scores - lse)
-    return p, p * (d_p - delta)
+def _probabilities(scores: mx.array, lse: mx.array) -> mx.array:
+    return mx.exp(scores - lse)
 
 
-_fused_d_scores = mx.compile(_d_scores, shapeless=True)
+def _d_scores(p: mx.array, d_p: mx.array, delta: mx.array) -> mx.array:
+    return p * (d_p - delta)
+
+
+# For a GPU: each reads and writes a tile once, in place.
+_fused_probabilities, _fused_d_scores = (mx.compile(f, shapeless=True) for f in (_probabilities, _d_scores))
 
 
 def plan(

@@ -275,25 +275,20 @@ class _Rows:
         for columns in self.blocks:
             x, y = in_order([self.x, self.y], [*s[-1:], *r[-1:]])
             # Unscaled: bf16 inputs are exact in the TF32 of a GPU's products, scaled ones would not be.
-            block_s, block_r = (
-                v[:, :, self.rows].astype(mx.float32) @ v[:, :, columns].astype(mx.float32).swapaxes(-1, -2)
-                for v in (x, y)
-            )
-            block_s, block_r = self._scaled_and_masked(block_s, block_r, columns)
-            s.append(block_s)
-            r.append(block_r)
+            for blocks, v, scale in ((s, x, self.call.scale_student), (r, y, self.call.scale_teacher)):
+                rows, others = (v[:, :, at].astype(mx.float32) for at in (self.rows, columns))
+                blocks.append(self._scaled_and_masked(rows @ others.swapaxes(-1, -2), scale, columns))
         return s, r
 
-    def _scaled_and_masked(self, s: mx.array, r: mx.array, columns: slice) -> tuple[mx.array, mx.array]:
+    def _scaled_and_masked(self, products: mx.array, scale: float, columns: slice) -> mx.array:
         """A block of products as scores, with MASKED added where row i must not see column j."""
         bias = mx.array(0.0)
         if self.valid is not None:
             bias = mx.where(self.valid[:, None, None, columns], 0.0, MASKED)
-        scales = mx.array(self.call.scale_student), mx.array(self.call.scale_teacher)
         if not self.call.causal or columns.stop <= self.rows.start + 1:
-            return (_fused_scaled if on_gpu() else _scaled)(s, r, *scales, bias)
+            return (_fused_scaled if on_gpu() else _scaled)(products, mx.array(scale), bias)
         i, j = mx.arange(self.rows.start, self.rows.stop)[:, None], mx.arange(columns.start, columns.stop)
-        return (_fused_causal if on_gpu() else _causal)(s, r, *scales, bias, i, j)
+        return (_fused_causal if on_gpu() else _causal)(products, mx.array(scale), bias, i, j)
 
 
 def _by_exponentials(
@@ -328,7 +323,7 @@ def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array,
 
 
 # The elementwise stages. A GPU reads and writes a tile once for each of the fused ones; compiling for the CPU
-# would need a C++ compiler at run time and gain little.
+# would need a C++ compiler at run time and gain little. A stage with one output can work in place.
 
 
 def _from_lse(s, r, lse_s, lse_t, valid):
@@ -336,12 +331,12 @@ def _from_lse(s, r, lse_s, lse_t, valid):
     return _terms(mx.exp(log_s) * valid, mx.exp(log_t) * valid, log_s - log_t)
 
 
-def _scaled(s, r, scale_s, scale_t, bias):
-    return s * scale_s + bias, r * scale_t + bias
+def _scaled(products, scale, bias):
+    return products * scale + bias
 
 
-def _causal(s, r, scale_s, scale_t, bias, i, j):
-    return _scaled(s, r, scale_s, scale_t, bias + mx.where(j <= i, 0.0, MASKED))
+def _causal(products, scale, bias, i, j):
+    return products * scale + (bias + mx.where(j <= i, 0.0, MASKED))
 
 
 def _sum(row_part, column_part, factor):
@@ -378,9 +373,9 @@ def plan(
 
     def held(rows: int, columns: int) -> float:
         """float32 numbers for one head."""
-        tile = 6 * rows * length + 2 * rows * (0 if gpu else min(columns, length)) + 3 * rows * dims
+        tile = 8 * rows * length if gpu else 6 * rows * length + 2 * rows * min(columns, length)
         copies = (length if cast_once else 3 * min(columns, length) if cast else 0) * dims
-        return tile + copies + 4 * length * dim_s
+        return tile + 3 * rows * dims + copies + 3 * length * dim_s
 
     one_block = gpu and (cast_once or not cast)
     width = length if one_block else 8192 if gpu else 2048

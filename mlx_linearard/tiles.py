@@ -88,7 +88,7 @@ def usable(workspace: int, gpu: bool) -> float:
 
     Measured on CUDA: beside the tiles, cuBLAS takes up to 32 MiB for a product, with several in flight.
     """
-    scratch = 160 * 2**20 if gpu and not mx.metal.is_available() else 0
+    scratch = 96 * 2**20 if gpu and not mx.metal.is_available() else 0
     return max(workspace - scratch, workspace / 4)
 
 

@@ -144,6 +144,7 @@ def test_without_gradient(kind, window, gpu, monkeypatch):
 
 
 def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
+    monkeypatch.setattr(module, "_fused_probabilities", module._probabilities)
     monkeypatch.setattr(module, "_fused_d_scores", module._d_scores)
     monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(tiles, "on_gpu", lambda: True)
