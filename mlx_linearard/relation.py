@@ -365,15 +365,16 @@ def plan(
     """The tiles of one call, and whether a group of heads is cast to float32 once rather than block by block.
 
     The workspace holds, for each head of a group: its finished gradient, its float32 copy where it is cast
-    once, the running sums of E^T X (old and new), and the tiles in flight with S and R of a tile of rows, on
-    the CPU with their exponentials, and the float32 copies of a block of X and Y.
+    once, the running sums of E^T X (old and new), the float32 copies of a block of X and Y, and the tiles of
+    rows: on the CPU one with S, R and their exponentials; on a GPU three, being done, waiting and being
+    released, of S, R, E and the terms of the KL each.
     """
     budget, dims = usable(workspace, gpu) / FLOAT32, dim_s + dim_t
     cast_once = cast and 4 * length * dims < budget
 
     def held(rows: int, columns: int) -> float:
         """float32 numbers for one head."""
-        tile = 8 * rows * length if gpu else 6 * rows * length + 2 * rows * min(columns, length)
+        tile = 12 * rows * length if gpu else 6 * rows * length + 2 * rows * min(columns, length)
         copies = (length if cast_once else 3 * min(columns, length) if cast else 0) * dims
         return tile + 3 * rows * dims + copies + 3 * length * dim_s
 
