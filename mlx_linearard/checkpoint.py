@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from .errors import UserError, one_line
 from .files import new_directory, read_json, write_json
-from .pair import Leaves
 from .trainer import TrainState
 
 ARRAYS, FACTS = "state.safetensors", "state.json"
@@ -69,14 +68,15 @@ def _fill(path: Path, state: TrainState, arrays: Any) -> None:
     )  # fmt: skip
     if bad:
         raise UserError(f"{path / ARRAYS} does not fit this run: {', '.join(bad[:8])}; start again with --overwrite")
-    tree = tree_unflatten(list(arrays.items()))
-    parameters: list[Leaves] = [dict(tree_flatten(leaves)) for leaves in _listed(tree["parameters"])]
-    state.parameters = [
-        {name: loaded[name] for name in own} for own, loaded in zip(state.parameters, parameters, strict=True)
-    ]
-    state.optimizer.state = tree["optimizer"]
+    state.parameters = _from(arrays, state.parameters, "parameters")
+    state.optimizer.state = _from(arrays, state.optimizer.state, "optimizer")
     mx.eval(state.parameters, state.optimizer.state)
 
 
-def _listed(tree: Any) -> list[Any]:
-    return tree if isinstance(tree, list) else [tree[key] for key in sorted(tree, key=int)]
+def _from(arrays: Any, like: Any, name: str) -> Any:
+    """A tree shaped as `like` with the arrays of the same names; keys of `like` may hold dots themselves."""
+    if isinstance(like, dict):
+        return {key: _from(arrays, value, f"{name}.{key}") for key, value in like.items()}
+    if isinstance(like, list):
+        return [_from(arrays, value, f"{name}.{i}") for i, value in enumerate(like)]
+    return arrays[name]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+import types
 from collections.abc import Sequence
+from typing import Any
 
 from .config import parse
 from .errors import run_command
@@ -82,6 +84,15 @@ def main() -> None:
     """Entry point of `mlx_linearard.distill`."""
     sys.exit(run_command(run))
 
+
+class _Callable(types.ModuleType):
+    """`mlx_linearard.distill(...)` stays the function of the contract also where this module is imported."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Result | None:
+        return distill(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     main()

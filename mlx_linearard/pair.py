@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
 
 from . import rope
+from .convert.safe import check_model_dir
 from .errors import UserError, one_line
-from .files import read_config
 from .walk import attention_of
 
 # The projections that make q, k and v, as mlx-lm's attentions name them; the last four are fused.
@@ -98,7 +98,7 @@ def load_pair(
     lora_rank: int = 64,
     lora_scale: float = 2.0,
     lora_dropout: float = 0.0,
-    adapt_layers: Iterable[int] | None = None,
+    adapt_layers: Iterable[int] | Callable[[Any], Iterable[int]] | None = None,
     dtype: str | None = None,
     seed: int = 0,
 ) -> Pair:
@@ -108,25 +108,25 @@ def load_pair(
         path: a local mlx-lm or Hugging Face directory (safetensors), quantized or not.
         method, factor: how the student's RoPE is scaled (`rope.scale_rope`).
         fine_tune_type: `lora` or `dora` adapters on the q, k, v projections, or `full`: the projections themselves.
-        adapt_layers: the layers that get adapters; all by default.
+        adapt_layers: the layers that get adapters, or a function of the model that says which; all by default.
         dtype: of the frozen weights in memory (quantized ones keep their bits); by default the file's own.
         seed: of the adapters' first values.
     Raises:
         UserError: where the directory, the family or the method does not allow it, with the reason.
     """
     path = Path(path)
-    native = rope.normalise(read_config(path))
+    native = check_model_dir(path).config
     try:
         scaled = rope.scale_rope(native, method, factor)
     except ValueError as error:
         raise UserError(str(error)) from None
     teacher = load_frozen(path, native, dtype)
     student = share(teacher, scaled)
+    if adapt_layers is None:
+        adapt_layers = range(len(student.layers))
+    chosen = tuple(sorted(adapt_layers(student) if callable(adapt_layers) else adapt_layers))
+    adapter = Adapter(fine_tune_type, lora_rank, lora_scale, lora_dropout, qkv_keys(student), chosen)
     mx.random.seed(seed)
-    adapter = Adapter(
-        fine_tune_type, lora_rank, lora_scale, lora_dropout, qkv_keys(student),
-        tuple(range(len(student.layers))) if adapt_layers is None else tuple(sorted(adapt_layers)),
-    )  # fmt: skip
     adapt(student, adapter)
     tokenizer = load_tokenizer(path, eos_token_ids=native.get("eos_token_id"))
     return Pair(path, teacher, student, tokenizer, native, scaled, adapter)
@@ -222,7 +222,7 @@ class MasterLinear(nn.Linear):
 
     def __init__(self, source: nn.Linear):
         nn.Module.__init__(self)
-        self._dtype = source.weight.dtype
+        self.source_dtype = source.weight.dtype
         for name, value in source.parameters().items():
             self[name] = value.astype(mx.float32)
 
@@ -233,7 +233,7 @@ class MasterLinear(nn.Linear):
     def as_linear(self) -> nn.Linear:
         """The layer in the source's dtype."""
         plain = nn.Linear(1, 1, bias="bias" in self)
-        plain.update({name: value.astype(self._dtype) for name, value in self.parameters().items()})
+        plain.update({name: value.astype(self.source_dtype) for name, value in self.parameters().items()})
         return plain
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from . import rope
 from .config import DistillConfig
 from .errors import UserError
 from .machine import Machine
@@ -74,8 +75,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, *, native_window: int) -> Sizing:
+def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) -> Sizing:
     """Choose what the configuration leaves open, and check what it says against the native window."""
+    native_window = rope.native_window(native)
     demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
     seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
     if seq_len > native_window:

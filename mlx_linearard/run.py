@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import __version__, checkpoint, rope
+from . import __version__, checkpoint
 from .config import DistillConfig, to_yaml
+from .convert.hf import resolve
+from .convert.safe import check_config
 from .data import Blocks, python_prose, read_documents, split, tokenize, windows
 from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
 from .files import RunDir, disk_errors, read_config, read_json, write_json
-from .fuse import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
-from .hub import resolve_model
+from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
+from .interrupt import between_steps
 from .machine import Machine
 from .machine import measure as measure_machine
 from .objective import Objective, resolve_objective
@@ -141,21 +143,18 @@ def _probe(target: Path) -> None:
 
 
 def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
-    path = resolve_model(config.model) if config.model else default_model(progress=listener.say)
-    native = _native_config(path)
+    path = resolve(config.model) if config.model else default_model(progress=listener.say)
+    native = check_config(path)
     dtype = _dtype(config, native)
     machine = measure_machine(getattr(mx, dtype or "float16") if _on_gpu() else mx.float32)
-    sizing = size_run(config, native, machine, native_window=rope.native_window(native))
+    sizing = size_run(config, native, machine)
     pair = load_pair(
         path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
         lora_rank=config.lora_rank, lora_scale=config.lora_scale, lora_dropout=config.lora_dropout,
+        adapt_layers=lambda model: range(_objective(config, model).last_layer(len(model.layers)) + 1),
         dtype=dtype, seed=config.seed,
     )  # fmt: skip
-    objective = resolve_objective(
-        pair.student, config.objective, layers=config.layers, relations=config.relations,
-        normalization=config.normalization, relation_weight=config.relation_weight,
-        logits_weight=config.logits_weight, workspace_bytes=config.workspace << 20,
-    )  # fmt: skip
+    objective = _objective(config, pair.student)
     train_tokens, held_out = _tokens(config, pair, sizing, listener)
     blocks = Blocks(train_tokens, sizing.seq_len, config.seed)
     if blocks.count < config.batch_size:
@@ -173,11 +172,12 @@ def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
     )  # fmt: skip
 
 
-def _native_config(path: Path) -> dict[str, Any]:
-    try:
-        return rope.normalise(read_config(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+def _objective(config: DistillConfig, model: Any) -> Objective:
+    return resolve_objective(
+        model, config.objective, layers=config.layers, relations=config.relations,
+        normalization=config.normalization, relation_weight=config.relation_weight,
+        logits_weight=config.logits_weight, workspace_bytes=config.workspace << 20,
+    )  # fmt: skip
 
 
 def _on_gpu() -> bool:
@@ -301,8 +301,9 @@ def _first_measure(job: _Job, listener: Listener) -> tuple[Fidelity, Fidelity]:
 
 
 def _train(job: _Job, state: TrainState, listener: Listener) -> None:
+    """All steps that are left. KeyboardInterrupt, after saving, where somebody asked to stop."""
     folder, every = job.run.checkpoints, job.config.save_every
-    with job.run.metrics.open("a", encoding="utf-8") as metrics, _saving_on_interrupt(job, state):
+    with job.run.metrics.open("a", encoding="utf-8") as metrics, between_steps() as stop:
         for record in train(job.pair, job.objective, job.schedule, job.blocks, state):
             metrics.write(json.dumps(record.as_json()) + "\n")
             metrics.flush()
@@ -310,22 +311,17 @@ def _train(job: _Job, state: TrainState, listener: Listener) -> None:
             if not record.finite:
                 raise UserError(
                     f"the loss is not finite at step {record.step}: lower --learning-rate "
-                    f"({job.config.learning_rate:g}); the last good state is in {folder}"
+                    f"({job.schedule.learning_rate:g}); checkpoints of earlier steps are in {folder}"
                 )
+            if stop.made:
+                saved = checkpoint.save(folder, state, job.identity)
+                listener.say(f"stopped after step {state.step}, saved in {saved}; go on with the same command and --resume")
+                raise KeyboardInterrupt
             if every and state.step % every == 0 and state.step < job.schedule.steps:
                 checkpoint.save(folder, state, job.identity)
             if job.config.eval_every and state.step % job.config.eval_every == 0:
                 _measure_now(job, state, listener)
     checkpoint.save(folder, state, job.identity)
-
-
-@contextlib.contextmanager
-def _saving_on_interrupt(job: _Job, state: TrainState) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        checkpoint.save(job.run.checkpoints, state, job.identity)
-        raise
 
 
 def _measure_now(job: _Job, state: TrainState, listener: Listener) -> None:
