@@ -304,6 +304,8 @@ def _scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any] | None:
     """The native scaling of a GGUF: from its metadata, or from the factors of Llama 3.1."""
     kind = file.get("llama.rope.scaling.type", "none")
     scaling: dict[str, Any] | None = None
+    if file.get("llama.rope.scaling.attn_factor", 1.0) != 1.0:
+        raise UserError(f"{file.path} has a RoPE attention factor of its own, which mlx-lm cannot express")
     if kind in ("linear", "yarn"):
         scaling = {"rope_type": kind, "factor": _real(file, "rope.scaling.factor")}
         if kind == "yarn":

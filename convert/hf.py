@@ -102,7 +102,8 @@ def to_hf(
     kinds = {names.FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in names.FLOAT_NAMES}
     if len(kinds) == 1:
         config["dtype"] = config["torch_dtype"] = kinds.pop()
-    config.setdefault("architectures", [ARCHITECTURES.get(config["model_type"], "")])
+    if "architectures" not in config and config["model_type"] in ARCHITECTURES:
+        config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     with model_directory(
         target,
         config,
@@ -223,11 +224,18 @@ def _quantize(
     assert settings is not None
     settings["mode"] = "affine"
     model = safe.build(config, count, where)
+    predicate = getattr(model, "quant_predicate", None)  # some families keep their routers at 8 bits
     for path, module in model.named_modules():
         name = f"{path}.weight"
         if not hasattr(module, "to_quantized") or name not in arrays or arrays[name].shape[-1] % group:
             continue
-        weight, scales, biases = mx.quantize(arrays.pop(name), group_size=group, bits=bits)
+        wish = predicate(path, module) if predicate else True
+        if not wish:
+            continue
+        own = wish if isinstance(wish, dict) else {"group_size": group, "bits": bits}
+        if own is wish:
+            settings[path] = dict(own)
+        weight, scales, biases = mx.quantize(arrays.pop(name), group_size=own["group_size"], bits=own["bits"])
         arrays.update({name: weight, f"{path}.scales": scales, f"{path}.biases": biases})
     return arrays, settings
 

@@ -44,7 +44,8 @@ def weights(settings, seed=0, dtype=mx.float32):
     arrays = {}
     for name, value in sorted(tree_flatten(model.parameters())):
         scale = 0.3 if value.ndim == 1 else 1.5 * value.shape[-1] ** -0.5
-        array = random.normal(0, scale, value.shape) + ("norm" in name)
+        centre = 1.0 if "norm" in name and "gemma" not in settings["model_type"] else 0.0
+        array = random.normal(centre, scale, value.shape)
         arrays[name] = mx.array(array.astype(np.float32)).astype(dtype)
     return arrays
 
