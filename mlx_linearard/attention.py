@@ -353,10 +353,8 @@ def plan(
 
     def held(tile: int, block: int) -> float:
         """float32 numbers for one key head."""
-        step = (
-            4 * group * tile * min(block, columns) + 4 * min(block, columns) * dims + 3 * group * tile * dims
-        )
-        return (3 if gpu else 1.5) * step + 2 * columns * dims + group * rows * dims
+        step = 4 * group * tile * min(block, columns) + 4 * min(block, columns) * dims + 3 * group * tile * dims
+        return (3 if gpu else 1.5) * step + 2 * columns * dims + group * rows * dim
 
     widths = [w for w in (512, 2048, 8192, 32768) if w == 512 or (w < 2 * columns and (gpu or w == 2048))]
     sizes = [(tile, width) for width in widths for tile in row_sizes(rows, gpu)]
@@ -372,13 +370,9 @@ def _check(queries: mx.array, keys: mx.array, values: mx.array, mask, window: in
     if keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"keys and values must agree in B, H, T: {tuple(keys.shape)}, {tuple(values.shape)}")
     if queries.shape[0] != keys.shape[0] or queries.shape[3] != keys.shape[3]:
-        raise ValueError(
-            f"queries and keys must agree in B and D: {tuple(queries.shape)}, {tuple(keys.shape)}"
-        )
+        raise ValueError(f"queries and keys must agree in B and D: {tuple(queries.shape)}, {tuple(keys.shape)}")
     if keys.shape[1] == 0 or queries.shape[1] % keys.shape[1]:
-        raise ValueError(
-            f"query heads ({queries.shape[1]}) must be a multiple of key heads ({keys.shape[1]})"
-        )
+        raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of key heads ({keys.shape[1]})")
     if isinstance(mask, mx.array):
         _check_mask(mask, (*queries.shape[:3], keys.shape[2]))
     elif mask not in (None, "causal"):

@@ -53,9 +53,7 @@ def relation_kl_dense(
 
     `workspace_bytes` is accepted and ignored: the oracle takes the memory that the definition takes.
     """
-    call = _Relation.of(
-        student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes
-    )
+    call = _Relation.of(student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes)
     x, y = student.astype(mx.float32), mx.stop_gradient(teacher).astype(mx.float32)
     allowed = mx.ones((call.length, call.length), dtype=mx.bool_)
     allowed = mx.tril(allowed) if causal else allowed
@@ -103,9 +101,7 @@ def relation_kl(
     Raises:
         ValueError: on shapes, dtypes or options that do not fit together, naming the one that is wrong.
     """
-    call = _Relation.of(
-        student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes
-    )
+    call = _Relation.of(student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes)
     if not needs_grad:
         return call.run(mx.stop_gradient(student), mx.stop_gradient(teacher), gradient=False)[0]
 
@@ -141,9 +137,7 @@ def relation_kl_with_grad(
     Raises:
         ValueError: as `relation_kl`.
     """
-    call = _Relation.of(
-        student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes
-    )
+    call = _Relation.of(student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes)
     loss, gradient = call.run(mx.stop_gradient(student), mx.stop_gradient(teacher))
     return loss, gradient
 
@@ -291,9 +285,7 @@ class _Rows:
         return (_fused_causal if on_gpu() else _causal)(products, mx.array(scale), bias, i, j)
 
 
-def _by_exponentials(
-    s: list[mx.array], r: list[mx.array], valid: mx.array
-) -> list[tuple[mx.array, mx.array]]:
+def _by_exponentials(s: list[mx.array], r: list[mx.array], valid: mx.array) -> list[tuple[mx.array, mx.array]]:
     """(KL terms, E) of each block, with one exponential an element: the costly operation of a CPU."""
     differences = [a - b for a, b in zip(s, r, strict=True)]
     u_s, z_s, top_s = _exponentials(s)
@@ -391,15 +383,9 @@ def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reductio
         if not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"{name} must be floating, got {array.dtype}")
     if student.shape[:3] != teacher.shape[:3]:
-        raise ValueError(
-            f"student and teacher must agree in B, H, T: {tuple(student.shape)}, {tuple(teacher.shape)}"
-        )
-    if mask is not None and (
-        mask.dtype != mx.bool_ or tuple(mask.shape) != (student.shape[0], student.shape[2])
-    ):
+        raise ValueError(f"student and teacher must agree in B, H, T: {tuple(student.shape)}, {tuple(teacher.shape)}")
+    if mask is not None and (mask.dtype != mx.bool_ or tuple(mask.shape) != (student.shape[0], student.shape[2])):
         wanted = (student.shape[0], student.shape[2])
-        raise ValueError(
-            f"mask must be bool of shape (B, T) = {wanted}, got {mask.dtype} {tuple(mask.shape)}"
-        )
+        raise ValueError(f"mask must be bool of shape (B, T) = {wanted}, got {mask.dtype} {tuple(mask.shape)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -104,9 +104,9 @@ def fitting(
 ) -> Tiles:
     """For scores of `rows` x `columns`: of the tiles that fit `budget`, those that cost least.
 
-    A head of a tile holds `held(tile rows, block columns)`; of `sizes` the first is taken if none fits. Cost
-    are the elements computed above the diagonal, and the time to launch a block: on an H200 that of 7 million
-    elements, on a CPU very little.
+    A head of a tile holds `held(tile rows, block columns)`; if nothing fits, a small tile is taken all the
+    same. Cost are the elements computed above the diagonal, and the time to launch a block: on an H200 that
+    of 7 million elements, on a CPU very little.
     """
     launch = 7e6 if gpu else 5e4
 
@@ -118,7 +118,8 @@ def fitting(
         blocks = ceil_div(batch, b) * ceil_div(heads, h) * ceil_div(rows, tile) * ceil_div(columns, block)
         return blocks * launch + batch * heads * rows * tile / 2, Tiles(b, h, tile, block)
 
-    fit = [size for size in sizes if held(*size) <= budget] or list(sizes[:1])
+    least = next((size for size in sizes if size[0] * columns >= 2**22), sizes[0])  # smaller ones would take ages
+    fit = [size for size in sizes if held(*size) <= budget] or [least]
     return min((of(*size) for size in fit), key=lambda pair: pair[0])[1]
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, check_workspace, first, in_order, times
+from .tiles import FLOAT32, Pace, check_workspace, first, times
 
 Head = Callable[[mx.array], mx.array]
 REDUCTIONS = ("mean", "sum")
@@ -55,16 +55,14 @@ def logits_kl(
     """
     _check_positions(student_hidden, teacher_hidden=teacher_hidden, mask=mask)
     _check_options(reduction, temperature)
-    positions = _Positions.of(student_hidden, student_head, 9, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, 20, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
     def loss_and_gradient(student: mx.array, teacher: mx.array):
         def of_chunk(student, teacher, weights):
             logits_t = teacher_head(teacher)
-            return mx.value_and_grad(lambda s: _weighted_kl(student_head(s), logits_t, weights, temperature))(
-                student
-            )
+            return mx.value_and_grad(lambda s: _weighted_kl(student_head(s), logits_t, weights, temperature))(student)
 
         return positions.sum_with_gradient(of_chunk, student, teacher, weights)
 
@@ -90,7 +88,7 @@ def cross_entropy(
     """
     _check_positions(hidden, targets=targets, mask=mask)
     _check_options(reduction)
-    positions = _Positions.of(hidden, head, 6, workspace_bytes)
+    positions = _Positions.of(hidden, head, 10, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
@@ -107,16 +105,14 @@ def cross_entropy(
     return first(loss_and_gradient(hidden))
 
 
-def token_nll(
-    hidden: mx.array, head: Head, targets: mx.array, *, workspace_bytes: int | None = None
-) -> mx.array:
+def token_nll(hidden: mx.array, head: Head, targets: mx.array, *, workspace_bytes: int | None = None) -> mx.array:
     """Negative log-likelihood of each of `targets` (B, T), in nats, float32 (B, T); no gradient."""
     _check_positions(hidden, targets=targets)
 
     def of_chunk(hidden, targets):
         return [_nll(head(hidden), targets)]
 
-    return _Positions.of(hidden, head, 3, workspace_bytes).each(of_chunk, [mx.float32], hidden, targets)[0]
+    return _Positions.of(hidden, head, 8, workspace_bytes).each(of_chunk, [mx.float32], hidden, targets)[0]
 
 
 def compare_logits(
@@ -145,7 +141,7 @@ def compare_logits(
 
     inputs = [student_hidden, teacher_hidden] + ([] if targets is None else [targets])
     dtypes = [mx.float32, mx.bool_] + ([] if targets is None else [mx.float32])
-    positions = _Positions.of(student_hidden, student_head, 6, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, 15, workspace_bytes)
     kl, same, *nll = positions.each(of_chunk, dtypes, *inputs)
     return Comparison(nll[0] if nll else None, kl, same)
 
@@ -159,7 +155,8 @@ class _Positions(NamedTuple):
 
     @classmethod
     def of(cls, hidden: mx.array, head: Head, held: int, workspace_bytes: int | None) -> _Positions:
-        """Chunks in which `held` float32 arrays over the vocabulary fit the workspace."""
+        """Chunks of which `held` float32 arrays over the vocabulary fit the workspace, those of the two or
+        three chunks in flight together."""
         batch, length = hidden.shape[:2]
         if batch * length == 0:
             raise ValueError(f"there are no positions in hidden states of shape {tuple(hidden.shape)}")
@@ -182,21 +179,21 @@ class _Positions(NamedTuple):
 
     def sum_with_gradient(self, of_chunk, hidden: mx.array, *others: mx.array) -> tuple[mx.array, mx.array]:
         """The sum of `of_chunk`'s losses, and its gradients by `hidden` put together."""
-        arrays = self.flat([hidden, *others])
-        loss, gradient = mx.array(0.0), mx.zeros_like(arrays[0])
+        arrays, pace = self.flat([hidden, *others]), Pace()
+        loss, gradients = mx.array(0.0), list[mx.array]()
         for at in self.slices():
-            arrays = in_order(arrays, [loss, gradient])
-            part, part_gradient = of_chunk(*(a[:, at] for a in arrays))
+            arrays = pace(arrays, [loss, *gradients[-1:]])
+            part, gradient = of_chunk(*(a[:, at] for a in arrays))
             loss = loss + part
-            gradient[:, at] = part_gradient
-        return loss, gradient.reshape(hidden.shape)
+            gradients.append(gradient)
+        return loss, mx.concatenate(gradients, axis=1).reshape(hidden.shape)
 
     def each(self, of_chunk, dtypes, *arrays: mx.array) -> list[mx.array]:
         """`of_chunk`'s results at every position, (B, T) each, without gradient."""
-        inputs = self.flat([mx.stop_gradient(a) for a in arrays])
+        inputs, pace = self.flat([mx.stop_gradient(a) for a in arrays]), Pace()
         results = [mx.zeros((1, self.batch * self.length), dtype=dtype) for dtype in dtypes]
         for at in self.slices():
-            inputs = in_order(inputs, results)
+            inputs = pace(inputs, results)
             for result, part in zip(results, of_chunk(*(a[:, at] for a in inputs)), strict=True):
                 result[:, at] = part
         return [r.reshape(self.batch, self.length) for r in results]

@@ -62,9 +62,7 @@ def test_logits_kl_against_float64(workspace, mask, reduction, temperature):
     want = ((np.exp(log_t) * (log_t - log_s)).sum(-1) * weights).sum() * temperature**2
     error = (np.exp(log_s) - np.exp(log_t)) * weights[..., None] * temperature
     assert loss.item() == pytest.approx(want, rel=1e-5)
-    assert np.array(gradient) == pytest.approx(
-        error @ np.array(w, np.float64), rel=1e-4, abs=1e-5 * weights.max()
-    )
+    assert np.array(gradient) == pytest.approx(error @ np.array(w, np.float64), rel=1e-4, abs=1e-5 * weights.max())
 
 
 @pytest.mark.parametrize("workspace", [None, SMALL])
@@ -110,9 +108,7 @@ def test_quantized_and_capped_heads_get_their_gradient():
     got = mx.grad(lambda x: logits_kl(x, y, head, head, workspace_bytes=SMALL))(x)
 
     def dense(x):
-        log_s, log_t = (
-            z - mx.logsumexp(z, -1, keepdims=True) for z in (5 * mx.tanh(a @ full.T / 5) for a in (x, y))
-        )
+        log_s, log_t = (z - mx.logsumexp(z, -1, keepdims=True) for z in (5 * mx.tanh(a @ full.T / 5) for a in (x, y)))
         return (mx.exp(log_t) * (log_t - log_s)).sum(-1).mean()
 
     assert np.array(got) == pytest.approx(np.array(mx.grad(dense)(x)), rel=1e-3, abs=1e-5)
@@ -158,3 +154,24 @@ def test_half_precision_and_no_counted_position():
 def test_errors_name_what_is_wrong(call, named):
     with pytest.raises(ValueError, match=named):
         call(hidden(0), linear(weight(2)))
+
+
+def test_memory_is_the_workspace_and_not_the_logits():
+    """Forward and backward over 700 positions of 20000 words, whose logits alone are 53 MiB each."""
+    workspace = 16 * 2**20
+    x, y = (mx.random.normal((1, 700, 16), key=mx.random.key(i)) for i in range(2))
+    w = mx.random.normal((20_000, 16), key=mx.random.key(2))
+    targets = mx.zeros((1, 700), dtype=mx.int32)
+    calls = [
+        lambda: mx.grad(lambda x: logits_kl(x, y, linear(w), linear(w), workspace_bytes=workspace))(x),
+        lambda: mx.grad(lambda x: cross_entropy(x, linear(w), targets, workspace_bytes=workspace))(x),
+        lambda: list(compare_logits(x, y, linear(w), linear(w), targets, workspace_bytes=workspace)),
+        lambda: token_nll(x, linear(w), targets, workspace_bytes=workspace),
+    ]
+    for call in calls:
+        mx.eval(x, y, w, targets)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(call())
+        assert mx.get_peak_memory() - before <= 1.25 * workspace
