@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .errors import UserError, one_line
 from .files import new_directory, read_json, write_json
 from .trainer import TrainState
+from .trees import named_arrays
 
 ARRAYS, FACTS = "state.safetensors", "state.json"
 KEPT = 2
@@ -25,7 +25,7 @@ def save(folder: Path, state: TrainState, identity: dict[str, Any]) -> Path:
     `identity` says which run this is (model, data, options); `load` refuses another one.
     """
     target = folder / f"step-{state.step:07d}"
-    arrays = dict(tree_flatten({"parameters": state.parameters, "optimizer": state.optimizer.state}))
+    arrays = dict(named_arrays({"parameters": state.parameters, "optimizer": state.optimizer.state}))
     with new_directory(target, overwrite=True) as temporary:
         mx.save_safetensors(str(temporary / ARRAYS), arrays)
         write_json(temporary / FACTS, {"step": state.step, "identity": identity})
@@ -42,7 +42,11 @@ def found(folder: Path) -> list[Path]:
 def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
     """Put a checkpoint into `state`. UserError names what differs where it belongs to another run."""
     facts = read_json(path / FACTS)
-    if not isinstance(facts, dict) or not isinstance(facts.get("identity"), dict) or not isinstance(facts.get("step"), int):
+    if (
+        not isinstance(facts, dict)
+        or not isinstance(facts.get("identity"), dict)
+        or not isinstance(facts.get("step"), int)
+    ):
         raise UserError(f"{path / FACTS} is not a checkpoint's: start again with --overwrite")
     saved = facts["identity"]
     different = [
@@ -61,7 +65,7 @@ def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
 
 
 def _fill(path: Path, state: TrainState, arrays: Any) -> None:
-    wanted = dict(tree_flatten({"parameters": state.parameters, "optimizer": state.optimizer.state}))
+    wanted = dict(named_arrays({"parameters": state.parameters, "optimizer": state.optimizer.state}))
     bad = sorted(
         name for name in wanted.keys() | arrays.keys()
         if name not in wanted or name not in arrays or wanted[name].shape != arrays[name].shape

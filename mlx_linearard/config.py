@@ -108,7 +108,11 @@ class DistillConfig:
         group="model and data",
     )
     data_tokens: int = option(
-        16_000_000, "read at most this many tokens of --data", check=_positive, metavar="N", group="model and data"
+        16_000_000,
+        "read at most this many tokens of --data",
+        check=_positive,
+        metavar="N",
+        group="model and data",
     )
     output: str = option("linearard-run", "the run directory to write", metavar="DIR")
     method: str = option("linear", "how RoPE is scaled", choices=METHODS, group="window")
@@ -132,9 +136,7 @@ class DistillConfig:
         choices=NORMALIZATIONS,
         group="objective",
     )
-    relation_weight: float = option(
-        1.0, "weight of the relation loss", check=_positive, metavar="W", group="objective"
-    )
+    relation_weight: float = option(1.0, "weight of the relation loss", check=_positive, metavar="W", group="objective")
     logits_weight: float = option(
         1.0, "weight of the logits loss in relation+logits", check=_positive, metavar="W", group="objective"
     )
@@ -147,7 +149,10 @@ class DistillConfig:
     )
     batch_size: int = option(1, "blocks a forward pass", check=_positive, metavar="N", group="training")
     grad_accum: int | None = option(
-        None, "forward passes a step; by default as many as make about 8192 tokens", check=_positive, metavar="N",
+        None,
+        "forward passes a step; by default as many as make about 8192 tokens",
+        check=_positive,
+        metavar="N",
         group="training",
     )
     steps: int | None = option(None, "optimizer steps", check=_positive, metavar="N", group="training")
@@ -158,20 +163,19 @@ class DistillConfig:
         None, "peak learning rate of AdamW; by default 3e-4", check=_positive, metavar="LR", group="training"
     )
     warmup: int = option(4, "warm-up steps", check=_not_negative, metavar="N", group="training")
-    weight_decay: float = option(
-        0.0, "AdamW's weight decay", check=_not_negative, metavar="W", group="training"
-    )
+    weight_decay: float = option(0.0, "AdamW's weight decay", check=_not_negative, metavar="W", group="training")
     clip: float = option(
-        5.0, "clip the gradient's norm to this; 0 turns clipping off", check=_not_negative, metavar="NORM",
+        5.0,
+        "clip the gradient's norm to this; 0 turns clipping off",
+        check=_not_negative,
+        metavar="NORM",
         group="training",
     )
     lora_rank: int = option(64, "rank of the adapters", check=_positive, metavar="R", group="training")
     lora_scale: float = option(
         2.0, "scale of the adapters (alpha / rank)", check=_positive, metavar="S", group="training"
     )
-    lora_dropout: float = option(
-        0.0, "dropout before the adapters", check=_fraction, metavar="P", group="training"
-    )
+    lora_dropout: float = option(0.0, "dropout before the adapters", check=_fraction, metavar="P", group="training")
     fine_tune_type: str = option(
         "lora",
         "what is trained of q, k and v: low-rank adapters, DoRA adapters, or the projections themselves",
@@ -179,20 +183,17 @@ class DistillConfig:
         group="training",
     )
     seed: int = option(0, "seed of adapters, data order and dropout", check=_not_negative, metavar="N")
-    save_every: int = option(
-        50, "steps between checkpoints; 0 saves only the last", check=_not_negative, metavar="N"
-    )
+    save_every: int = option(50, "steps between checkpoints; 0 saves only the last", check=_not_negative, metavar="N")
     eval_every: int = option(
-        0, "steps between evaluations on held-out text; 0 evaluates at the ends only", check=_not_negative,
+        0,
+        "steps between evaluations on held-out text; 0 evaluates at the ends only",
+        check=_not_negative,
         metavar="N",
     )
-    eval_tokens: int | None = option(
-        None, "held-out tokens a length", check=_positive, metavar="N"
-    )
+    eval_tokens: int | None = option(None, "held-out tokens a length", check=_positive, metavar="N")
     eval_lengths: str = option(
         "auto",
-        "lengths at which perplexity is measured; auto is the block length, and on a GPU also twice the "
-        "native window",
+        "lengths at which perplexity is measured; auto is the block length, and on a GPU also twice the native window",
         check=_lengths,
         metavar="T,T",
     )
@@ -202,9 +203,7 @@ class DistillConfig:
         choices=DTYPES,
     )
     workspace: int = option(256, "MB that tiles of scores may take", check=_positive, metavar="MB")
-    cache_limit: int | None = option(
-        None, "MB that mlx may keep for reuse", check=_not_negative, metavar="MB"
-    )
+    cache_limit: int | None = option(None, "MB that mlx may keep for reuse", check=_not_negative, metavar="MB")
     resume: bool = option(False, "go on from the last checkpoint in --output")
     overwrite: bool = option(False, "replace a run that --output already holds")
     dry_run: bool = option(False, "print the plan (data, steps, memory) and stop")
@@ -245,8 +244,11 @@ class _OneLineParser(argparse.ArgumentParser):
 def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.ArgumentParser:
     """An argument parser whose complaints are UserErrors, for every command."""
     return _OneLineParser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False, **kwargs,
+        prog=prog,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        **kwargs,
     )
 
 
@@ -276,7 +278,11 @@ def _add_flag(group: Any, item: dataclasses.Field[Any]) -> None:
     if item.default is not None:
         help_ = f"{help_} (default: {item.default})"
     group.add_argument(
-        f"--{flag(item.name)}", type=kind, help=help_, metavar=item.metadata["metavar"], default=argparse.SUPPRESS
+        f"--{flag(item.name)}",
+        type=kind,
+        help=help_,
+        metavar=item.metadata["metavar"],
+        default=argparse.SUPPRESS,
     )
 
 
@@ -316,7 +322,7 @@ def _checked(path: str | Path, key: str, value: Any) -> Any:
         value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         value = _number(value)  # YAML 1.1 reads 3e-4 as a word
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"--config {path}: {name} must be a {kind.__name__}, not {one_word(value)}")
     return value
 

@@ -109,7 +109,9 @@ def _hub(name: str) -> Iterator[str]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise UserError(f"{HUB_PREFIX}{name} needs the extra `datasets`: pip install 'mlx-linearard[datasets]'") from None
+        raise UserError(
+            f"{HUB_PREFIX}{name} needs the extra `datasets`: pip install 'mlx-linearard[datasets]'"
+        ) from None
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # whatever the hub's client raises, it is the name or the network

@@ -40,7 +40,8 @@ class Printer(Listener):
         left = (now - begun) / (record.step - first + 1) * (total - record.step)
         self._line(
             f"step {record.step}/{total}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
-            f"{record.tokens / record.seconds:.0f} tokens/s, peak {record.peak_memory / 1e9:.2f} GB, {duration(left)} left",
+            f"{record.tokens / record.seconds:.0f} tokens/s, peak {record.peak_memory / 1e9:.2f} GB, "
+            f"{duration(left)} left",
             last=record.step == total,
         )
 

@@ -25,8 +25,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("mlx_linearard.export", "Carry a finished run on to the format that another tool wants.")
     parser.add_argument("--run", required=True, metavar="RUN", help="the run directory of a distillation")
     parser.add_argument("--to", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument("--format", default="mlx", choices=FORMATS, help="mlx and hf are fused models; peft and adapters are not")
-    parser.add_argument("--dtype", choices=[d for d in DTYPES if d != "auto"], help="of the fused weights; their own without it")
+    parser.add_argument(
+        "--format",
+        default="mlx",
+        choices=FORMATS,
+        help="mlx and hf are fused models; peft and adapters are not",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=[d for d in DTYPES if d != "auto"],
+        help="of the fused weights; their own without it",
+    )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize the fused model (mlx)")
     parser.add_argument("--q-bits", type=int, default=4, help="bits a weight")
     parser.add_argument("--q-group-size", type=int, default=64, help="weights that share a scale")

@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from .convert.hf import from_hf, link_model_files, to_hf
@@ -22,6 +21,7 @@ from .convert.write import Tensor, copy_tokenizer, lazy, model_directory, write_
 from .errors import UserError
 from .files import ADAPTER_CONFIG, ADAPTERS, RunDir, new_directory, write_json
 from .pair import MasterLinear, Pair, layer_paths
+from .trees import named_arrays
 
 # Mean KL between the student in memory and the export as stock mlx-lm loads it, in nats a token. Fusing
 # rounds W + scale B A once more, in the dtype of the export; beyond these bounds something else is wrong.
@@ -49,9 +49,12 @@ def _adapter_tensors(pair: Pair, paths: list[str]) -> Iterator[Tensor]:
     """The trained arrays by their full names; float32 masters in the dtype of the weights they replace."""
     for index in pair.adapter.layers:
         layer = pair.student.layers[index]
-        for name, array in tree_flatten(layer.trainable_parameters()):
+        for name, array in named_arrays(layer.trainable_parameters()):
             module = dict(layer.named_modules())[name.rpartition(".")[0]]
-            yield lazy(f"{paths[index]}.{name}", array.astype(module.source_dtype) if isinstance(module, MasterLinear) else array)
+            yield lazy(
+                f"{paths[index]}.{name}",
+                array.astype(module.source_dtype) if isinstance(module, MasterLinear) else array,
+            )
 
 
 def write_fused(pair: Pair, target: Path) -> None:
@@ -79,11 +82,11 @@ def _fuse(module: Any) -> nn.Module:
 
 
 def _fused_tensors(pair: Pair, fused: dict[str, nn.Module]) -> Iterator[Tensor]:
-    for name, array in tree_flatten(pair.student.parameters()):
+    for name, array in named_arrays(pair.student.parameters()):
         if not any(name.startswith(f"{prefix}.") for prefix in fused):
             yield lazy(name, array)
     for prefix, module in fused.items():
-        for name, array in tree_flatten(module.parameters()):
+        for name, array in named_arrays(module.parameters()):
             yield lazy(f"{prefix}.{name}", array)
 
 
@@ -115,7 +118,7 @@ def verify_export(directory: Path, tokens: np.ndarray, expected: np.ndarray) -> 
     """Load `directory` with stock mlx-lm and compare its logits on `tokens` with the student's."""
     model, _ = load_model(directory)
     found = sample_logits(model, tokens)
-    floats = [a.dtype for _, a in tree_flatten(model.parameters()) if a.dtype in TOLERANCE]
+    floats = [a.dtype for _, a in named_arrays(model.parameters()) if a.dtype in TOLERANCE]
     tolerance = max((TOLERANCE[dtype] for dtype in floats), default=TOLERANCE[mx.bfloat16])
     return Verified(float(np.abs(found - expected).max()), _mean_kl(expected, found), len(tokens), tolerance)
 

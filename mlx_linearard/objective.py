@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -89,7 +90,11 @@ def supervised_layers(model: nn.Module, layers: str) -> tuple[int, ...]:
 
 
 def objective_loss(
-    pair: Pair, objective: Objective, parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None = None
+    pair: Pair,
+    objective: Objective,
+    parameters: list[Leaves],
+    tokens: mx.array,
+    dropout_seed: int | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The loss of one batch and its parts, a differentiable scalar of `parameters`.
 
@@ -160,7 +165,7 @@ class _PairedLayer:
         self, hidden_t: mx.array, hidden_s: mx.array, leaves: Leaves
     ) -> tuple[mx.array, mx.array, mx.array | None]:
         names = list(leaves)
-        function = mx.custom_function(partial(self._forward, names))
+        function: Any = mx.custom_function(partial(self._forward, names))
         function.vjp(partial(self._backward, names))
         hidden_t, hidden_s, losses, *_ = function(hidden_t, hidden_s, *leaves.values())
         return hidden_t, hidden_s, losses if self.supervised else None
@@ -176,9 +181,7 @@ class _PairedLayer:
         losses, gradients = self._relations(qkv_s, qkv_t, scale_t)
         return [next_t, next_s, losses, *gradients]
 
-    def _relations(
-        self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float
-    ) -> tuple[mx.array, list[mx.array]]:
+    def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
         losses, gradients = [], []
         for student, teacher in zip(qkv_s, qkv_t, strict=True):
             loss, gradient = relation_kl_with_grad(
@@ -206,7 +209,7 @@ class _PairedLayer:
         seen: list[mx.array] = []
         scales: list[float] = []
 
-        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: object) -> mx.array:
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
             seen.extend(_pick(self.objective.relations, queries, keys, values))
             scales.append(scale)
             if self.stops:
@@ -223,7 +226,7 @@ class _PairedLayer:
         """[hidden behind the layer, q, k, v]: the half that the backward pass runs again."""
         seen: list[mx.array] = []
 
-        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: object) -> mx.array:
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
             seen.extend(_pick(self.objective.relations, queries, keys, values))
             if self.stops:
                 return _nothing(queries, values)
@@ -267,7 +270,7 @@ def forward_hidden(model: nn.Module, inputs: mx.array, *, workspace_bytes: int) 
     """The hidden state behind all layers, (B, T, width), without a gradient and layer by layer in memory."""
     hidden, calls = enter(model, inputs)
 
-    def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: object) -> mx.array:
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
         return attention_no_grad(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
 
     for layer, call in zip(model.layers, calls, strict=True):

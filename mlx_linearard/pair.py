@@ -11,13 +11,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
 
 from . import rope
 from .convert.safe import check_model_dir
 from .errors import UserError, one_line
+from .trees import named_arrays, named_modules
 from .walk import attention_of
 
 # The projections that make q, k and v, as mlx-lm's attentions name them; the last four are fused.
@@ -43,7 +45,11 @@ class Adapter:
         if len(self.layers) < len(paths):
             keys = [f"{paths[i]}.{key}" for i in self.layers for key in self.keys]
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(keys)}
-        return {"fine_tune_type": self.fine_tune_type, "num_layers": len(paths), "lora_parameters": parameters}
+        return {
+            "fine_tune_type": self.fine_tune_type,
+            "num_layers": len(paths),
+            "lora_parameters": parameters,
+        }
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Pair:
     def parameters(self) -> list[Leaves]:
         """The trainable arrays of each adapted layer, in the order of `adapter.layers`."""
         layers = self.student.layers
-        return [dict(tree_flatten(layers[i].trainable_parameters())) for i in self.adapter.layers]
+        return [dict(named_arrays(layers[i].trainable_parameters())) for i in self.adapter.layers]
 
     def set_parameters(self, parameters: list[Leaves]) -> None:
         """Put trained arrays into the student."""
@@ -81,7 +87,7 @@ def put(layer: nn.Module, leaves: Leaves) -> None:
 @contextmanager
 def holding(layer: nn.Module, leaves: Leaves) -> Iterator[None]:
     """The layer with other arrays in place, for as long as the block runs."""
-    own = dict(tree_flatten(layer.trainable_parameters()))
+    own = dict(named_arrays(layer.trainable_parameters()))
     try:
         put(layer, leaves)
         yield
@@ -153,11 +159,7 @@ def share(teacher: Any, config: dict[str, Any]) -> Any:
     The new model's first weights are never evaluated, so no second copy exists at any time.
     """
     student = type(teacher)(type(teacher.args).from_dict(config))
-    with_weights = [
-        (name, module)
-        for name, module in tree_flatten(teacher.leaf_modules(), is_leaf=nn.Module.is_module)
-        if module.parameters()
-    ]
+    with_weights = [(name, module) for name, module in named_modules(teacher.leaf_modules()) if module.parameters()]
     student.update_modules(tree_unflatten(with_weights))
     student.update(teacher.parameters())
     student.freeze()
@@ -246,7 +248,7 @@ def layer_paths(model: Any) -> list[str]:
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's arrays, bit for bit, to show that frozen weights stay frozen."""
     digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
+    for name, array in sorted(named_arrays(model.parameters())):
         digest.update(name.encode())
-        digest.update(memoryview(array.view(mx.uint8)))
+        digest.update(np.array(array.view(mx.uint8)).tobytes())
     return digest.hexdigest()

@@ -87,7 +87,9 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) ->
         )
     accum = config.grad_accum or (demo.grad_accum if demo else max(1, STEP_TOKENS // (seq_len * config.batch_size)))
     per_step = seq_len * config.batch_size * accum
-    steps = config.steps or (config.tokens and max(1, config.tokens // per_step)) or (demo.steps if demo else STEP_COUNT)
+    steps = (
+        config.steps or (config.tokens and max(1, config.tokens // per_step)) or (demo.steps if demo else STEP_COUNT)
+    )
     lengths = eval_lengths(config, seq_len, native_window, machine)
     eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
     work = (4 * per_step * steps + 4 * max(eval_tokens, seq_len) * len(lengths)) * 2 * parameters(native)

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from .data import Blocks, python_prose, read_documents, split, tokenize, windows
 from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
-from .files import RunDir, disk_errors, read_config, read_json, write_json
 from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
+from .files import RunDir, disk_errors, read_config, read_json, write_json
 from .interrupt import between_steps
 from .machine import Machine
 from .machine import measure as measure_machine
@@ -120,7 +121,9 @@ def _check_output(config: DistillConfig, run: RunDir) -> None:
     if config.resume and not checkpoint.found(run.checkpoints):
         raise UserError(f"--resume: {run.root} holds no checkpoint to go on from")
     if holds and not (config.resume or config.overwrite):
-        raise UserError(f"--output {run.root} already holds a run: pass --resume to go on with it, --overwrite to replace it")
+        raise UserError(
+            f"--output {run.root} already holds a run: pass --resume to go on with it, --overwrite to replace it"
+        )
     if run.root.is_dir() and any(run.root.iterdir()) and not holds:
         raise UserError(f"--output {run.root} exists and is not a run: choose another directory")
     if not config.dry_run:
@@ -266,7 +269,8 @@ def _open_run(job: _Job, state: TrainState) -> None:
                 file.unlink(missing_ok=True)
         resolved = dataclasses.replace(
             job.config, seq_len=job.sizing.seq_len, grad_accum=job.sizing.grad_accum, steps=job.schedule.steps,
-            learning_rate=job.schedule.learning_rate, tokens=None, eval_tokens=job.sizing.eval_tokens, model=str(job.pair.path),
+            learning_rate=job.schedule.learning_rate, tokens=None, eval_tokens=job.sizing.eval_tokens,
+            model=str(job.pair.path),
         )  # fmt: skip
         run.config.write_text(to_yaml(resolved), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
@@ -315,7 +319,9 @@ def _train(job: _Job, state: TrainState, listener: Listener) -> None:
                 )
             if stop.made:
                 saved = checkpoint.save(folder, state, job.identity)
-                listener.say(f"stopped after step {state.step}, saved in {saved}; go on with the same command and --resume")
+                listener.say(
+                    f"stopped after step {state.step}, saved in {saved}; go on with the same command and --resume"
+                )
                 raise KeyboardInterrupt
             if every and state.step % every == 0 and state.step < job.schedule.steps:
                 checkpoint.save(folder, state, job.identity)
@@ -366,7 +372,7 @@ def _write_results(job: _Job, rows: dict[str, Fidelity], verified: Verified, sec
                 "training_tokens": job.sizing.tokens_per_step * job.schedule.steps,
                 "seconds": round(seconds, 1),
                 "machine": job.machine.name,
-                "versions": {"mlx_linearard": __version__, "mlx": mx.__version__},
+                "versions": {"mlx_linearard": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
             },
         },
     )

@@ -10,11 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from .data import Blocks
 from .objective import Objective, objective_loss
 from .pair import Leaves, Pair
+from .trees import named_arrays
 
 BETAS = (0.9, 0.95)
 
@@ -77,7 +78,8 @@ class StepRecord:
         return {
             "step": self.step, "loss": self.loss, **self.parts, "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate, "tokens": self.tokens, "seconds": round(self.seconds, 4),
-            "tokens_per_second": round(self.tokens / self.seconds, 2), "peak_memory_gb": round(self.peak_memory / 1e9, 4),
+            "tokens_per_second": round(self.tokens / self.seconds, 2),
+            "peak_memory_gb": round(self.peak_memory / 1e9, 4),
         }  # fmt: skip
 
     @property
@@ -99,14 +101,18 @@ def train_step(
     state.step += 1
     return StepRecord(
         step=state.step,
-        loss=losses.item(),
-        parts={name: value.item() for name, value in parts.items()},
-        grad_norm=norm.item(),
+        loss=_number(losses),
+        parts={name: _number(value) for name, value in parts.items()},
+        grad_norm=_number(norm),
         learning_rate=rate,
         tokens=sum(b.shape[0] * (b.shape[1] - 1) for b in batches),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
     )
+
+
+def _number(scalar: mx.array) -> float:
+    return float(scalar.item())  # type: ignore[arg-type]
 
 
 def _accumulate(
@@ -130,13 +136,11 @@ def _accumulate(
 
 def gradient_norm(gradients: list[Leaves]) -> mx.array:
     """The Euclidean norm of all gradients together, float32 scalar."""
-    squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+    squares = [g.astype(mx.float32).square().sum() for _, g in named_arrays(gradients)]
     return mx.sqrt(sum(squares[1:], squares[0]))
 
 
-def _update(
-    state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float
-) -> list[Leaves]:
+def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float) -> list[Leaves]:
     if clip:
         scale = mx.minimum(1.0, clip / (norm + 1e-12))
         gradients = tree_map(lambda g: g * scale.astype(g.dtype), gradients)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -47,13 +48,13 @@ def _stand_ins(model: Any, run: Callable[[int, mx.array, Call], mx.array]) -> It
     layers = _own_list(model)
     real = list(layers)
     try:
-        layers[:] = [_StandIn(layer, lambda h, call, i=i: run(i, h, call)) for i, layer in enumerate(real)]
+        layers[:] = [_StandIn(layer, partial(run, i)) for i, layer in enumerate(real)]
         yield
     finally:
         layers[:] = real
 
 
-def _own_list(model: Any) -> list[nn.Module]:
+def _own_list(model: Any) -> list[Any]:
     """The list the model itself runs through; `model.layers` may be a copy of it."""
     first = model.layers[0]
     for module in model.modules():
@@ -82,7 +83,9 @@ def enter(model: Any, tokens: mx.array) -> tuple[mx.array, list[Call]]:
     with _stand_ins(model, record):
         model(tokens)
     if len(calls) != len(model.layers):
-        raise UserError(f"only {len(calls)} of the {len(model.layers)} layers of {model.model_type} are called: not supported")
+        raise UserError(
+            f"only {len(calls)} of the {len(model.layers)} layers of {model.model_type} are called: not supported"
+        )
     return first[0], calls
 
 

@@ -109,13 +109,15 @@ def test_same_rope_gives_no_loss_and_no_gradient(model_dir: Path) -> None:
         student.self_attn.rope = teacher.self_attn.rope
     for name in ("relation", "logits"):
         objective = resolve_objective(pair.student, name, layers="all")
-        (loss, _), grads = mx.value_and_grad(lambda p, o=objective: objective_loss(pair, o, p, TOKENS))(pair.parameters())
+        (loss, _), grads = mx.value_and_grad(lambda p, o=objective: objective_loss(pair, o, p, TOKENS))(
+            pair.parameters()
+        )
         assert abs(loss.item()) < 1e-9
         assert all(mx.abs(g).max().item() < 1e-6 for _, g in tree_flatten(grads))
 
 
 def test_dropout_is_the_same_in_the_recomputation(model_dir: Path) -> None:
-    """With dropout the gradient must be that of the very mask the loss was computed with: a finite difference says so."""
+    """The gradient must be that of the very mask the loss was computed with: a finite difference says so."""
     pair = load_pair(model_dir, method="linear", factor=4.0, lora_rank=4, lora_dropout=0.3)
     objective = resolve_objective(pair.student, "relation", layers="all")
     parameters = some_parameters(pair)

@@ -39,7 +39,9 @@ def shell(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-def test_a_run_leaves_what_the_contract_says(model_dir: Path, text_file: Path, tmp_path: Path, kind: str, capsys) -> None:
+def test_a_run_leaves_what_the_contract_says(
+    model_dir: Path, text_file: Path, tmp_path: Path, kind: str, capsys
+) -> None:
     run = tmp_path / "run"
     rate = "1e-3" if kind == "full" else "1e-2"
     more = ["--fine-tune-type", kind, "--eval-lengths", "32,200", "--learning-rate", rate, "--steps", "8"]
@@ -92,7 +94,9 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
 
 
-def test_interrupted_and_resumed_is_as_if_nothing_had_happened(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
+    model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["--lora-dropout", "0.1", "--steps", "40"]
     assert command(flags(model_dir, text_file, whole, *more)) == 0

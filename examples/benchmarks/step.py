@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,10 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
         "dtype": options.dtype,
     }  # fmt: skip
     process = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(work)], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, __file__, "--child", json.dumps(work)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode:
@@ -143,7 +145,11 @@ def child(work: dict[str, Any]) -> None:
             "tokens_per_second": round(speed, 1), "workspace_mb": work["workspace"] >> 20,
         }  # fmt: skip
         print(json.dumps(row), flush=True)
-        print(f"{work['series']} T={length}: {peak / 1e6:.0f} MB, {speed:.0f} tokens/s", file=sys.stderr, flush=True)
+        print(
+            f"{work['series']} T={length}: {peak / 1e6:.0f} MB, {speed:.0f} tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def ours(work: dict[str, Any]) -> Any:
@@ -249,7 +255,9 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
         own = [r for r in rows if r["series"] == name]
         print(f"\n{name}: exponent {exponent(own):.2f} on {own[0]['machine']}, {own[0]['model']}")
         for r in own:
-            print(f"  T={r['length']:>6}  peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})  {r['tokens_per_second']:>9.0f} tokens/s")
+            print(
+                f"  T={r['length']:>6}  peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})  {r['tokens_per_second']:>9.0f} tokens/s"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"step-{slug(rows[0]['model'])}-{slug(rows[0]['machine'])}"
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -276,7 +284,11 @@ def draw(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for name in names:
         own = [r for r in rows if r["series"] == name]
-        label = {"last": "relations, last layer", "all": "relations, all layers", "mlx-lm": "mlx_lm.lora --grad-checkpoint"}.get(name, name)
+        label = {
+            "last": "relations, last layer",
+            "all": "relations, all layers",
+            "mlx-lm": "mlx_lm.lora --grad-checkpoint",
+        }.get(name, name)
         axes[0].plot([r["length"] for r in own], [r["peak_mb"] / 1e3 for r in own], marker="o", label=label)
         axes[1].plot([r["length"] for r in own], [r["tokens_per_second"] for r in own], marker="o", label=label)
     for axis, title in zip(axes, ("peak memory, GB", "tokens a second"), strict=True):

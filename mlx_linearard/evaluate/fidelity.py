@@ -52,13 +52,17 @@ class _Sums:
 
     def add(self, nll: mx.array, kl: mx.array | None = None, agreement: mx.array | None = None) -> None:
         self.tokens += nll.size
-        self.nll += nll.sum().item()
-        self.kl += 0.0 if kl is None else kl.sum().item()
-        self.agreement += 0.0 if agreement is None else agreement.sum().item()
+        self.nll += _sum(nll)
+        self.kl += 0.0 if kl is None else _sum(kl)
+        self.agreement += 0.0 if agreement is None else _sum(agreement)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.nll / self.tokens, 700.0))
+
+
+def _sum(values: mx.array) -> float:
+    return float(values.sum().item())  # type: ignore[arg-type]
 
 
 def measure(
