@@ -14,6 +14,7 @@ log-sum-exp, its KL and its E, so the gradient comes out of the same pass as the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -93,7 +94,7 @@ def relation_kl(
         causal: whether row i sees only the columns j <= i.
         reduction: "mean" divides the sum by H * (number of valid rows), "sum" does not.
         workspace_bytes: what the tiles may hold beyond inputs, gradient and outputs; None for 256 MiB.
-        needs_grad: False leaves the gradient out, at less than half the time; the result is then a constant.
+        needs_grad: False leaves the gradient out (half the time on a GPU); the result is then a constant.
 
     Returns:
         A float32 scalar in nats (a row, for "mean"); 0 when no row is valid.
@@ -268,21 +269,25 @@ class _Rows:
         r: list[mx.array] = []
         for columns in self.blocks:
             x, y = in_order([self.x, self.y], [*s[-1:], *r[-1:]])
+            as_scores = self._as_scores(columns)
             # Unscaled: bf16 inputs are exact in the TF32 of a GPU's products, scaled ones would not be.
             for blocks, v, scale in ((s, x, self.call.scale_student), (r, y, self.call.scale_teacher)):
                 rows, others = (v[:, :, at].astype(mx.float32) for at in (self.rows, columns))
-                blocks.append(self._scaled_and_masked(rows @ others.swapaxes(-1, -2), scale, columns))
+                blocks.append(as_scores(rows @ others.swapaxes(-1, -2), mx.array(scale)))
         return s, r
 
-    def _scaled_and_masked(self, products: mx.array, scale: float, columns: slice) -> mx.array:
-        """A block of products as scores, with MASKED added where row i must not see column j."""
+    def _as_scores(self, columns: slice) -> Callable[[mx.array, mx.array], mx.array]:
+        """What turns a block of products into scores: scaled, with MASKED where row i must not see column j."""
         bias = mx.array(0.0)
         if self.valid is not None:
             bias = mx.where(self.valid[:, None, None, columns], 0.0, MASKED)
-        if not self.call.causal or columns.stop <= self.rows.start + 1:
-            return (_fused_scaled if on_gpu() else _scaled)(products, mx.array(scale), bias)
-        i, j = mx.arange(self.rows.start, self.rows.stop)[:, None], mx.arange(columns.start, columns.stop)
-        return (_fused_causal if on_gpu() else _causal)(products, mx.array(scale), bias, i, j)
+        if self.call.causal and columns.stop > self.rows.start + 1:
+            i, j = mx.arange(self.rows.start, self.rows.stop)[:, None], mx.arange(columns.start, columns.stop)
+            if on_gpu():
+                return lambda products, scale: _fused_causal(products, scale, bias, i, j)
+            bias = bias + mx.where(j <= i, 0.0, MASKED)
+        stage = _fused_scaled if on_gpu() else _scaled
+        return lambda products, scale: stage(products, scale, bias)
 
 
 def _by_exponentials(s: list[mx.array], r: list[mx.array], valid: mx.array) -> list[tuple[mx.array, mx.array]]:
