@@ -371,7 +371,7 @@ def plan(
 
     def held(rows: int, columns: int) -> float:
         """float32 numbers for one head."""
-        tile = 12 * rows * length if gpu else 6 * rows * length + 2 * rows * min(columns, length)
+        tile = 12 * rows * length if gpu else 7 * rows * length + 2 * rows * min(columns, length)
         copies = (length if cast_once else 3 * min(columns, length) if cast else 0) * dims
         return tile + 3 * rows * dims + copies + 3 * length * dim_s
 
