@@ -18,7 +18,16 @@ __version__ = "0.1.0"
 # These bring models and tokenizers with them, so they load when first asked for.
 _HOMES = {"load_pair": "pair", "DistillConfig": "config", "distill": "run", "export": "exporting"}
 
-__all__ = ["DistillConfig", "attention", "distill", "export", "load_pair", "relation_kl", "relation_kl_dense", "scale_rope"]  # fmt: skip
+__all__ = [
+    "DistillConfig",
+    "attention",
+    "distill",
+    "export",
+    "load_pair",
+    "relation_kl",
+    "relation_kl_dense",
+    "scale_rope",
+]
 
 
 def __getattr__(name: str) -> Any:

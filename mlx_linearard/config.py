@@ -1,4 +1,4 @@
-"""Every option of a distillation once: its type, default, help and check. Flags, YAML and documentation come from it."""
+"""Every option of a distillation once: type, default, help and check. Flags, YAML and help texts come from it."""
 
 from __future__ import annotations
 

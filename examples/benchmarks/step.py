@@ -255,9 +255,8 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
         own = [r for r in rows if r["series"] == name]
         print(f"\n{name}: exponent {exponent(own):.2f} on {own[0]['machine']}, {own[0]['model']}")
         for r in own:
-            print(
-                f"  T={r['length']:>6}  peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})  {r['tokens_per_second']:>9.0f} tokens/s"
-            )
+            memory = f"peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})"
+            print(f"  T={r['length']:>6}  {memory}  {r['tokens_per_second']:>9.0f} tokens/s")
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"step-{slug(rows[0]['model'])}-{slug(rows[0]['machine'])}"
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
