@@ -48,9 +48,7 @@ def assert_exact(got, want, tolerance=1e-5):
 
 
 def with_gradients(q, k, v, cotangent, **options):
-    (output,), gradients = mx.vjp(
-        lambda q, k, v: attention(q, k, v, scale=SCALE, **options), [q, k, v], [cotangent]
-    )
+    (output,), gradients = mx.vjp(lambda q, k, v: attention(q, k, v, scale=SCALE, **options), [q, k, v], [cotangent])
     return [output, *gradients]
 
 
@@ -191,8 +189,6 @@ def test_memory_beyond_the_results_is_the_workspace(length):
 )
 @pytest.mark.parametrize("function", [attention, attention_no_grad])
 def test_errors_name_what_is_wrong(function, change, options, named):
-    zeros = {
-        name: mx.zeros((2, 4 if name == "queries" else 2, 5, 8)) for name in ("queries", "keys", "values")
-    }
+    zeros = {name: mx.zeros((2, 4 if name == "queries" else 2, 5, 8)) for name in ("queries", "keys", "values")}
     with pytest.raises(ValueError, match=named):
         function(**(zeros | change), scale=1.0, **options)

@@ -50,9 +50,7 @@ def exact_relation(x: mx.array, y: mx.array) -> tuple[float, np.ndarray]:
     """Loss and gradient of the relation loss in float64."""
     x, y = float64(x), float64(y)
     seen = np.tril(np.ones((x.shape[2], x.shape[2]), bool))
-    p_s, p_t = (
-        softmax(np.where(seen, v @ v.swapaxes(-1, -2) * v.shape[-1] ** -0.5, -np.inf)) for v in (x, y)
-    )
+    p_s, p_t = (softmax(np.where(seen, v @ v.swapaxes(-1, -2) * v.shape[-1] ** -0.5, -np.inf)) for v in (x, y))
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(seen & (p_t > 0), p_t * (np.log(p_t) - np.log(p_s)), 0)
     rows = x.shape[1] * x.shape[2]
@@ -80,9 +78,7 @@ def relation_rows(args: argparse.Namespace, dtype: mx.Dtype, length: int) -> Ite
         x, y = x.astype(dtype), (x + noise * y).astype(dtype)
         want, want_gradient = exact_relation(x, y)
 
-        def errors(
-            function: Callable, x=x, y=y, want=want, want_gradient=want_gradient
-        ) -> tuple[float, float]:
+        def errors(function: Callable, x=x, y=y, want=want, want_gradient=want_gradient) -> tuple[float, float]:
             loss, gradient = mx.value_and_grad(function)(x, y)
             return abs(loss.item() - want) / want, relative(gradient, want_gradient)
 
@@ -126,16 +122,12 @@ def panels(rows: list[dict]) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[97, 256, 513, 1000])
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument(
-        "--workspace", type=int, default=16, metavar="MIB", help="small, so that there are tiles"
-    )
+    parser.add_argument("--workspace", type=int, default=16, metavar="MIB", help="small, so that there are tiles")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -151,9 +143,7 @@ def main() -> None:
             for kind in (relation_rows, attention_rows):
                 for row in kind(args, getattr(mx, dtype), length):
                     row |= {"dtype": dtype, "length": length}
-                    row = {
-                        key: f"{row[key]:.3g}" if isinstance(row[key], float) else row[key] for key in COLUMNS
-                    }
+                    row = {key: f"{row[key]:.3g}" if isinstance(row[key], float) else row[key] for key in COLUMNS}
                     rows.append(row)
                     print(
                         "  ".join(f"{row[key]!s:>{22 if key == 'what' else 10}}" for key in COLUMNS),

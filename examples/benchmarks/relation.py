@@ -66,9 +66,7 @@ def measure(function: Callable, inputs: list[mx.array], repeats: int, held: int)
     return min(times[1:] or times), (mx.get_peak_memory() - before - held) / 2**20
 
 
-def cases(
-    args: argparse.Namespace, length: int
-) -> Iterator[tuple[str, Callable, list[mx.array], int, float]]:
+def cases(args: argparse.Namespace, length: int) -> Iterator[tuple[str, Callable, list[mx.array], int, float]]:
     """(name, function, inputs, bytes of its results, bytes that it is known to need) for a length."""
     dtype, shape = getattr(mx, args.dtype), (1, args.heads, length, args.head_dim)
     x, y, c = (mx.random.normal(shape, key=mx.random.key(i)).astype(dtype) for i in range(3))
@@ -117,9 +115,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
             if args.only and args.only not in name:
                 continue
             if needed > memory:
-                row["note"] = (
-                    f"skipped: needs about {needed / 2**30:.0f} GiB, {memory / 2**30:.0f} GiB allowed"
-                )
+                row["note"] = f"skipped: needs about {needed / 2**30:.0f} GiB, {memory / 2**30:.0f} GiB allowed"
             elif needed and length > args.longest_dense:
                 row["note"] = f"skipped: beyond --longest-dense {args.longest_dense}"
             else:
@@ -187,9 +183,7 @@ def panels(rows: list[dict]) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
