@@ -182,7 +182,7 @@ def resolve(source: str | Path) -> Path:
         return path
     text = str(source)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"{source} is not a model directory")
+        raise UserError(f"{source} is not a model directory: give one, or a hub repository (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:

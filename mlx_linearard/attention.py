@@ -101,6 +101,26 @@ def attention_no_grad(
     return call.fused_rows(queries, keys, values, workspace)
 
 
+def attention_in_training(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """`attention`, or mlx's fused kernel where that is known to hold no scores in the backward pass either.
+
+    That is CUDA in half precision, where the kernel's gradient is about as exact as the dtype (an error of
+    0.5 % in bfloat16, against 0.2 % of `attention`) and comes many times faster.
+    """
+    fused = on_gpu() and _has_linear_kernel(queries, values) and not isinstance(mask, mx.array)
+    if fused:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
+    return attention(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
+
+
 def _has_linear_kernel(queries: mx.array, values: mx.array) -> bool:
     """Whether mlx's kernel is known to hold no scores, traced or not: measured on CUDA in half precision."""
     dim = queries.shape[-1]

@@ -159,9 +159,7 @@ class DistillConfig:
     tokens: int | None = option(
         None, "training tokens, instead of --steps", check=_positive, metavar="N", group="training"
     )
-    learning_rate: float | None = option(
-        None, "peak learning rate of AdamW; by default 3e-4", check=_positive, metavar="LR", group="training"
-    )
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW", check=_positive, metavar="LR", group="training")
     warmup: int = option(4, "warm-up steps", check=_not_negative, metavar="N", group="training")
     weight_decay: float = option(0.0, "AdamW's weight decay", check=_not_negative, metavar="W", group="training")
     clip: float = option(

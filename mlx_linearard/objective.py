@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import attention, attention_no_grad
+from .attention import attention_in_training, attention_no_grad
 from .errors import UserError
 from .pair import Leaves, Pair, holding
 from .relation import relation_kl_with_grad
@@ -230,7 +230,7 @@ class _PairedLayer:
             seen.extend(_pick(self.objective.relations, queries, keys, values))
             if self.stops:
                 return _nothing(queries, values)
-            return attention(
+            return attention_in_training(
                 queries, keys, values, scale=scale, mask=mask, workspace_bytes=self.objective.workspace_bytes
             )
 

@@ -25,14 +25,13 @@ class Demo:
     grad_accum: int
     steps: int
     eval_tokens: int
-    learning_rate: float
 
 
 # The demonstration by matrix speed in GFLOP/s: the first row that the machine reaches.
 DEMOS: tuple[tuple[float, Demo], ...] = (
-    (2000.0, Demo(2048, 4, 144, 32768, 3e-4)),
-    (20.0, Demo(256, 2, 36, 2048, 1e-3)),
-    (0.0, Demo(64, 1, 40, 512, 2e-3)),
+    (2000.0, Demo(2048, 4, 144, 32768)),
+    (20.0, Demo(256, 2, 36, 2048)),
+    (0.0, Demo(64, 1, 40, 512)),
 )
 
 
@@ -46,7 +45,6 @@ class Sizing:
     steps: int
     eval_tokens: int
     eval_lengths: tuple[int, ...]
-    learning_rate: float
     seconds: float  # estimated, for training and both measurements
     model: str
     window: tuple[int, int]  # native, extended
@@ -96,7 +94,7 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) ->
     speed = machine.gflops * 1e9 * (GPU_EFFICIENCY if machine.gpu else CPU_EFFICIENCY)
     return Sizing(
         seq_len, config.batch_size, accum, steps, eval_tokens, lengths,
-        config.learning_rate or (demo.learning_rate if demo else 3e-4), work / speed,
+        work / speed,
         config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
     )  # fmt: skip
 

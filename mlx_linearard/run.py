@@ -166,7 +166,7 @@ def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
             f"{config.batch_size}: give more text with --data"
         )
     schedule = Schedule(
-        sizing.steps, config.batch_size, sizing.grad_accum, sizing.learning_rate, config.warmup,
+        sizing.steps, config.batch_size, sizing.grad_accum, config.learning_rate, config.warmup,
         config.weight_decay, config.clip, config.seed,
     )  # fmt: skip
     return _Job(
@@ -222,7 +222,6 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndar
         **fixed,
         "seq_len": sizing.seq_len,
         "grad_accum": sizing.grad_accum,
-        "learning_rate": sizing.learning_rate,
         "model": hashlib.sha256(model).hexdigest()[:16],
         "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
     }
@@ -269,7 +268,7 @@ def _open_run(job: _Job, state: TrainState) -> None:
                 file.unlink(missing_ok=True)
         resolved = dataclasses.replace(
             job.config, seq_len=job.sizing.seq_len, grad_accum=job.sizing.grad_accum, steps=job.schedule.steps,
-            learning_rate=job.schedule.learning_rate, tokens=None, eval_tokens=job.sizing.eval_tokens,
+            tokens=None, eval_tokens=job.sizing.eval_tokens,
             model=str(job.pair.path),
         )  # fmt: skip
         run.config.write_text(to_yaml(resolved), encoding="utf-8")

@@ -17,8 +17,6 @@ from .objective import Objective, objective_loss
 from .pair import Leaves, Pair
 from .trees import named_arrays
 
-BETAS = (0.9, 0.95)
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -54,8 +52,7 @@ class TrainState:
         """The state before the first step."""
         parameters = pair.parameters()
         optimizer = optim.AdamW(
-            learning_rate=schedule.learning_rate, betas=list(BETAS), weight_decay=schedule.weight_decay,
-            bias_correction=True,
+            learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay
         )  # fmt: skip
         optimizer.init({"layers": parameters})
         return cls(0, parameters, optimizer)

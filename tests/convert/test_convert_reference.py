@@ -16,9 +16,10 @@ import pytest
 from mlx_linearard.convert.hf import from_hf, scale, to_hf
 from mlx_linearard.convert.peft import to_peft
 from mlx_linearard.convert.verify import torch_logits
-from mlx_lm.utils import _get_classes
 from test_convert_peft import CASES, adapter
 
+from mlx_linearard.exporting import write_fused
+from mlx_linearard.pair import load_pair
 from mlx_linearard.rope import FAMILIES, METHODS, attention_factor, inverse_frequencies, scale_rope
 
 pytestmark = pytest.mark.slow
@@ -39,12 +40,10 @@ EXTRA = {
 KINDS = (*tiny.FAMILIES, "olmo3", "gemma3_text", "granite", "smollm3")
 
 
-def in_memory(config, arrays):
-    """Logits of mlx-lm's model built in memory from a config and arrays, as a trainer holds it."""
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
-    model.load_weights(list(arrays.items()))
-    return np.array(model(mx.array(tiny.ids())))
+def in_memory(native, method):
+    """Logits of the model that a run holds in memory: its student, or its teacher where nothing is scaled."""
+    pair = load_pair(native, method=method or "ntk", factor=4.0, lora_rank=4)
+    return np.array((pair.student if method else pair.teacher)(mx.array(tiny.ids())))
 
 
 def torch_frequencies(directory):
@@ -75,7 +74,7 @@ def test_three_ways_to_the_same_logits(tmp_path, kind, method):
     theirs = to_hf(ours, tmp_path / "theirs")
     config = json.loads((ours / "config.json").read_text())
     reference = torch_logits(theirs, tiny.ids())
-    for logits in (tiny.logits(ours), in_memory(config, arrays)):
+    for logits in (tiny.logits(ours), in_memory(tmp_path / "native", method)):
         apart = np.abs(logits - reference)[0].max(axis=-1)
         assert apart[: tiny.WINDOW].max() < CLOSE
         assert apart[tiny.WINDOW :].max() < CLOSE
@@ -85,6 +84,26 @@ def test_three_ways_to_the_same_logits(tmp_path, kind, method):
     for layers, expected in inverse_frequencies(config).items():
         np.testing.assert_allclose(frequencies[layers], expected, rtol=0, atol=1e-6)
     assert factor == pytest.approx(attention_factor(config), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
+def test_a_trained_student_is_the_same_in_transformers(tmp_path, kind, adapter):
+    """Adapters away from their start: the student in memory, its fused export in mlx-lm, and that on torch."""
+    settings = tiny.config(kind, **EXTRA.get(kind, {}))
+    native = from_hf(tiny.write(tmp_path / "source", settings), tmp_path / "native")
+    pair = load_pair(native, method="linear", factor=4.0, fine_tune_type=adapter, lora_rank=4)
+    before = np.array(pair.student(mx.array(tiny.ids())))
+    mx.random.seed(3)
+    pair.set_parameters(
+        [{n: a + 0.1 * mx.random.normal(a.shape) for n, a in leaves.items()} for leaves in pair.parameters()]
+    )
+    student = np.array(pair.student(mx.array(tiny.ids())))
+    write_fused(pair, tmp_path / "fused")
+    assert np.abs(student - before).max() > 100 * CLOSE
+    assert np.abs(student - tiny.logits(tmp_path / "fused")).max() < CLOSE
+    theirs = torch_logits(to_hf(tmp_path / "fused", tmp_path / "theirs"), tiny.ids())
+    assert np.abs(student - theirs).max() < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
