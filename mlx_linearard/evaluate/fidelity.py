@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..data import windows
+from ..errors import UserError
 from ..objective import forward_hidden
 from ..pair import Pair
 from ..vocabulary import compare_logits, token_nll
 from ..walk import head
+from .subject import LOGITS_BYTES, Directory, Subject, Tick, digest, itself
+from .suite import Item, Metric, Record
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
@@ -119,3 +123,70 @@ def _add(
         sums_s.add(found.nll, found.kl, found.agreement)
     else:
         sums_s.add(token_nll(hidden_s, head(pair.student), targets, workspace_bytes=workspace))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Between any two directories, through stock mlx-lm
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class FidelityToReference:
+    """Suite `fidelity`: how close a model's next-token distributions are to those of `reference`.
+
+    On windows of `length` + 1 of `tokens` (N,), no longer than the reference's own window. Metrics, means over
+    windows: `kl`, KL(reference || model) in nats a token; `top1`, the share of positions where both put the
+    same token first; `top5`, the share of the reference's first five tokens among the model's first five.
+    """
+
+    tokens: np.ndarray
+    length: int
+    reference: Subject
+    budget: int = 32768
+    name: str = "fidelity"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        text = digest(self.tokens.tobytes().hex())
+        reference = self.reference.directory.fingerprint()
+        return {"length": self.length, "tokens": self.budget, "text": text, "reference": reference}
+
+    def items(self, directory: Directory, window: int) -> list[Item]:
+        """Windows of the reference's length; UserError where it or the text is too short."""
+        limit = self.reference.directory.window
+        if self.length > limit:
+            raise UserError(
+                f"{self.length} tokens do not fit the window of the reference {self.reference.directory.path}, "
+                f"{limit} tokens, beyond which it is none: give shorter --lengths"
+            )
+        cut = windows(self.tokens, self.length, max(1, self.budget // self.length))
+        if not len(cut):
+            raise UserError(
+                f"the text of suite {self.name} has {len(self.tokens)} tokens, too few for one window of "
+                f"{self.length}: give more text with --data or a shorter --lengths"
+            )
+        return [Item(f"{self.length}/{i}", row, self.length) for i, row in enumerate(cut)]
+
+    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+        if subject.directory.path == self.reference.directory.path:
+            tick(self.length)
+            return {"id": item.id, "samples": {"kl": 0.0, "top1": 1.0, "top5": 1.0}}
+        sums, inputs = np.zeros(3), item.content[:-1]
+        both = zip(self.reference.logits(inputs), subject.logits(inputs, tick), strict=True)
+        for (_, reference), (_, logits) in both:
+            found = compare_logits(logits, reference, itself, itself, workspace_bytes=4 * LOGITS_BYTES)
+            sums += [_sum(found.kl), _sum(found.agreement), _sum(top_overlap(logits, reference))]
+        return {"id": item.id, "samples": dict(zip(("kl", "top1", "top5"), (sums / len(inputs)).tolist(), strict=True))}
+
+    def metric(self, name: str) -> Metric:
+        return Metric(higher_is_better=name != "kl", ideal=0.0 if name == "kl" else 1.0)
+
+    def extras(self, records: Sequence[Record]) -> dict[str, Any]:
+        return {}
+
+
+def top_overlap(a: mx.array, b: mx.array, count: int = TOP) -> mx.array:
+    """The share of b's `count` largest entries along the last axis that are among a's; (..., V) -> (...)."""
+    first_a, first_b = (mx.argpartition(x, -count, axis=-1)[..., -count:] for x in (a, b))
+    return (first_a[..., :, None] == first_b[..., None, :]).any(axis=-2).mean(axis=-1)

@@ -1,0 +1,139 @@
+"""One model against another on the same items: how much is kept, how much is won back, and whether it is chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .suite import DECISION, PERPLEXITY, Metric, summarize
+
+ALPHA = 0.05
+RESAMPLES = 10_000
+FEWEST = 5  # paired samples below which no test is made
+NOISE = "inside the noise"
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """The exact two-sided p-value of McNemar's test: decisions only one of the two got right, a fair coin otherwise."""
+    n = wins + losses
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def bootstrap(differences: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+    """(low, high, p) of the mean of paired differences: its 95% percentile interval, and a two-sided p-value.
+
+    p is twice the smaller share of resampled means on one side of zero, never below 1 / resamples.
+    """
+    values = np.asarray(differences, np.float64)
+    rng = np.random.default_rng(seed)
+    rows = max(1, 4_000_000 // len(values))
+    means = np.concatenate([
+        values[rng.integers(0, len(values), (min(rows, resamples - done), len(values)))].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ])  # fmt: skip
+    low, high = np.percentile(means, [2.5, 97.5])
+    side = min((means <= 0).mean(), (means >= 0).mean())
+    return float(low), float(high), float(min(1.0, max(2 * side, 1 / resamples)))
+
+
+def percent_of(value: float, native: float, metric: Metric) -> float | None:
+    """Per cent of native, 100 for as good: value / native, inverted where lower is better; None beside a zero."""
+    upper, lower = (value, native) if metric.higher_is_better else (native, value)
+    return 100 * upper / lower if lower else None
+
+
+def recovered(native: float, scaled: float, restored: float, metric: Metric) -> float | None:
+    """Per cent of what scaling lost that training won back; None where scaling lost nothing.
+
+    For a perplexity the loss is counted in nats, as the difference of the logarithms.
+    """
+    if metric.kind == PERPLEXITY:
+        native, scaled, restored = (math.log(v) for v in (native, scaled, restored))
+    sign = 1 if metric.higher_is_better else -1
+    lost = sign * (native - scaled)
+    return 100 * sign * (restored - scaled) / lost if lost > 0 else None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """`a` against `b` over the items both were measured on.
+
+    difference: mean of a - b of the samples, for a perplexity in nats; low and high its 95% interval (None
+    where decisions are compared, or samples are too few); p two-sided (None: too few to tell).
+    """
+
+    a: str
+    b: str
+    n: int
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    test: str
+    words: str
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def paired(a: tuple[str, Mapping[str, float]], b: tuple[str, Mapping[str, float]], metric: Metric) -> Paired | None:
+    """Test (label, samples by item) against another; None where they share no item."""
+    shared = [item for item in a[1] if item in b[1]]
+    if not shared:
+        return None
+    differences = [a[1][item] - b[1][item] for item in shared]
+    mean = math.fsum(differences) / len(shared)
+    low = high = p = None
+    if metric.kind == DECISION:
+        test, p = "McNemar", mcnemar(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    else:
+        test = "bootstrap"
+        if len(shared) >= FEWEST:
+            low, high, p = bootstrap(differences)
+    words = in_words(a[0], b[0], mean, p, metric)
+    return Paired(a[0], b[0], len(shared), mean, low, high, p, test, words)
+
+
+def in_words(a: str, b: str, difference: float, p: float | None, metric: Metric) -> str:
+    """The outcome of a test as a clause."""
+    if difference == 0:
+        return f"{a} equals {b}"
+    better = (difference > 0) == metric.higher_is_better
+    way = "better" if better else "worse"
+    if p is None:
+        return f"{a} is {way} than {b}, on too few samples to test"
+    if p >= ALPHA:
+        return f"{a} against {b}: {NOISE} (p = {p:.2g})"
+    return f"{a} is {way} than {b} (p {'< 0.001' if p < 0.001 else f'= {p:.2g}'})"
+
+
+def compare(
+    rows: Mapping[str, Mapping[str, float]], metric: Metric, *, native: str = "native", scaled: str = "scaled"
+) -> dict[str, Any]:
+    """One metric of several models side by side: rows is label -> samples by item.
+
+    Returns label -> value, stderr, n, percent_of_native, recovered (per cent) and `tests` against native and
+    scaled; what cannot be said is absent.
+    """
+    values = {label: summarize(list(found.values()), metric) for label, found in rows.items() if found}
+    table: dict[str, Any] = {}
+    for label, value in values.items():
+        entry: dict[str, Any] = value.as_json()
+        if native in values and label != native:
+            share = percent_of(value.value, values[native].value, metric)
+            entry |= {} if share is None else {"percent_of_native": share}
+            if scaled in values and label != scaled:
+                won = recovered(values[native].value, values[scaled].value, value.value, metric)
+                entry |= {} if won is None else {"recovered": won}
+        others = [other for other in (native, scaled) if other in values and other != label and label != native]
+        tests = [paired((label, rows[label]), (other, rows[other]), metric) for other in others]
+        entry |= {"tests": [test.as_json() for test in tests if test]} if any(tests) else {}
+        table[label] = entry
+    return table

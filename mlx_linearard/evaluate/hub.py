@@ -1,0 +1,112 @@
+"""Named evaluation sets from the hub, through the `datasets` extra: one table, one small function a set."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError, one_line
+
+LETTERS = "ABCDE"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a set lies on the hub and how a row of it becomes an item ({query, choices, gold} or {text})."""
+
+    repository: str
+    config: str | None
+    split: str
+    item: Callable[[Row], dict[str, Any]]
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"\[[^\]]*\]", "", text.replace(" [title]", ". "))).strip()
+
+
+def _hellaswag(row: Row) -> dict[str, Any]:
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return {"query": _clean(context), "choices": [_clean(e) for e in row["endings"]], "gold": int(row["label"])}
+
+
+def _question(question: str, choices: Iterable[str], gold: int) -> dict[str, Any]:
+    return {"query": f"Question: {question}\nAnswer:", "choices": list(choices), "gold": gold}
+
+
+def _piqa(row: Row) -> dict[str, Any]:
+    return _question(row["goal"], [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def _arc(row: Row) -> dict[str, Any]:
+    return _question(row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
+
+
+def _openbookqa(row: Row) -> dict[str, Any]:
+    choices = row["choices"]
+    return {
+        "query": row["question_stem"],
+        "choices": choices["text"],
+        "gold": choices["label"].index(row["answerKey"].strip()),
+    }
+
+
+def _boolq(row: Row) -> dict[str, Any]:
+    query = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return {"query": query, "choices": ["no", "yes"], "gold": int(row["answer"])}
+
+
+def _siqa(row: Row) -> dict[str, Any]:
+    query = f"Q: {row['context']} {row['question']}\nA:"
+    return {"query": query, "choices": [row[f"answer{x}"] for x in "ABC"], "gold": int(row["label"]) - 1}
+
+
+def _mmlu(row: Row) -> dict[str, Any]:
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
+    query = f"{row['question'].strip()}\n{listed}\nAnswer:"
+    return {"query": query, "choices": list(LETTERS[: len(row["choices"])]), "gold": int(row["answer"])}
+
+
+def _mathqa(row: Row) -> dict[str, Any]:
+    choices = [text.strip(" ,") for text in re.findall(r"[abcde] ?\) ?(.*?)(?=, ?[abcde] ?\)|$)", row["options"])]
+    return _question(row["Problem"], choices, "abcde".index(row["correct"]))
+
+
+def _lambada(row: Row) -> dict[str, Any]:
+    return {"text": row["text"]}
+
+
+SETS: dict[str, HubSet] = {
+    "hellaswag": HubSet("Rowan/hellaswag", None, "validation", _hellaswag),
+    "piqa": HubSet("baber/piqa", None, "validation", _piqa),
+    "arc_easy": HubSet("allenai/ai2_arc", "ARC-Easy", "test", _arc),
+    "arc_challenge": HubSet("allenai/ai2_arc", "ARC-Challenge", "test", _arc),
+    "openbookqa": HubSet("allenai/openbookqa", "main", "test", _openbookqa),
+    "boolq": HubSet("google/boolq", None, "validation", _boolq),
+    "siqa": HubSet("allenai/social_i_qa", None, "validation", _siqa),
+    "mmlu": HubSet("cais/mmlu", "all", "test", _mmlu),
+    "mathqa": HubSet("allenai/math_qa", None, "test", _mathqa),
+    "lambada": HubSet("EleutherAI/lambada_openai", "default", "test", _lambada),
+}
+
+
+def load_set(name: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The items of a named set, at most `limit`; UserError for an unknown name, no extra, or no connection."""
+    if name not in SETS:
+        raise UserError(f"hf:{name} is not a set that is known here: choose from {', '.join(sorted(SETS))}")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UserError(f"hf:{name} needs the extra `datasets`: pip install 'mlx-linearard[datasets]'") from None
+    where = SETS[name]
+    try:
+        rows = datasets.load_dataset(where.repository, where.config, split=where.split)
+    except Exception as error:  # whatever the hub's client raises, it is the name or the network
+        raise UserError(f"hf:{name} cannot be loaded from {where.repository}: {one_line(error)}") from None
+    try:
+        return [where.item(row) for row, _ in zip(rows, range(limit if limit is not None else len(rows)), strict=False)]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where.repository} is not laid out as expected: {one_line(repr(error))}") from None

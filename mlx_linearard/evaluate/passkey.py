@@ -1,0 +1,91 @@
+"""Suite `passkey`: a number hidden at some depth of a long text, asked for at its end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from .haystack import Prose, fill
+from .ppl import check_length
+from .subject import Directory, Subject, Tick, digest
+from .suite import DECISION, Item, Metric, Record
+
+BUDGET = 16  # tokens of the answer: five digits, with room for what a model says before them
+DEPTHS = (0, 10, 25, 50, 75, 90, 100)
+INTRODUCTION = "Somewhere in the text below there is a pass key. Read on and keep it in mind.\n\n"
+NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key."
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """`samples` prompts at each length and depth (per cent of the text before the key), greedy answers.
+
+    Prompt and answer together have at most `length` tokens and at least 98% of them. Metrics: `accuracy`
+    and `accuracy@LENGTH`; `grid` in results.json is length -> depth -> share of keys found.
+    """
+
+    prose: Prose
+    lengths: tuple[int, ...]
+    depths: tuple[int, ...] = DEPTHS
+    samples: int = 3
+    seed: int = 42
+    name: str = "passkey"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "lengths": list(self.lengths), "depths": list(self.depths), "samples": self.samples, "seed": self.seed,
+            "text": digest(self.prose.text),
+        }  # fmt: skip
+
+    def items(self, directory: Directory, window: int) -> list[Item]:
+        """Where each prompt goes; its text is made when it is measured, from the seed alone."""
+        for length in self.lengths:
+            check_length(length, window)
+        if bad := [depth for depth in self.depths if not 0 <= depth <= 100]:
+            raise UserError(f"--depths {bad[0]}: a depth is per cent of the text, from 0 to 100")
+        return [
+            Item(f"{length}/{depth}/{i}", (length, depth, i), length)
+            for length in self.lengths for depth in self.depths for i in range(self.samples)
+        ]  # fmt: skip
+
+    def prompt(self, directory: Directory, length: int, depth: int, sample: int) -> tuple[list[int], str]:
+        """(tokens of the prompt, the key); UserError where `length` cannot hold even the question."""
+        rng = random.Random(f"{self.seed}/{length}/{depth}/{sample}")
+        key, start = str(rng.randrange(10_000, 100_000)), rng.randrange(self.prose.words)
+        build = self._builder(key, start, depth)
+        size = fill(build, lambda t: len(directory.encode(t)), length - BUDGET, f"passkey at {length}")
+        return directory.encode(build(size)), key
+
+    def _builder(self, key: str, start: int, depth: int) -> Callable[[int], str]:
+        def build(words: int) -> str:
+            hay = self.prose.take(words, start)
+            at = len(hay) * depth // 100
+            needled = [*hay[:at], NEEDLE.format(key=key), *hay[at:]]
+            return INTRODUCTION + " ".join(needled) + QUESTION
+
+        return build
+
+    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+        length, depth, sample = item.content
+        prompt, key = self.prompt(subject.directory, length, depth, sample)
+        answer = subject.directory.decode(subject.greedy(prompt, BUDGET, tick))
+        found = float(key in answer)
+        names = ["accuracy", f"accuracy@{length}"]
+        return {"id": item.id, "samples": dict.fromkeys(names, found), "key": key, "answer": answer,
+                "length": length, "depth": depth, "prompt_tokens": len(prompt)}  # fmt: skip
+
+    def metric(self, name: str) -> Metric:
+        return Metric(DECISION, ideal=1.0)
+
+    def extras(self, records: Sequence[Record]) -> dict[str, Any]:
+        return {"grid": {str(n): {str(d): _share(records, n, d) for d in self.depths} for n in self.lengths}}
+
+
+def _share(records: Sequence[Record], length: int, depth: int) -> float:
+    found = [r["samples"]["accuracy"] for r in records if r["length"] == length and r["depth"] == depth]
+    return sum(found) / len(found)

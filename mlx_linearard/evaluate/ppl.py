@@ -1,0 +1,111 @@
+"""Suite `ppl`: perplexity by length and by position, on whole windows or with a sliding one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data import windows
+from ..errors import UserError
+from .subject import Directory, Subject, Tick, digest
+from .suite import PERPLEXITY, Item, Metric, Record, samples, summarize
+
+FIRST_BUCKET = 128  # positions; every further bucket ends at twice the last
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of `tokens` (N,) in windows of each of `lengths`, about `budget` tokens a length.
+
+    With `stride` a window moves on by that many tokens and only the last `stride` of each are scored, so that
+    every token has at least length - stride before it; without, windows lie side by side and count whole.
+    Metrics: `perplexity@LENGTH`, over windows, and by position within the longest length.
+    """
+
+    tokens: np.ndarray
+    lengths: tuple[int, ...]
+    budget: int = 32768
+    stride: int = 0
+    name: str = "ppl"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        text = digest(self.tokens.tobytes().hex())
+        return {"lengths": list(self.lengths), "tokens": self.budget, "stride": self.stride, "text": text}
+
+    def items(self, directory: Directory, window: int) -> list[Item]:
+        """Windows of length + 1 tokens; UserError where a length exceeds `window` or the text is too short."""
+        found = []
+        for length in self.lengths:
+            check_length(length, window)
+            cut = self._windows(length)
+            if not len(cut):
+                raise UserError(
+                    f"the text of suite {self.name} has {len(self.tokens)} tokens, too few for one window of "
+                    f"{length}: give more text with --data or a shorter --lengths"
+                )
+            found += [Item(f"{length}/{i}", row, length) for i, row in enumerate(cut)]
+        return found
+
+    def _windows(self, length: int) -> np.ndarray:
+        if not self.stride:
+            return windows(self.tokens, length, max(1, self.budget // length))
+        if self.stride > length:
+            raise UserError(f"--stride {self.stride} is above the length of {length}: tokens would be left out")
+        starts = range(0, len(self.tokens) - length, self.stride)[: max(1, self.budget // self.stride)]
+        cut = [self.tokens[s : s + length + 1] for s in starts]
+        return np.stack(cut) if cut else np.zeros((0, length + 1), np.int32)
+
+    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+        length = len(item.content) - 1
+        nll = subject.nll(item.content, tick)
+        scored = nll[-self.stride :] if self.stride else nll
+        record: Record = {"id": item.id, "samples": {f"perplexity@{length}": float(scored.mean(dtype=np.float64))}}
+        if length == max(self.lengths) and not self.stride:
+            record["positions"] = bucket_means(nll)
+        return record
+
+    def metric(self, name: str) -> Metric:
+        return Metric(PERPLEXITY, higher_is_better=False)
+
+    def extras(self, records: Sequence[Record]) -> dict[str, Any]:
+        """`by_length`: length -> perplexity; `by_position`: buckets of the longest windows, `end` not included."""
+        kept: dict[str, Any] = {"by_length": {}}
+        for length in self.lengths:
+            values = list(samples(records, f"perplexity@{length}").values())
+            kept["by_length"][str(length)] = summarize(values, self.metric("")).value
+        rows = np.array([r["positions"] for r in records if "positions" in r], np.float64)
+        if len(rows):
+            kept["by_position"] = [
+                {"start": start, "end": end, "perplexity": math.exp(min(mean, 700.0))}
+                for (start, end), mean in zip(buckets(max(self.lengths)), rows.mean(axis=0), strict=True)
+            ]
+        return kept
+
+
+def check_length(length: int, window: int) -> None:
+    """UserError where no model at hand has a window of `length`."""
+    if length > window:
+        raise UserError(
+            f"--lengths {length} does not fit the longest window of the directories given, {window} tokens: "
+            "give shorter ones"
+        )
+
+
+def buckets(length: int) -> list[tuple[int, int]]:
+    """[start, end) of the position buckets of a window: 0-128, 128-256, 256-512, ..., the last one cut."""
+    edges = [0]
+    edge = FIRST_BUCKET
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return list(zip(edges, [*edges[1:], length], strict=True))
+
+
+def bucket_means(nll: np.ndarray) -> list[float]:
+    """The mean of (T,) values in each position bucket."""
+    return [float(nll[start:end].mean(dtype=np.float64)) for start, end in buckets(len(nll))]

@@ -1,0 +1,414 @@
+"""Suite `ruler`: the 13 tasks of RULER (arXiv 2404.06654), made here from the user's own text.
+
+Parameters and scoring are the paper's; the wording of the prompts is our own. A task is a function that
+makes a sample of some size from a seeded generator; `fill` finds the size whose prompt, answer prefix and
+generation budget meet the asked length in the model's own tokenizer without exceeding it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+from .choice import read_items
+from .haystack import NOISE, Prose, fill, noise, sentences
+from .ppl import check_length
+from .subject import Directory, Subject, Tick, digest
+from .suite import Item, Metric, Record
+from .words import ADJECTIVES, NOUNS, compound, compounds
+
+SEED = 42
+DEPTHS = tuple(100 * i / 39 for i in range(40))  # per cent, where needles may stand in an essay
+EXAMPLE_TOKENS = 500  # at most, of the solved example of variable tracking
+EXAMPLE_ROUNDS = 3  # of the filler
+HOPS = 4
+SHORT = 4096  # below it the lists of common words are smaller
+NEAR = 0.98  # share of the asked length that a prompt must have
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt that ends with the beginning of its answer, and the references of which all or one is to be found."""
+
+    text: str
+    answer_prefix: str
+    outputs: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        return self.text + self.answer_prefix
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a task makes its samples of: prose, and for question answering documents and questions."""
+
+    prose: Prose
+    length: int
+    index: int
+    qa: QuestionSet | None = None
+    count: Callable[[str], int] = len  # tokens of a text
+
+
+Task = Callable[[random.Random, int, Source], Sample]  # (generator, size, source)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Needles in a haystack
+
+
+@dataclass(frozen=True)
+class Niah:
+    """A kind of haystack, what keys and values are, and how many of each are hidden and asked for."""
+
+    haystack: str  # noise, essay or needles
+    key: str = "word"
+    value: str = "number"
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+
+    def __call__(self, rng: random.Random, size: int, source: Source) -> Sample:
+        keys = _distinct(lambda: _token(self.key, rng), max(self.keys, self.queries))
+        hidden = {key: _distinct(lambda: _token(self.value, rng), self.values) for key in keys}
+        needles = [self._needle(key, value) for key, values in hidden.items() for value in values]
+        rng.shuffle(needles)
+        asked = rng.sample(keys, self.queries)
+        context = self._hide(rng, needles, size, source, set(keys))
+        outputs = tuple(value for key in asked for value in hidden[key])
+        return self._ask(context, _listed(asked), outputs)
+
+    def _needle(self, key: str, value: str) -> str:
+        return f"One of the special magic {self.value}s for {key} is: {value}."
+
+    def _hide(self, rng: random.Random, needles: list[str], size: int, source: Source, keys: set[str]) -> str:
+        if self.haystack == "essay":
+            hay = sentences(source.prose.take(size, rng.randrange(source.prose.words)))
+            depths = sorted(rng.sample(DEPTHS, len(needles)))
+            return " ".join(insert(hay, needles, [round(len(hay) * depth / 100) for depth in depths]))
+        if self.haystack == "noise":
+            hay = noise(size).split("\n")
+        else:
+            # A line counts as so many words that a rest of noise words stands for less than a line.
+            lines, rest = divmod(size, 20 if "uuid" in (self.key, self.value) else 10)
+            hay = [self._distractor(rng, keys) for _ in range(lines)] + ([noise(rest)] if rest else [])
+        return "\n".join(insert(hay, needles, sorted(rng.randint(0, len(hay)) for _ in needles)))
+
+    def _distractor(self, rng: random.Random, keys: set[str]) -> str:
+        while (key := _token(self.key, rng)) in keys:
+            pass
+        return self._needle(key, _token(self.value, rng))
+
+    def _ask(self, context: str, asked: str, outputs: tuple[str, ...]) -> Sample:
+        kind = f"{self.value}s"
+        if len(outputs) == 1:
+            return Sample(
+                f"A special magic {self.value} is hidden in the text below. Memorise it: there will be a question "
+                f"about it.\n{context}\nWhich special magic {self.value} does the text above give for {asked}?",
+                f" The special magic {self.value} that the text above gives for {asked} is",
+                outputs,
+            )
+        return Sample(
+            f"Special magic {kind} are hidden in the text below. Memorise them: there will be a question about "
+            f"them.\n{context}\nWhich are all the special magic {kind} that the text above gives for {asked}?",
+            f" All the special magic {kind} that the text above gives for {asked} are",
+            outputs,
+        )
+
+
+def insert(hay: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> list[str]:
+    """`hay` with needles[i] before what stood at places[i]; places ascend."""
+    result: list[str] = []
+    start = 0
+    for needle, place in zip(needles, places, strict=True):
+        result += [*hay[start:place], needle]
+        start = place
+    return [*result, *hay[start:]]
+
+
+def _token(kind: str, rng: random.Random) -> str:
+    if kind == "number":
+        return str(rng.randint(1_000_000, 9_999_999))
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4)) if kind == "uuid" else compound(rng)
+
+
+def _distinct(draw: Callable[[], str], count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """'a', 'a and b', or 'a, b, c, and d'."""
+    if len(names) < 3:
+        return " and ".join(names)
+    return ", ".join(names[:-1]) + f", and {names[-1]}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Variables, common and frequent words
+
+
+def variable_tracking(rng: random.Random, size: int, source: Source) -> Sample:
+    """One chain of assignments in noise of `size` words, behind a solved example with names of its own."""
+    seed = rng.random()
+
+    def example(words: int) -> str:
+        shown = _chain(random.Random(seed), words)
+        return f"{shown.prompt} {' '.join(shown.outputs)}\n\n"
+
+    most = EXAMPLE_ROUNDS * len(NOISE.split())
+    before = example(fill(example, source.count, EXAMPLE_TOKENS, "the example of vt", most=most))
+    asked = _chain(rng, size)
+    return Sample(before + asked.text, asked.answer_prefix, asked.outputs)
+
+
+def _chain(rng: random.Random, words: int) -> Sample:
+    value = str(rng.randint(10_000, 99_999))
+    names = _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=5)), HOPS + 1)
+    given = [value, *(f"VAR {name}" for name in names)]
+    needles = [f"VAR {name} = {what}" for name, what in zip(names, given, strict=False)]
+    hay = noise(words).split("\n") if words else []
+    lines = insert(hay, needles, sorted(rng.randint(0, len(hay)) for _ in needles))
+    return Sample(
+        "Variables are assigned in the text below. Keep track of them.\n" + "\n".join(lines) +
+        f"\nQuestion: which variables have the value {value}?",
+        f" Answer: the {len(names)} variables with the value {value} are",
+        tuple(names),
+    )  # fmt: skip
+
+
+def common_words(rng: random.Random, size: int, source: Source) -> Sample:
+    """A numbered list with ten words more often than the `size` others, behind a solved example."""
+    short = source.length < SHORT
+    words = _list_words(rng, source)
+    total, often, seldom = (20, 3, 1) if short else (40, 10, 3)
+    shown = _word_list(rng, words[:10], words[10:total], often, seldom)
+    common, others = words[total : total + 10], words[total + 10 : total + 10 + size]
+    asked = _word_list(rng, common, others, *((6, 1) if short else (30, 3)))
+    before = f"{shown.prompt} {_numbered(shown.outputs)}\n\n"
+    return Sample(before + asked.text, asked.answer_prefix, asked.outputs)
+
+
+def _list_words(rng: random.Random, source: Source) -> list[str]:
+    """The text's own words in random order, and adjective-noun words behind them where they do not suffice."""
+    own = list(source.prose.vocabulary)
+    rng.shuffle(own)
+    return [*own, *compounds(rng)]
+
+
+def _word_list(rng: random.Random, common: list[str], others: list[str], often: int, seldom: int) -> Sample:
+    entries = common * often + others * seldom
+    rng.shuffle(entries)
+    return Sample(
+        f"Below is a numbered list of words, some of which appear more often than others. Memorise those that "
+        f"appear most often.\n{_numbered(entries)}\nQuestion: which 10 words appear most often in the list?",
+        " Answer: the 10 words that appear most often are:",
+        tuple(common),
+    )
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
+def frequent_words(rng: random.Random, size: int, source: Source) -> Sample:
+    """Coded words whose rank-k one appears floor(size k^-2 / zeta(2)) times; rank 1 is dots, 2 to 4 are asked for."""
+    count = max(5, (source.length - 50) // 50)
+    words = ["...", *_distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), count - 1)]
+    text = [word for k, word in enumerate(words, 1) for _ in range(int(size * k**-2 / (math.pi**2 / 6)))]
+    rng.shuffle(text)
+    return Sample(
+        "Read the coded text below and count how often each coded word appears. The dots '...' mean nothing: "
+        f"leave them out.\n{' '.join(text)}\nQuestion: which three coded words appear most often in the text above?",
+        " Answer: the three coded words that appear most often in the text above are",
+        tuple(words[1:4]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Questions on documents
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Documents by number, and questions that say which of them hold the answer (the first ones given)."""
+
+    documents: Mapping[Any, Mapping[str, Any]]
+    questions: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, questions: str, documents: str) -> QuestionSet:
+        """From JSONL: documents `doc`, `text` and perhaps `title`; questions `query`, `outputs`, `doc` or `docs`."""
+        texts: dict[Any, Mapping[str, Any]] = {}
+        for where, item in read_items(documents):
+            if not isinstance(item.get("text"), str) or not isinstance(item.get("doc"), int | str):
+                raise UserError(f"{where} needs `doc`, its number, and `text`")
+            texts[item["doc"]] = item
+        return cls(texts, [_question(item, where, texts) for where, item in read_items(questions)])
+
+    def ordered(self, question: Mapping[str, Any], rng: random.Random) -> tuple[list[Any], int]:
+        """(documents in the order in which they are taken, how many of them are the question's own).
+
+        Behind the question's own come those of the same title, then all others at random.
+        """
+        own = question["docs"]
+        titles = {self.documents[doc].get("title") for doc in own} - {None}
+        others = [doc for doc in self.documents if doc not in set(own)]
+        rng.shuffle(others)
+        others.sort(key=lambda doc: self.documents[doc].get("title") not in titles)
+        return [*own, *others], len(own)
+
+
+def _question(item: Mapping[str, Any], where: str, documents: Mapping[Any, Any]) -> dict[str, Any]:
+    outputs = item.get("outputs")
+    if not isinstance(item.get("query"), str):
+        raise UserError(f"{where} has no `query` that is text")
+    if not isinstance(outputs, list) or not outputs or not all(isinstance(o, str) and o for o in outputs):
+        raise UserError(f"{where} has no `outputs`: the list of right answers is needed")
+    docs = item.get("docs", [item["doc"]] if "doc" in item else None)
+    if not isinstance(docs, list) or not docs or not all(isinstance(doc, int | str) for doc in docs):
+        raise UserError(f"{where} has no `doc` or `docs`: which documents hold the answer")
+    if missing := [doc for doc in docs if doc not in documents]:
+        raise UserError(f"{where} names document {missing[0]!r}, which is not among the documents")
+    return {"query": item["query"], "outputs": outputs, "docs": docs}
+
+
+def question_answering(rng: random.Random, size: int, source: Source) -> Sample:
+    """Question number `index` (going round) on its documents and `size` words of others, the last one cut."""
+    assert source.qa is not None
+    question = source.qa.questions[source.index % len(source.qa.questions)]
+    order, own = source.qa.ordered(question, rng)
+    texts = [source.qa.documents[doc]["text"] for doc in order[:own]]
+    for doc in order[own:]:
+        words = source.qa.documents[doc]["text"].split(" ")
+        if size < 1:
+            break
+        texts.append(" ".join(words[:size]))
+        size -= len(words)
+    rng.shuffle(texts)
+    blocks = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, 1))
+    ask = "Answer the question from the documents, and give only the answer."
+    return Sample(
+        f"{ask} The documents are below.\n\n{blocks}\n\n{ask} The documents are above.\n\n"
+        f"Question: {question['query']}",
+        " Answer:",
+        tuple(question["outputs"]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The table of tasks, scoring, the suite
+
+# task -> (maker, tokens of the answer)
+TASKS: dict[str, tuple[Task, int]] = {
+    "niah_single_1": (Niah("noise"), 128),
+    "niah_single_2": (Niah("essay"), 128),
+    "niah_single_3": (Niah("essay", value="uuid"), 128),
+    "niah_multikey_1": (Niah("essay", keys=4), 128),
+    "niah_multikey_2": (Niah("needles"), 128),
+    "niah_multikey_3": (Niah("needles", key="uuid", value="uuid"), 128),
+    "niah_multivalue": (Niah("essay", values=4), 128),
+    "niah_multiquery": (Niah("essay", queries=4), 128),
+    "vt": (variable_tracking, 30),
+    "cwe": (common_words, 120),
+    "fwe": (frequent_words, 50),
+    "qa_1": (question_answering, 32),
+    "qa_2": (question_answering, 32),
+}
+QA_TASKS = tuple(name for name in TASKS if name.startswith("qa_"))
+
+
+def score(task: str, prediction: str, outputs: Sequence[str]) -> float:
+    """The share of references found in a prediction (NIAH, vt, cwe, fwe), or 1 if any is (qa); case is ignored."""
+    text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
+    found = [output.lower() in text for output in outputs]
+    return float(any(found)) if task in QA_TASKS else sum(found) / len(found)
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """`samples` prompts a task and length, greedy answers. Metrics, in per cent: `TASK@LENGTH`, `average@LENGTH`.
+
+    prose: the text of essay haystacks and of common words. qa: question sets by task name; the tasks without
+    one are left out by whoever builds the suite.
+    """
+
+    prose: Prose
+    lengths: tuple[int, ...]
+    tasks: tuple[str, ...]
+    qa: Mapping[str, QuestionSet] = field(default_factory=dict)
+    samples: int = 10
+    seed: int = SEED
+    name: str = "ruler"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "lengths": list(self.lengths), "tasks": list(self.tasks), "samples": self.samples, "seed": self.seed,
+            "text": digest(self.prose.text),
+            "qa": {name: digest([q.documents, q.questions]) for name, q in sorted(self.qa.items())},
+        }  # fmt: skip
+
+    def items(self, directory: Directory, window: int) -> list[Item]:
+        """Task, length and number of each sample; its text is made when it is measured, from the seed alone."""
+        for length in self.lengths:
+            check_length(length, window)
+        for task in self.tasks:
+            if task not in TASKS:
+                raise UserError(f"--tasks {task}: there is no such task; choose from {', '.join(TASKS)}")
+            if task in QA_TASKS and task not in self.qa:
+                raise UserError(f"task {task} needs questions: give --data {task}=QUESTIONS.jsonl,DOCUMENTS.jsonl")
+        return [
+            Item(f"{task}/{length}/{i}", (task, length, i), length)
+            for task in self.tasks for length in self.lengths for i in range(self.samples)
+        ]  # fmt: skip
+
+    def sample(self, directory: Directory, task: str, length: int, index: int) -> Sample:
+        """One sample: prompt, answer prefix and generation budget together take at most `length` tokens."""
+        make, budget = TASKS[task]
+        seed = f"{self.seed}/{task}/{length}/{index}"
+
+        def count(text: str) -> int:
+            return len(directory.encode(text))
+
+        def build(size: int) -> Sample:
+            return make(random.Random(seed), size, source)
+
+        source = Source(self.prose, length, index, self.qa.get(task), count)
+        most = _most(task, source)
+        sample = build(fill(lambda n: build(n).prompt, count, length - budget, f"{task} at {length}", most=most))
+        if (tokens := count(sample.prompt) + budget) < NEAR * length:
+            raise UserError(f"{task} at {length}: all its text makes {tokens} tokens; give more, or shorter --lengths")
+        return sample
+
+    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+        task, length, index = item.content
+        sample = self.sample(subject.directory, task, length, index)
+        tokens = subject.directory.encode(sample.prompt)
+        answer = subject.directory.decode(subject.greedy(tokens, TASKS[task][1], tick))
+        points = 100 * score(task, answer, sample.outputs)
+        names = (f"{task}@{length}", f"average@{length}")
+        return {"id": item.id, "samples": dict.fromkeys(names, points), "answer": answer,
+                "outputs": list(sample.outputs), "prompt_tokens": len(tokens)}  # fmt: skip
+
+    def metric(self, name: str) -> Metric:
+        return Metric(ideal=100.0)
+
+    def extras(self, records: Sequence[Record]) -> dict[str, Any]:
+        return {}
+
+
+def _most(task: str, source: Source) -> int | None:
+    """The largest size a task has text for; None where it has no end."""
+    if source.qa is not None:
+        return sum(len(document["text"].split(" ")) for document in source.qa.documents.values())
+    return len(source.prose.vocabulary) + len(ADJECTIVES) * len(NOUNS) - 50 if task == "cwe" else None

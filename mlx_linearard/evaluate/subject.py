@@ -1,0 +1,228 @@
+"""A model directory under evaluation: stock mlx-lm over a KV cache, prompts taken in chunks.
+
+A prompt of any length costs the memory of its KV cache and of one chunk: logits exist for one chunk only,
+and where nobody reads them they are never computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.utils import load_tokenizer
+
+from ..convert.hf import resolve
+from ..convert.safe import check_config, check_model_dir, check_tokenizer, shards
+from ..errors import UserError
+from ..pair import load_frozen
+from ..rope import native_window
+from ..vocabulary import token_nll
+
+CHUNK = 512  # positions a forward pass takes
+LOGITS_BYTES = 128 << 20  # what one chunk's float32 logits may take: a large vocabulary makes chunks shorter
+FLOAT32 = 4
+PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # told apart by any two tokenizers
+
+Tick = Callable[[int], None]  # that many more tokens are done
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A model directory before its weights are loaded: all that choosing and checking items needs."""
+
+    label: str
+    path: Path
+    config: dict[str, Any]
+    tokenizer: Any
+
+    @property
+    def window(self) -> int:
+        return native_window(self.config)
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether the family computes nonsense without its first token (Gemma), as lm-evaluation-harness has it."""
+        return str(self.config.get("model_type", "")).startswith("gemma")
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, with the first token in front only where the family cannot do without."""
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return [bos, *ids] if self.starts_with_bos and bos is not None else ids
+
+    def prefix_token(self) -> int:
+        """What stands before a text that has no context: the first token, or else the end-of-text token."""
+        for name in ("bos_token_id", "eos_token_id"):
+            if (token := getattr(self.tokenizer, name, None)) is not None:
+                return int(token)
+        raise UserError(f"{self.path} names neither a first nor an end-of-text token: empty contexts need one")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids)))
+
+    def fingerprint(self) -> str:
+        """Tells one state of a directory from another without reading its weights: config, sizes, times."""
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards(self.path)]
+        return digest([self.config, files])
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def open_directory(source: str | Path, label: str | None = None) -> Directory:
+    """Config and tokenizer of a local directory or a hub repository; UserError where either is missing or broken."""
+    path = resolve(source)
+    config = check_config(path)
+    check_tokenizer(path)
+    tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    return Directory(label or path.resolve().name, path, config, tokenizer)
+
+
+def same_tokenizer(directories: Sequence[Directory]) -> None:
+    """UserError where two directories cut text into different tokens: their numbers could not be compared."""
+    first = directories[0]
+    for other in directories[1:]:
+        if first.encode(PROBE) != other.encode(PROBE) or _vocabulary(first) != _vocabulary(other):
+            raise UserError(
+                f"{other.path} and {first.path} have different tokenizers, so they cannot be compared: "
+                "evaluate them one at a time"
+            )
+
+
+def _vocabulary(directory: Directory) -> dict[str, int]:
+    return dict(directory.tokenizer.get_vocab())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with its directory. Positions and tokens are those of one sequence, batch size 1."""
+
+    directory: Directory
+    model: Any
+    chunk: int = CHUNK
+
+    @property
+    def label(self) -> str:
+        return self.directory.label
+
+    # -----------------------------------------------------------------------------------------------
+    # The three ways through the model
+
+    def logits(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> Iterator[tuple[int, mx.array]]:
+        """(start, logits (1, C, V)) for chunk after chunk of `tokens` (T,), in order."""
+        cache = make_prompt_cache(self.model)
+        ids = mx.array(np.asarray(tokens, np.int32))[None]
+        size = self._logits_chunk(ids)
+        for start in range(0, ids.shape[1], size):
+            logits = self.model(ids[:, start : start + size], cache=cache)
+            yield start, logits
+            mx.eval(logits, [c.state for c in cache])
+            mx.clear_cache()
+            if tick:
+                tick(min(size, ids.shape[1] - start))
+
+    def nll(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> np.ndarray:
+        """Negative log-likelihood of tokens[1:] given what stands before each, in nats; (T + 1,) -> (T,) float32."""
+        tokens = np.asarray(tokens, np.int32)
+        found = []
+        for start, logits in self.logits(tokens[:-1], tick):
+            targets = mx.array(tokens[start + 1 : start + 1 + logits.shape[1]])[None]
+            found.append(np.array(token_nll(logits, itself, targets, workspace_bytes=4 * LOGITS_BYTES))[0])
+        return np.concatenate(found)
+
+    def continuations(self, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy) of the last `lengths[i]` tokens of each sequence.
+
+        What all sequences share at their beginning is computed once.
+        """
+        shared = min(_common_prefix(sequences), min(len(s) - n for s, n in zip(sequences, lengths, strict=True)) - 1)
+        cache = make_prompt_cache(self.model)
+        self.prefill(cache, sequences[0][:shared])
+        if not can_trim_prompt_cache(cache):
+            shared = 0
+        results = []
+        for sequence, length in zip(sequences, lengths, strict=True):
+            if shared == 0:
+                cache = make_prompt_cache(self.model)
+            body = sequence[shared : len(sequence) - length - 1]
+            self.prefill(cache, body)
+            results.append(self._score(cache, sequence[len(sequence) - length - 1 :]))
+            if shared:
+                trim_prompt_cache(cache, len(body) + length)
+        return results
+
+    def greedy(self, prompt: Sequence[int], budget: int, tick: Tick | None = None) -> list[int]:
+        """At most `budget` tokens that the model puts first after `prompt`, without the one that ends the text."""
+        cache = make_prompt_cache(self.model)
+        self.prefill(cache, prompt[:-1], tick)
+        ends = set(getattr(self.directory.tokenizer, "eos_token_ids", None) or ())
+        found: list[int] = []
+        last = int(prompt[-1])
+        while len(found) < budget:
+            logits = self.model(mx.array([[last]]), cache=cache)
+            last = int(mx.argmax(logits[0, -1]).item())  # type: ignore[arg-type]
+            if last in ends:
+                break
+            found.append(last)
+        return found
+
+    def prefill(self, cache: list[Any], tokens: Sequence[int], tick: Tick | None = None) -> None:
+        """Put `tokens` into the cache. Their logits are never evaluated, so they cost nothing."""
+        ids = mx.array(np.asarray(tokens, np.int32))[None]
+        for start in range(0, len(tokens), self.chunk):
+            part = ids[:, start : start + self.chunk]
+            self.model(part, cache=cache)
+            mx.eval([c.state for c in cache])
+            mx.clear_cache()
+            if tick:
+                tick(part.shape[1])
+
+    # -----------------------------------------------------------------------------------------------
+
+    def _logits_chunk(self, ids: mx.array) -> int:
+        vocabulary = self.model(ids[:, :1]).shape[-1]  # known from the graph, nothing is computed
+        return max(1, min(self.chunk, LOGITS_BYTES // (FLOAT32 * vocabulary)))
+
+    def _score(self, cache: list[Any], tokens: Sequence[int]) -> tuple[float, bool]:
+        ids = mx.array(np.asarray(tokens, np.int32))[None]
+        logits = self.model(ids[:, :-1], cache=cache)
+        nll = token_nll(logits, itself, ids[:, 1:]).sum()
+        greedy = (mx.argmax(logits, axis=-1) == ids[:, 1:]).all()
+        mx.eval(nll, greedy, [c.state for c in cache])
+        return -float(nll.item()), bool(greedy.item())  # type: ignore[arg-type]
+
+
+def load_subject(directory: Directory, *, dtype: str = "auto", chunk: int = CHUNK) -> Subject:
+    """Load the weights; dtype `auto` is float32 on a CPU, where half precision is many times slower, else the file's.
+
+    Raises UserError where the weights do not fit the config.
+    """
+    config = check_model_dir(directory.path).config
+    if dtype == "auto":
+        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+        dtype = "" if on_gpu else "float32"
+    model = load_frozen(directory.path, config, dtype or None)
+    model.eval()
+    return Subject(directory, model, chunk)
+
+
+def itself(logits: mx.array) -> mx.array:
+    """The head of hidden states that are logits already."""
+    return logits
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    shortest = min(len(s) for s in sequences)
+    for i in range(shortest):
+        if any(s[i] != sequences[0][i] for s in sequences):
+            return i
+    return shortest
