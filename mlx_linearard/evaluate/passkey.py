@@ -46,6 +46,7 @@ class Passkey:
         """Where each prompt goes; its text is made when it is measured, from the seed alone."""
         for length in self.lengths:
             check_length(length, window)
+            self.prompt(directory, length, 50, 0)  # a length that cannot hold the question is told at once
         if bad := [depth for depth in self.depths if not 0 <= depth <= 100]:
             raise UserError(f"--depths {bad[0]}: a depth is per cent of the text, from 0 to 100")
         return [

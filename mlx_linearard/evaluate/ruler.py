@@ -367,6 +367,8 @@ class Ruler:
                 raise UserError(f"--tasks {task}: there is no such task; choose from {', '.join(TASKS)}")
             if task in QA_TASKS and task not in self.qa:
                 raise UserError(f"task {task} needs questions: give --data {task}=QUESTIONS.jsonl,DOCUMENTS.jsonl")
+            for length in self.lengths:
+                self.sample(directory, task, length, 0)  # a length that cannot hold the task is told at once
         return [
             Item(f"{task}/{length}/{i}", (task, length, i), length)
             for task in self.tasks for length in self.lengths for i in range(self.samples)

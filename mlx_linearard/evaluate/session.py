@@ -45,7 +45,7 @@ class _Done:
     def __init__(self, label: str, items: Sequence[Item], done: Mapping[str, Any], progress: Progress | None):
         self.label, self.progress = label, progress
         self.total = sum(item.cost for item in items if item.id not in done)
-        self.before, self.within = 0, 0
+        self.before = self.within = self.told = 0
 
     def tick(self, tokens: int) -> None:
         self.within += tokens
@@ -56,8 +56,10 @@ class _Done:
         self._tell(self.before)
 
     def _tell(self, now: int) -> None:
-        if self.progress:
-            self.progress(self.label, min(now, self.total), self.total)
+        now = min(now, self.total)
+        if self.progress and now > self.told:
+            self.told = now
+            self.progress(self.label, now, self.total)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,579 @@
+"""The report of a run: what a run directory holds, as a verdict, tables and figures, in HTML and in Markdown.
+
+Everything comes from results.json, metrics.jsonl and config.yaml. What is missing is left out; what is
+broken is a UserError. The HTML file is whole in itself: it asks for nothing from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
+from .errors import UserError, one_line
+from .files import RunDir, new_file, read_json
+from .plan import duration
+
+MODELS = ("native", "scaled", "restored")  # the order of rows and lines; other models follow
+SUITE_TITLES = {
+    "ppl": "Perplexity on the evaluation text", "fidelity": "Fidelity to the native model",
+    "lambada": "Last word (LAMBADA)", "passkey": "Pass key", "ruler": "RULER, per cent",
+}  # fmt: skip
+NOT_NEEDED = 0.01  # nats a token: a scaling that costs less than this costs nothing one would notice
+HELPED, RESTORED = 0.25, 0.8  # shares of the KL
+WIDE = 8.0  # largest over smallest value above which an axis is logarithmic
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a run directory holds
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run directory's numbers, checked. Rows are by model; each may lack anything."""
+
+    root: Path
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    comparisons: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[Mapping[str, float]] = ()
+
+    @property
+    def models(self) -> list[str]:
+        return [name for name in MODELS if name in self.rows] + [name for name in self.rows if name not in MODELS]
+
+    def perplexity(self, model: str) -> dict[int, float]:
+        """Perplexity by length, of the run's own measurement and of the suite at the lengths that one lacks."""
+        row = self.rows.get(model, {})
+        suite = row.get("ppl", {}).get("by_length", {})
+        return {int(n): v for n, v in sorted({**suite, **row.get("perplexity", {})}.items(), key=lambda i: int(i[0]))}
+
+    def number(self, model: str, key: str) -> float | None:
+        value = self.rows.get(model, {}).get(key)
+        return None if value is None else float(value)
+
+
+def read_run(root: str | Path) -> RunFacts:
+    """The facts of a run directory, finished or under way.
+
+    Raises UserError where it is none, or where one of its files is broken.
+    """
+    run = RunDir(root)
+    if not run.root.is_dir():
+        raise UserError(f"{root} is not a directory: give the --output of a distillation")
+    if not any(path.exists() for path in (run.config, run.metrics, run.results)):
+        raise UserError(f"{root} holds no run: neither {run.config.name}, {run.metrics.name} nor {run.results.name}")
+    results = _object(run.results) or _object(run.root / "before.json")
+    known = {"export", "run", "comparisons"}
+    rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in known}
+    parts = {name: _mapping(run.results, name, results.get(name, {})) for name in sorted(known)}
+    return RunFacts(run.root, rows, config=_yaml(run.config), steps=_steps(run.metrics), **parts)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    value = read_json(path)
+    return dict(_mapping(path, "", value))
+
+
+def _mapping(path: Path, name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        where = f"{path}: {name}" if name else str(path)
+        raise UserError(f"{where} must be a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _row(path: Path, name: str, value: Any) -> Mapping[str, Any]:
+    row = _mapping(path, name, value)
+    for key in ("kl", "agreement"):
+        if row.get(key) is not None:
+            _finite(path, f"{name}.{key}", row[key])
+    for length, perplexity in _mapping(path, f"{name}.perplexity", row.get("perplexity", {})).items():
+        if not length.isdigit():
+            raise UserError(f"{path}: {name}.perplexity has {length!r} where a length belongs")
+        _finite(path, f"{name}.perplexity.{length}", perplexity)
+    for suite, entry in row.items():
+        if isinstance(entry, dict) and "metrics" in entry:
+            _suite(path, f"{name}.{suite}", entry)
+    return row
+
+
+def _suite(path: Path, where: str, entry: Mapping[str, Any]) -> None:
+    for metric, value in _mapping(path, f"{where}.metrics", entry["metrics"]).items():
+        _finite(path, f"{where}.{metric}", _mapping(path, f"{where}.{metric}", value).get("value"))
+    for length, value in _mapping(path, f"{where}.by_length", entry.get("by_length", {})).items():
+        _finite(path, f"{where}.by_length.{length}", value)
+    for bucket in entry.get("by_position", ()):
+        for key in ("start", "end", "perplexity"):
+            _finite(path, f"{where}.by_position.{key}", _mapping(path, f"{where}.by_position", bucket).get(key))
+    for length, cells in _mapping(path, f"{where}.grid", entry.get("grid", {})).items():
+        for depth, share in _mapping(path, f"{where}.grid.{length}", cells).items():
+            _finite(path, f"{where}.grid.{length}.{depth}", share)
+
+
+def _finite(path: Path, where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: {where} must be a finite number, not {value!r}")
+
+
+def _yaml(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    return _mapping(path, "", value)
+
+
+def _steps(path: Path) -> list[Mapping[str, float]]:
+    """metrics.jsonl; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    return [_step(path, i, line) for i, line in enumerate(lines, 1) if line.strip() and line.endswith("\n")]
+
+
+def _step(path: Path, number: int, line: str) -> Mapping[str, float]:
+    try:
+        record = json.loads(line)
+        return {"step": int(record["step"]), "loss": float(record["loss"]), "memory": float(record["peak_memory_gb"])}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} line {number} is not a step's record: mend or remove it") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def verdict(facts: RunFacts) -> list[str]:
+    """Two plain sentences from the numbers: what training won back, and perplexity short and long."""
+    scaled, restored = facts.number("scaled", "kl"), facts.number("restored", "kl")
+    if scaled is None or restored is None:
+        return ["The run has not been measured to its end, so there is no verdict yet."]
+    return [_outcome(scaled, restored), *_perplexities(facts)]
+
+
+def _outcome(scaled: float, restored: float) -> str:
+    change = f"KL to the native model: {scaled:.3g} nats a token scaled, {restored:.3g} restored"
+    if scaled < NOT_NEEDED:
+        return f"The simple scaled model is already as good as the native one, so training was not needed ({change})."
+    share = 1 - restored / scaled
+    if share <= 0:
+        return f"Training did not help: the simple scaled model is at least as good ({change})."
+    won = f"{_percent(share)} of what scaling cost"
+    if share < HELPED:
+        return f"Training helped little: it won back {won} ({change})."
+    if share < RESTORED:
+        return f"Training helped, but did not restore the model: it won back {won} ({change})."
+    return f"Training restored the model: it won back {won} ({change})."
+
+
+def _perplexities(facts: RunFacts) -> Iterator[str]:
+    found = {name: facts.perplexity(name) for name in MODELS}
+    shared = sorted(set.intersection(*(set(values) for values in found.values())))
+    if not shared:
+        return
+    window = facts.run.get("native_window")
+    short = shared[0]
+    text = f"Perplexity at {short} tokens is {_three(found, short)}{_caveat(found, short)}"
+    beyond = [n for n in shared if isinstance(window, int) and n > window]
+    if beyond:
+        text += (
+            f"; at {beyond[-1]}, beyond the native window of {window}, it is "
+            f"{_three(found, beyond[-1])}{_caveat(found, beyond[-1])}"
+        )
+    elif isinstance(window, int):
+        text += f"; nothing was measured beyond the native window of {window} tokens"
+    yield text + "."
+
+
+def _three(found: Mapping[str, Mapping[int, float]], length: int) -> str:
+    native, scaled, restored = (_perplexity(found[name][length]) for name in MODELS)
+    return f"{native} native, {scaled} scaled and {restored} restored"
+
+
+def _caveat(found: Mapping[str, Mapping[int, float]], length: int) -> str:
+    """What a reader must not overlook: the untrained model doing as well."""
+    better = found["scaled"][length] <= found["restored"][length]
+    return ", so that the simple scaled model is at least as good there" if better else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share < 0.995 else f"{100 * share:.1f}%"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; the first column is text, all others are numbers; `notes` stand below it."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A titled chart with its legend (name, style) and the numbers it shows, for those who cannot see it."""
+
+    title: str
+    svg: str
+    legend: Sequence[tuple[str, str]] = ()
+    data: Table | None = None
+
+
+def tables(facts: RunFacts) -> Iterator[Table]:
+    """The comparison of the run itself, then one table a suite."""
+    if any(facts.perplexity(name) or facts.number(name, "kl") is not None for name in facts.models):
+        yield _main_table(facts)
+    suites = dict.fromkeys(
+        key
+        for row in facts.rows.values()
+        for key, value in row.items()
+        if isinstance(value, dict) and "metrics" in value
+    )
+    for suite in suites:
+        yield _suite_table(facts, suite)
+
+
+def _main_table(facts: RunFacts) -> Table:
+    lengths = sorted({n for name in facts.models for n in facts.perplexity(name)})
+    heads = ["", *(f"Perplexity at {tokens(n)}" for n in lengths), "KL to native", "Same first token", "KL won back"]
+    rows = []
+    for name in facts.models:
+        values, kl, same = facts.perplexity(name), facts.number(name, "kl"), facts.number(name, "agreement")
+        rows.append([
+            name,
+            *(_perplexity(values[n]) if n in values else "–" for n in lengths),
+            "–" if kl is None else f"{kl:.4f}",
+            "–" if same is None else f"{same:.1%}",
+            _won_back(facts, name),
+        ])  # fmt: skip
+    return Table("Comparison", heads, rows)
+
+
+def _won_back(facts: RunFacts, name: str) -> str:
+    scaled, own = facts.number("scaled", "kl"), facts.number(name, "kl")
+    if name in ("native", "scaled") or not scaled or own is None:
+        return "–"
+    return f"{100 * (1 - own / scaled):.0f}%"
+
+
+def _suite_table(facts: RunFacts, suite: str) -> Table:
+    entries = {name: facts.rows[name][suite]["metrics"] for name in facts.models if suite in facts.rows[name]}
+    metrics = list(dict.fromkeys(metric for found in entries.values() for metric in found))
+    rows = [[metric, *(_value(found.get(metric)) for found in entries.values())] for metric in metrics]
+    title = SUITE_TITLES.get(suite) or f"Multiple choice: {suite.partition('/')[2] or suite}"
+    return Table(title, ["", *entries], rows, list(_tests(facts, suite)))
+
+
+def _value(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    spread = entry.get("stderr")
+    value = entry["value"]
+    shown = f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.3g}"
+    return f"{shown} ± {spread:.2g}" if isinstance(spread, int | float) else shown
+
+
+def _tests(facts: RunFacts, suite: str) -> Iterator[str]:
+    metrics = facts.comparisons.get(suite, {})
+    for metric, rows in (metrics.get("metrics", {}) if isinstance(metrics, dict) else {}).items():
+        for row in rows.values() if isinstance(rows, dict) else ():
+            for test in row.get("tests", ()):
+                yield f"{metric}: {test.get('words', '')}"
+
+
+def figures(facts: RunFacts) -> Iterator[Figure]:
+    """Loss, perplexity by length and by position, pass key, memory: those there are numbers for."""
+    if len(facts.steps) > 1:
+        yield _over_steps(facts, "loss", "Training loss", "nats", "restored")
+    if any(len(facts.perplexity(name)) > 1 for name in facts.models):
+        yield _perplexity_figure("Perplexity by length", "tokens", {n: facts.perplexity(n) for n in facts.models})
+    by_position = {name: _positions(facts.rows[name]) for name in facts.models if _positions(facts.rows[name])}
+    if by_position:
+        yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
+    for name in facts.models:
+        if grid := facts.rows[name].get("passkey", {}).get("grid"):
+            yield _passkey_figure(name, {int(n): {int(d): s for d, s in cells.items()} for n, cells in grid.items()})
+    if len(facts.steps) > 1:
+        yield _over_steps(facts, "memory", "Peak memory", "GB", "native", zero=True)
+
+
+def _positions(row: Mapping[str, Any]) -> dict[int, float]:
+    return {int(b["end"]): float(b["perplexity"]) for b in row.get("ppl", {}).get("by_position", ())}
+
+
+def _over_steps(facts: RunFacts, key: str, title: str, unit: str, style: str, *, zero: bool = False) -> Figure:
+    points = [(s["step"], s[key]) for s in facts.steps if math.isfinite(s[key])]
+    values = [y for _, y in points] or [0.0]
+    x = linear_axis([step for step, _ in points] or [0.0, 1.0])
+    x = (
+        Axis(points[0][0], points[-1][0], tuple(t for t in x.ticks if points[0][0] <= t <= points[-1][0]))
+        if points
+        else x
+    )
+    svg = line_chart(
+        [Series(title, style, points)], x, linear_axis(values, zero=zero), x_label="step", y_label=f"{title}, {unit}"
+    )
+    return Figure(f"{title}, {unit}", svg)
+
+
+def _perplexity_figure(title: str, x_label: str, rows: Mapping[str, Mapping[int, float]]) -> Figure:
+    series = [Series(name, _style(name), sorted(found.items())) for name, found in rows.items() if found]
+    values = [v for found in rows.values() for v in found.values()]
+    lengths = sorted({n for found in rows.values() for n in found})
+    y = log_axis(values) if max(values) > WIDE * min(values) else linear_axis(values)
+    svg = line_chart(series, doubling_axis(lengths), y, x_label=x_label, y_label=title, x_format=tokens)
+    cells = [[name, *(_perplexity(found[n]) if n in found else "–" for n in lengths)] for name, found in rows.items()]
+    data = Table(title, ["", *(tokens(n) for n in lengths)], cells)
+    return Figure(title, svg, [(item.name, item.style) for item in series], data)
+
+
+def _passkey_figure(name: str, grid: Mapping[int, Mapping[int, float]]) -> Figure:
+    depths = sorted({depth for cells in grid.values() for depth in cells})
+    cells = [[f"{d}%", *(f"{grid[n][d]:.0%}" if d in grid[n] else "–" for n in sorted(grid))] for d in depths]
+    title = f"Pass key found, {name}, by depth"
+    data = Table(title, ["depth", *(tokens(n) for n in sorted(grid))], cells)
+    return Figure(title, heat_map(grid, x_label="tokens", y_label="depth of the key"), (), data)
+
+
+def _style(name: str) -> str:
+    return name if name in MODELS else "other"
+
+
+def settings(facts: RunFacts) -> list[tuple[str, str]]:
+    """The configuration as (option, value), without what was left open."""
+    return [(str(key), _plain(value)) for key, value in facts.config.items() if value is not None]
+
+
+def provenance(facts: RunFacts) -> list[tuple[str, str]]:
+    """Machine, time, training tokens, export check and versions."""
+    run, found = facts.run, list[tuple[str, str]]()
+    for key, title in (("machine", "Machine"), ("training_tokens", "Training tokens")):
+        if key in run:
+            found.append((title, f"{run[key]:,}".replace(",", " ") if isinstance(run[key], int) else _plain(run[key])))
+    if isinstance(run.get("seconds"), int | float):
+        found.append(("Time", duration(run["seconds"])))
+    if isinstance(facts.export.get("kl"), int | float):
+        found.append(("KL of the export to the trained model", f"{facts.export['kl']:.1g} nats a token"))
+    versions = run.get("versions")
+    if isinstance(versions, dict):
+        found.append(("Versions", ", ".join(f"{name} {value}" for name, value in versions.items())))
+    return found
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing it
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write report.html and report.md into a run directory, finished or under way; returns the HTML file.
+
+    Raises UserError where the directory holds no run or a file of it is broken; nothing is written then.
+    """
+    facts = read_run(run_dir)
+    page, twin = to_html(facts), to_markdown(facts)
+    target = RunDir(run_dir).report
+    for path, text in ((target, page), (target.with_suffix(".md"), twin)):
+        with new_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return target
+
+
+def heading(facts: RunFacts) -> tuple[str, str]:
+    """(title, subtitle): the model's name, and what was done to its window."""
+    name = Path(str(facts.config.get("model", facts.root.name))).name
+    parts = []
+    window, factor = facts.run.get("native_window"), facts.run.get("factor", facts.config.get("factor"))
+    if isinstance(window, int) and isinstance(factor, int | float):
+        parts.append(f"{window} → {int(window * factor)} tokens")
+    method, objective = facts.config.get("method"), facts.config.get("objective")
+    if method and isinstance(factor, int | float):
+        parts.append(f"{method} scaling × {factor:g}")
+    parts += [f"objective: {objective}"] if objective else []
+    return name, " · ".join(parts)
+
+
+def to_markdown(facts: RunFacts) -> str:
+    """The report as Markdown, for a model card."""
+    title, subtitle = heading(facts)
+    lines = [f"# {_md(title)}", "", *([_md(subtitle), ""] if subtitle else []), _md(" ".join(verdict(facts))), ""]
+    shown = [*tables(facts), *(figure.data for figure in figures(facts) if figure.data)]
+    for table in shown:
+        lines += [f"## {_md(table.title)}", "", *_md_table(table), ""]
+        lines += [f"- {_md(note)}" for note in table.notes] + ([""] if table.notes else [])
+    if facts.steps:
+        first, last = facts.steps[0], facts.steps[-1]
+        peak = max(s["memory"] for s in facts.steps)
+        lines += ["## Training", "", f"Loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step "
+                  f"{last['step']}; at most {peak:.2f} GB.", ""]  # fmt: skip
+    for name, pairs in (("Run", provenance(facts)), ("Configuration", settings(facts))):
+        if pairs:
+            lines += [f"## {name}", "", *_md_table(Table(name, ["", "value"], pairs), left=True), ""]
+    return "\n".join(lines)
+
+
+def _md_table(table: Table, *, left: bool = False) -> Iterator[str]:
+    yield "| " + " | ".join(map(_md, table.heads)) + " |"
+    yield "|" + "|".join(["---", *(["---" if left else "--:"] * (len(table.heads) - 1))]) + "|"
+    for row in table.rows:
+        yield "| " + " | ".join(map(_md, row)) + " |"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    escaped = escape(one_line(text), quote=False)
+    for sign in "\\`*_[]|#":
+        escaped = escaped.replace(sign, f"\\{sign}")
+    return escaped
+
+
+def to_html(facts: RunFacts) -> str:
+    """The report as one HTML page."""
+    title, subtitle = heading(facts)
+    first, *others = verdict(facts)
+    body = [
+        f"<header><p class=kicker>LinearARD report</p><h1>{escape(title)}</h1>"
+        f"<p class=sub>{escape(subtitle)}</p></header>",
+        f"<section class=verdict><p><strong>{escape(first)}</strong> {escape(' '.join(others))}</p></section>",
+        *map(_html_table, tables(facts)),
+    ]
+    charts = [_html_figure(figure) for figure in figures(facts)]
+    if charts:
+        body.append(f'<section><h2>Figures</h2><div class="figures">{"".join(charts)}</div></section>')
+    for name, pairs in (("Run", provenance(facts)), ("Configuration", settings(facts))):
+        if pairs:
+            entries = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
+            body.append(f'<section><h2>{name}</h2><dl class="{name.lower()}">{entries}</dl></section>')
+    return _PAGE.format(title=escape(f"{title}: LinearARD report"), style=_STYLE, body="\n".join(body))
+
+
+def _html_table(table: Table) -> str:
+    heads = "".join(f"<th scope=col>{escape(head)}</th>" for head in table.heads)
+    rows = "".join(
+        f'<tr class="{_style(row[0])}"><th scope=row>{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in table.rows
+    )  # fmt: skip
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    return (
+        f"<section><h2>{escape(table.title)}</h2><div class=scroll tabindex=0><table><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>{f'<ul class=notes>{notes}</ul>' if notes else ''}</section>"
+    )
+
+
+def _html_figure(figure: Figure) -> str:
+    legend = "".join(f'<span class="key {style}">{escape(name)}</span>' for name, style in figure.legend)
+    return (
+        f"<figure><figcaption>{escape(figure.title)}{f'<span class=legend>{legend}</span>' if legend else ''}"
+        f"</figcaption>{figure.svg}</figure>"
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root{--page:#fcfcfb;--card:#fff;--ink:#1c1d21;--soft:#62656e;--rule:#e3e4e8;--tint:#f3f5f9;
+--native:#6b7280;--scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0}
+@media (prefers-color-scheme:dark){:root{--page:#141518;--card:#1b1d21;--ink:#e8e9ec;--soft:#9a9ea8;--rule:#30333a;
+--tint:#1f232b;--native:#a0a6b2;--scaled:#f0964a;--restored:#74a7ff;--other:#c094f0;--heat:#4c86ee}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:3rem 1.25rem 4rem}
+.kicker{margin:0;color:var(--soft);font-size:.8rem;letter-spacing:.07em;text-transform:uppercase}
+h1{margin:.15rem 0 .2rem;font-size:2rem;line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
+.sub{margin:0;color:var(--soft)}
+h2{margin:0 0 .75rem;font-size:1.05rem;letter-spacing:-.005em}
+section{margin-top:2.5rem}
+.verdict{margin-top:1.75rem;padding:1.1rem 1.3rem;border-left:4px solid var(--restored);border-radius:0 8px 8px 0;
+background:var(--tint);font-size:1.08rem}
+.verdict p{margin:0;max-width:46rem}
+.scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px;background:var(--card)}
+table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}
+th,td{padding:.5rem .9rem;text-align:right;white-space:nowrap}
+thead th{color:var(--soft);font-weight:500;font-size:.85rem;border-bottom:1px solid var(--rule)}
+th:first-child{text-align:left}
+tbody th{font-weight:500}
+tbody tr+tr>*{border-top:1px solid var(--rule)}
+tr.native th,tr.scaled th,tr.restored th{border-left:3px solid currentColor}
+tr.native th{color:var(--native)}tr.scaled th{color:var(--scaled)}tr.restored th{color:var(--restored)}
+tr.restored td,tr.restored th{font-weight:650}
+.notes{margin:.7rem 0 0;padding:0;list-style:none;color:var(--soft);font-size:.87rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
+figure{margin:0;padding:.9rem .9rem .6rem;border:1px solid var(--rule);border-radius:8px;background:var(--card)}
+figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:.1rem 1rem;margin-bottom:.5rem;
+font-size:.92rem;font-weight:600}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem .8rem;font-weight:400;font-size:.85rem;color:var(--soft)}
+.key::before{content:"";display:inline-block;width:.85rem;height:3px;margin-right:.35rem;vertical-align:middle;
+border-radius:2px;background:currentColor}
+.key.native::before{color:var(--native)}.key.scaled::before{color:var(--scaled)}
+.key.restored::before{color:var(--restored)}.key.other::before{color:var(--other)}
+svg{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}
+svg text{fill:var(--soft)}
+.grid{stroke:var(--rule)}.axis{stroke:var(--soft);stroke-opacity:.6}
+.middle{text-anchor:middle}.end{text-anchor:end}
+.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.line.native{stroke:var(--native)}.line.scaled{stroke:var(--scaled)}
+.line.restored{stroke:var(--restored)}.line.other{stroke:var(--other)}
+.dot{stroke:var(--card);stroke-width:1}
+.dot.native{fill:var(--native)}.dot.scaled{fill:var(--scaled)}
+.dot.restored{fill:var(--restored)}.dot.other{fill:var(--other)}
+.cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.on-dark{fill:#fff}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:0 2rem;margin:0;font-size:.9rem}
+dl.run{grid-template-columns:1fr}
+dl div{display:flex;justify-content:space-between;gap:1rem;padding:.3rem 0;border-bottom:1px solid var(--rule)}
+dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+@media (max-width:30rem){main{padding:1.75rem 1rem 3rem}h1{font-size:1.6rem}.verdict{font-size:1rem;padding:.9rem 1rem}
+th,td{padding:.45rem .65rem}svg{font-size:13px}}
+@media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--tint:#f4f4f4;--native:#6b7280;
+--scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0}
+body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}
+figure,tr,dl div{break-inside:avoid}h2{break-after:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+"""
