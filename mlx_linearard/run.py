@@ -37,7 +37,7 @@ from .pair import Pair, load_pair
 from .plan import Sizing, size_run
 from .trainer import Schedule, StepRecord, TrainState, train
 
-VERIFY_TOKENS = 128
+VERIFY_TOKENS = 64
 
 # Options that may differ when a run is resumed; all others make another run of it.
 FREE_ON_RESUME = {
