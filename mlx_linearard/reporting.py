@@ -18,6 +18,7 @@ import yaml
 
 from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
 from .errors import UserError, one_line
+from .evaluate.compare import NOISE, p_in_words
 from .files import RunDir, new_file, read_json
 from .plan import duration
 
@@ -26,6 +27,10 @@ SUITE_TITLES = {
     "ppl": "Perplexity on the evaluation text", "fidelity": "Fidelity to the native model",
     "lambada": "Last word (LAMBADA)", "passkey": "Pass key", "ruler": "RULER, per cent",
 }  # fmt: skip
+TESTS = (
+    "± is one standard error; “of native” and “won back” are of the restored model. Tests are paired by item: "
+    "McNemar's exact test of decisions, a bootstrap of means; “inside the noise” is p of 0.05 or more."
+)
 NOT_NEEDED = 0.01  # nats a token: a scaling that costs less than this costs nothing one would notice
 HELPED, RESTORED = 0.25, 0.8  # shares of the KL
 WIDE = 8.0  # largest over smallest value above which an axis is logarithmic
@@ -52,14 +57,20 @@ class RunFacts:
         return [name for name in MODELS if name in self.rows] + [name for name in self.rows if name not in MODELS]
 
     def perplexity(self, model: str) -> dict[int, float]:
-        """Perplexity by length, of the run's own measurement and of the suite at the lengths that one lacks."""
-        row = self.rows.get(model, {})
-        suite = row.get("ppl", {}).get("by_length", {})
-        return {int(n): v for n, v in sorted({**suite, **row.get("perplexity", {})}.items(), key=lambda i: int(i[0]))}
+        """Perplexity by length on the run's own held-out text."""
+        return _by_length(self.rows.get(model, {}).get("perplexity", {}))
+
+    def suite_perplexity(self, model: str) -> dict[int, float]:
+        """Perplexity by length of the suite `ppl`, whose text may be another."""
+        return _by_length(self.rows.get(model, {}).get("ppl", {}).get("by_length", {}))
 
     def number(self, model: str, key: str) -> float | None:
         value = self.rows.get(model, {}).get(key)
         return None if value is None else float(value)
+
+
+def _by_length(found: Mapping[str, float]) -> dict[int, float]:
+    return {int(length): value for length, value in sorted(found.items(), key=lambda item: int(item[0]))}
 
 
 def read_run(root: str | Path) -> RunFacts:
@@ -76,6 +87,7 @@ def read_run(root: str | Path) -> RunFacts:
     known = {"export", "run", "comparisons"}
     rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in known}
     parts = {name: _mapping(run.results, name, results.get(name, {})) for name in sorted(known)}
+    _check_comparisons(run.results, parts["comparisons"])
     return RunFacts(run.root, rows, config=_yaml(run.config), steps=_steps(run.metrics), **parts)
 
 
@@ -119,6 +131,18 @@ def _suite(path: Path, where: str, entry: Mapping[str, Any]) -> None:
     for length, cells in _mapping(path, f"{where}.grid", entry.get("grid", {})).items():
         for depth, share in _mapping(path, f"{where}.grid.{length}", cells).items():
             _finite(path, f"{where}.grid.{length}.{depth}", share)
+
+
+def _check_comparisons(path: Path, comparisons: Mapping[str, Any]) -> None:
+    for suite, entry in comparisons.items():
+        where = f"comparisons.{suite}"
+        for metric, rows in _mapping(path, where, _mapping(path, where, entry).get("metrics", {})).items():
+            for label, row in _mapping(path, f"{where}.{metric}", rows).items():
+                tests = _mapping(path, f"{where}.{metric}.{label}", row).get("tests", [])
+                if not isinstance(tests, list) or not all(
+                    isinstance(t, dict) and {"b", "outcome"} <= t.keys() for t in tests
+                ):
+                    raise UserError(f"{path}: {where}.{metric}.{label}.tests is not a list of paired tests")
 
 
 def _finite(path: Path, where: str, value: Any) -> None:
@@ -183,22 +207,27 @@ def _outcome(scaled: float, restored: float) -> str:
 
 
 def _perplexities(facts: RunFacts) -> Iterator[str]:
-    found = {name: facts.perplexity(name) for name in MODELS}
-    shared = sorted(set.intersection(*(set(values) for values in found.values())))
-    if not shared:
+    own = {name: facts.perplexity(name) for name in MODELS}
+    if not (shared := _shared(own)):
         return
     window = facts.run.get("native_window")
-    short = shared[0]
-    text = f"Perplexity at {short} tokens is {_three(found, short)}{_caveat(found, short)}"
-    beyond = [n for n in shared if isinstance(window, int) and n > window]
-    if beyond:
-        text += (
-            f"; at {beyond[-1]}, beyond the native window of {window}, it is "
-            f"{_three(found, beyond[-1])}{_caveat(found, beyond[-1])}"
-        )
-    elif isinstance(window, int):
-        text += f"; nothing was measured beyond the native window of {window} tokens"
+    text = f"Perplexity at {shared[0]} tokens is {_three(own, shared[0])}{_caveat(own, shared[0])}"
+    if isinstance(window, int):
+        long = next(((found, n[-1]) for found in (own, _suite_rows(facts)) if (n := _shared(found, window))), None)
+        if long is None:
+            text += f"; nothing was measured beyond the native window of {window} tokens"
+        else:
+            text += f"; at {long[1]}, beyond the native window of {window}, it is {_three(*long)}{_caveat(*long)}"
     yield text + "."
+
+
+def _suite_rows(facts: RunFacts) -> dict[str, dict[int, float]]:
+    return {name: facts.suite_perplexity(name) for name in MODELS}
+
+
+def _shared(found: Mapping[str, Mapping[int, float]], above: int = 0) -> list[int]:
+    """The lengths at which all three models were measured, ascending."""
+    return sorted(n for n in set.intersection(*(set(found[name]) for name in MODELS)) if n > above)
 
 
 def _three(found: Mapping[str, Mapping[int, float]], length: int) -> str:
@@ -248,14 +277,10 @@ def tables(facts: RunFacts) -> Iterator[Table]:
     """The comparison of the run itself, then one table a suite."""
     if any(facts.perplexity(name) or facts.number(name, "kl") is not None for name in facts.models):
         yield _main_table(facts)
-    suites = dict.fromkeys(
-        key
-        for row in facts.rows.values()
-        for key, value in row.items()
-        if isinstance(value, dict) and "metrics" in value
-    )
+    named = ((key, value) for row in facts.rows.values() for key, value in row.items())
+    suites = list(dict.fromkeys(key for key, value in named if isinstance(value, dict) and "metrics" in value))
     for suite in suites:
-        yield _suite_table(facts, suite)
+        yield _suite_table(facts, suite, noted=suite == suites[-1])
 
 
 def _main_table(facts: RunFacts) -> Table:
@@ -281,12 +306,22 @@ def _won_back(facts: RunFacts, name: str) -> str:
     return f"{100 * (1 - own / scaled):.0f}%"
 
 
-def _suite_table(facts: RunFacts, suite: str) -> Table:
+def _suite_table(facts: RunFacts, suite: str, *, noted: bool) -> Table:
+    """Values with standard errors; of the restored model also what is kept, what is won back, and the tests."""
     entries = {name: facts.rows[name][suite]["metrics"] for name in facts.models if suite in facts.rows[name]}
     metrics = list(dict.fromkeys(metric for found in entries.values() for metric in found))
-    rows = [[metric, *(_value(found.get(metric)) for found in entries.values())] for metric in metrics]
+    compared = {metric: _compared(facts, suite, metric) for metric in metrics}
+    extra = list(dict.fromkeys(head for found in compared.values() for head in found))
+    rows = [
+        [
+            metric,
+            *(_value(found.get(metric)) for found in entries.values()),
+            *(compared[metric].get(head, "–") for head in extra),
+        ]
+        for metric in metrics
+    ]
     title = SUITE_TITLES.get(suite) or f"Multiple choice: {suite.partition('/')[2] or suite}"
-    return Table(title, ["", *entries], rows, list(_tests(facts, suite)))
+    return Table(title, ["", *entries, *extra], rows, [TESTS] if noted else [])
 
 
 def _value(entry: Mapping[str, Any] | None) -> str:
@@ -298,20 +333,30 @@ def _value(entry: Mapping[str, Any] | None) -> str:
     return f"{shown} ± {spread:.2g}" if isinstance(spread, int | float) else shown
 
 
-def _tests(facts: RunFacts, suite: str) -> Iterator[str]:
-    metrics = facts.comparisons.get(suite, {})
-    for metric, rows in (metrics.get("metrics", {}) if isinstance(metrics, dict) else {}).items():
-        for row in rows.values() if isinstance(rows, dict) else ():
-            for test in row.get("tests", ()):
-                yield f"{metric}: {test.get('words', '')}"
+def _compared(facts: RunFacts, suite: str, metric: str) -> dict[str, str]:
+    """What the comparison says of the restored model, by the column it stands in."""
+    rows = facts.comparisons.get(suite, {}).get("metrics", {}).get(metric, {})
+    row, lost = rows.get("restored", {}), rows.get("scaled", {}).get("tests", ())
+    columns = [("of native", "percent_of_native")]
+    if not any(test["outcome"] == NOISE for test in lost):  # else there is nothing to win back
+        columns.append(("won back", "recovered"))
+    found = {head: f"{row[key]:.0f}%" for head, key in columns if isinstance(row.get(key), int | float)}
+    for test in row.get("tests", ()):
+        p = test.get("p")
+        sure = isinstance(p, int | float) and test["outcome"] in ("better", "worse")
+        found[f"restored vs {test['b']}"] = test["outcome"] + (f", {p_in_words(p)}" if sure else "")
+    return found
 
 
 def figures(facts: RunFacts) -> Iterator[Figure]:
     """Loss, perplexity by length and by position, pass key, memory: those there are numbers for."""
     if len(facts.steps) > 1:
         yield _over_steps(facts, "loss", "Training loss", "nats", "restored")
-    if any(len(facts.perplexity(name)) > 1 for name in facts.models):
-        yield _perplexity_figure("Perplexity by length", "tokens", {n: facts.perplexity(n) for n in facts.models})
+    for measured in (facts.perplexity, facts.suite_perplexity):
+        by_length = {name: found for name in facts.models if len(found := measured(name)) > 1}
+        if by_length:
+            yield _perplexity_figure("Perplexity by length", "tokens", by_length)
+            break
     by_position = {name: _positions(facts.rows[name]) for name in facts.models if _positions(facts.rows[name])}
     if by_position:
         yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
@@ -526,7 +571,7 @@ _STYLE = """
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:3rem 1.25rem 4rem}
+main{max-width:66rem;margin:0 auto;padding:3rem 1.25rem 4rem}
 .kicker{margin:0;color:var(--soft);font-size:.8rem;letter-spacing:.07em;text-transform:uppercase}
 h1{margin:.15rem 0 .2rem;font-size:2rem;line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
 .sub{margin:0;color:var(--soft)}
@@ -539,7 +584,7 @@ background:var(--tint);font-size:1.08rem}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}
 th,td{padding:.5rem .9rem;text-align:right;white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;font-size:.85rem;border-bottom:1px solid var(--rule)}
-th:first-child{text-align:left}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
 tbody th{font-weight:500}
 tbody tr+tr>*{border-top:1px solid var(--rule)}
 tr.native th,tr.scaled th,tr.restored th{border-left:3px solid currentColor}

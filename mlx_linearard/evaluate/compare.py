@@ -14,7 +14,7 @@ from .suite import DECISION, PERPLEXITY, Metric, summarize
 ALPHA = 0.05
 RESAMPLES = 10_000
 FEWEST = 5  # paired samples below which no test is made
-NOISE = "inside the noise"
+NOISE, EQUAL, TOO_FEW = "inside the noise", "equal", "too few samples"
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -44,9 +44,9 @@ def bootstrap(differences: Sequence[float], *, seed: int = 0, resamples: int = R
 
 
 def percent_of(value: float, native: float, metric: Metric) -> float | None:
-    """Per cent of native, 100 for as good: value / native, inverted where lower is better; None beside a zero."""
+    """Per cent of native, 100 for as good: value / native, inverted where lower is better; None for a native 0."""
     upper, lower = (value, native) if metric.higher_is_better else (native, value)
-    return 100 * upper / lower if lower else None
+    return 100 * upper / lower if native and lower else None
 
 
 def recovered(native: float, scaled: float, restored: float, metric: Metric) -> float | None:
@@ -77,10 +77,19 @@ class Paired:
     high: float | None
     p: float | None
     test: str
-    words: str
+    outcome: str  # better, worse, equal, inside the noise, or too few samples
+
+    @property
+    def words(self) -> str:
+        """The outcome as a clause."""
+        if self.outcome == EQUAL:
+            return f"{self.a} equals {self.b}"
+        if self.p is None or self.outcome == NOISE:
+            return f"{self.a} against {self.b}: {self.outcome}" + ("" if self.p is None else f" ({p_in_words(self.p)})")
+        return f"{self.a} is {self.outcome} than {self.b} ({p_in_words(self.p)})"
 
     def as_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {**self.__dict__, "words": self.words}
 
 
 def paired(a: tuple[str, Mapping[str, float]], b: tuple[str, Mapping[str, float]], metric: Metric) -> Paired | None:
@@ -97,21 +106,23 @@ def paired(a: tuple[str, Mapping[str, float]], b: tuple[str, Mapping[str, float]
         test = "bootstrap"
         if len(shared) >= FEWEST:
             low, high, p = bootstrap(differences)
-    words = in_words(a[0], b[0], mean, p, metric)
-    return Paired(a[0], b[0], len(shared), mean, low, high, p, test, words)
+    return Paired(a[0], b[0], len(shared), mean, low, high, p, test, outcome(mean, p, metric))
 
 
-def in_words(a: str, b: str, difference: float, p: float | None, metric: Metric) -> str:
-    """The outcome of a test as a clause."""
+def outcome(difference: float, p: float | None, metric: Metric) -> str:
+    """What a paired difference says, in a word or three."""
     if difference == 0:
-        return f"{a} equals {b}"
-    better = (difference > 0) == metric.higher_is_better
-    way = "better" if better else "worse"
+        return EQUAL
     if p is None:
-        return f"{a} is {way} than {b}, on too few samples to test"
+        return TOO_FEW
     if p >= ALPHA:
-        return f"{a} against {b}: {NOISE} (p = {p:.2g})"
-    return f"{a} is {way} than {b} (p {'< 0.001' if p < 0.001 else f'= {p:.2g}'})"
+        return NOISE
+    return "better" if (difference > 0) == metric.higher_is_better else "worse"
+
+
+def p_in_words(p: float) -> str:
+    """'p = 0.02' or 'p < 0.001'."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def compare(
