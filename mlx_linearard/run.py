@@ -35,6 +35,7 @@ from .machine import measure as measure_machine
 from .objective import Objective, resolve_objective
 from .pair import Pair, load_pair
 from .plan import Sizing, size_run
+from .reporting import write_report
 from .trainer import Schedule, StepRecord, TrainState, train
 
 VERIFY_TOKENS = 64
@@ -118,7 +119,7 @@ def _check_output(config: DistillConfig, run: RunDir) -> None:
     if run.root.exists() and not run.root.is_dir():
         raise UserError(f"--output {run.root} is a file: choose a directory")
     holds = run.config.exists() or run.checkpoints.exists()
-    if config.resume and not checkpoint.found(run.checkpoints):
+    if config.resume and not holds:
         raise UserError(f"--resume: {run.root} holds no checkpoint to go on from")
     if holds and not (config.resume or config.overwrite):
         raise UserError(
@@ -233,9 +234,9 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndar
 
 def _execute(job: _Job, listener: Listener, started: float) -> Result:
     state = TrainState.start(job.pair, job.schedule)
-    if job.config.resume:
-        latest = checkpoint.found(job.run.checkpoints)[-1]
-        checkpoint.load(latest, state, job.identity)
+    saved = checkpoint.found(job.run.checkpoints) if job.config.resume else []
+    if saved:  # a run that was stopped before its first checkpoint begins again
+        checkpoint.load(saved[-1], state, job.identity)
         listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
     _open_run(job, state)
     native, scaled = _first_measure(job, listener)
@@ -249,6 +250,7 @@ def _execute(job: _Job, listener: Listener, started: float) -> Result:
     rows = {"native": native, "scaled": scaled, "restored": restored}
     seconds = time.perf_counter() - started
     _write_results(job, rows, verified, seconds)
+    write_report(job.run.root)
     return Result(job.run, native, scaled, restored, verified, seconds)
 
 

@@ -23,7 +23,7 @@ from mlx_linearard.config import DistillConfig
 from mlx_linearard.distill import run as command
 
 FLAGS = [
-    "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "1e-2",
+    "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "2e-3",
     "--eval-tokens", "128", "--save-every", "2",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ def test_a_run_leaves_what_the_contract_says(
     model_dir: Path, text_file: Path, tmp_path: Path, kind: str, capsys
 ) -> None:
     run = tmp_path / "run"
-    rate = "1e-3" if kind == "full" else "1e-2"
+    rate = "2e-4" if kind == "full" else "2e-3"
     more = ["--fine-tune-type", kind, "--eval-lengths", "32,200", "--learning-rate", rate, "--steps", "8"]
     assert command(flags(model_dir, text_file, run, *more)) == 0
     assert "restored" in (told := capsys.readouterr().out) and f"mlx_lm.generate --model {run}/model" in told
@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_contract_says(
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, 9)) and metrics[0]["learning_rate"] > 0
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 8
-    assert {p.name for p in run.iterdir()} >= {"adapters", "base", "model", "checkpoints"}
+    assert {p.name for p in run.iterdir()} >= {"adapters", "base", "model", "checkpoints", "report.html"}
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["float32", "4-bit"])
@@ -120,6 +120,30 @@ def test_a_checkpoint_of_another_run_is_refused(model_dir: Path, text_file: Path
     assert command(flags(model_dir, text_file, run)) == 0
     outcome = shell(*flags(model_dir, text_file, run, "--resume", "--lora-scale", "3"))
     assert outcome.returncode == 2 and "lora_scale was 2.0 and is 3.0" in outcome.stderr
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """SIGKILL at seeded instants, some before the first checkpoint, some inside a save; then to the end."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ["--steps", "60", "--save-every", "1"]
+    assert command(flags(model_dir, text_file, whole, *more)) == 0
+    arguments = flags(model_dir, text_file, broken, *more)
+    metrics = broken / "metrics.jsonl"
+    for steps, delay in ((0, 0.0), (9, 0.013), (21, 0.004), (33, 0.021)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_linearard.distill", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        arguments = [*flags(model_dir, text_file, broken, *more), "--resume"]
+    assert command(arguments) == 0
+    assert same(parameters(whole), parameters(broken))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 61))
 
 
 def test_a_dry_run_writes_nothing(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:

@@ -16,6 +16,7 @@ import pytest
 from mlx_linearard.convert.hf import from_hf, scale, to_hf
 from mlx_linearard.convert.peft import to_peft
 from mlx_linearard.convert.verify import torch_logits
+from mlx_lm.utils import _get_classes
 from test_convert_peft import CASES, adapter
 
 from mlx_linearard.exporting import write_fused
