@@ -28,9 +28,7 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser(prog="mlx_linearard.convert", description=DESCRIPTION)
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
-    def verb(
-        name: str, text: str, source: str, target: str = "a directory that does not exist yet"
-    ) -> _Parser:
+    def verb(name: str, text: str, source: str, target: str = "a directory that does not exist yet") -> _Parser:
         made: _Parser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         made.add_argument("source", metavar="SOURCE", help=source)
         made.add_argument("target", metavar="TARGET", help=target)
@@ -38,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
     def common(made: argparse.ArgumentParser, dtype: bool = True) -> None:
         if dtype:
-            made.add_argument(
-                "--dtype", choices=list(FLOATS), help="type of the weights (default: as stored)"
-            )
+            made.add_argument("--dtype", choices=list(FLOATS), help="type of the weights (default: as stored)")
         made.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
 
     made = verb("from-hf", "Hugging Face model to mlx-lm directory", "a directory or a hub repository")

@@ -99,9 +99,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count < 0 or self.position + count > len(self.data):
-            raise UserError(
-                f"{self.path} is truncated: its header names more than its {len(self.data)} bytes"
-            )
+            raise UserError(f"{self.path} is truncated: its header names more than its {len(self.data)} bytes")
         self.position += count
         return self.data[self.position - count : self.position]
 
@@ -259,9 +257,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
         "max_position_embeddings": _integer(file, "context_length"),
         "rms_norm_eps": _real(file, "attention.layer_norm_rms_epsilon"),
         "rope_theta": _real(file, "rope.freq_base", 10000.0),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0]
-        if "token_embd.weight" in file.tensors
-        else 0,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -292,9 +288,7 @@ def _refuse_what_llama_has_not(file: Gguf, config: dict[str, Any]) -> None:
         raise UserError(f"{file.path} is a mixture of experts; only dense llama files are converted")
     rotated = _integer(file, "rope.dimension_count", config["head_dim"])
     if rotated != config["head_dim"]:
-        raise UserError(
-            f"{file.path} rotates {rotated} of {config['head_dim']} dimensions, which llama does not"
-        )
+        raise UserError(f"{file.path} rotates {rotated} of {config['head_dim']} dimensions, which llama does not")
     sliding = file.get("llama.attention.sliding_window", 0)
     if sliding and sliding < config["max_position_embeddings"]:
         raise UserError(f"{file.path} has a sliding window of {sliding}, which mlx-lm's llama does not apply")

@@ -86,9 +86,7 @@ def to_hf(
     checked = safe.check_model_dir(directory)
     config = _clean(checked.config)
     if config["model_type"] in STACKED:
-        raise UserError(
-            f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back"
-        )
+        raise UserError(f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back")
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
     settings = safe.quantization_of(config, directory / CONFIG)
@@ -245,9 +243,7 @@ def _dequantize(arrays: dict[str, mx.array], settings: dict[str, Any]) -> dict[s
         own = settings.get(path)
         own = own if isinstance(own, dict) else settings
         weight, scales, biases = (arrays.pop(f"{path}.{leaf}") for leaf in ("weight", "scales", "biases"))
-        arrays[f"{path}.weight"] = mx.dequantize(
-            weight, scales, biases, group_size=own["group_size"], bits=own["bits"]
-        )
+        arrays[f"{path}.weight"] = mx.dequantize(weight, scales, biases, group_size=own["group_size"], bits=own["bits"])
     return arrays
 
 

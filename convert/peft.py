@@ -120,20 +120,14 @@ def from_peft(
         raise UserError(f"{source / ADAPTER_CONFIG}: bias {config['bias']!r} is not converted")
     started = str(config.get("init_lora_weights", ""))
     if started.lower().startswith(_BASE_CHANGING):
-        raise UserError(
-            f"{source / ADAPTER_CONFIG}: {started} also changed the base's weights; not converted"
-        )
+        raise UserError(f"{source / ADAPTER_CONFIG}: {started} also changed the base's weights; not converted")
     if not (source / PEFT_WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{source} holds only pickled weights, which can run any code: save it as safetensors"
-        )
+        raise UserError(f"{source} holds only pickled weights, which can run any code: save it as safetensors")
     dora = bool(config.get("use_dora"))
     modules = _group(_read(source / PEFT_WEIGHTS), _THEIRS, _BACK, source / PEFT_WEIGHTS)
     rank = _check(modules, dora, source / PEFT_WEIGHTS, axis=1)
     if config.get("r") != rank:
-        raise UserError(
-            f"{source / ADAPTER_CONFIG} says r = {config.get('r')!r}, but the weights have {rank}"
-        )
+        raise UserError(f"{source / ADAPTER_CONFIG} says r = {config.get('r')!r}, but the weights have {rank}")
     stated = _number(config, "lora_alpha", source)
     keys, num_layers = _keys(modules, config.get("layers_to_transform"))
     mlx_config = {
@@ -148,9 +142,7 @@ def from_peft(
     }
     if isinstance(config.get("base_model_name_or_path"), str):
         mlx_config["model"] = config["base_model_name_or_path"]
-    tensors = [
-        _tensor(f"{path}.{leaf}", array) for path, leaves in modules.items() for leaf, array in leaves.items()
-    ]
+    tensors = [_tensor(f"{path}.{leaf}", array) for path, leaves in modules.items() for leaf, array in leaves.items()]
     return _write(target, ADAPTERS, tensors, mlx_config, "mlx", overwrite, progress)
 
 
@@ -189,9 +181,7 @@ def _read(path: Path) -> dict[str, mx.array]:
     return safe.load_lazily(safe.read_header(path)[0])
 
 
-def _group(
-    arrays: Mapping[str, mx.array], pattern: re.Pattern[str], leaves: Mapping[str, str], where: Path
-) -> Modules:
+def _group(arrays: Mapping[str, mx.array], pattern: re.Pattern[str], leaves: Mapping[str, str], where: Path) -> Modules:
     """The arrays by module and mlx-lm leaf, matrices transposed; UserError for names of another kind."""
     modules: dict[str, dict[str, mx.array]] = defaultdict(dict)
     unknown = []

@@ -110,9 +110,7 @@ def shards(directory: Path) -> list[Path]:
     if found:
         return found
     if any(True for pattern in _UNTRUSTED for _ in directory.glob(pattern)):
-        raise UserError(
-            f"{directory} holds only pickled weights, which can run any code: convert them to safetensors"
-        )
+        raise UserError(f"{directory} holds only pickled weights, which can run any code: convert them to safetensors")
     raise UserError(f"{directory} holds no model*.safetensors")
 
 
@@ -128,9 +126,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, str]:
         if not name.endswith(".safetensors"):
             raise UserError(f"{index} names {name!r}, which is not a safetensors file")
         if not (directory / name).is_file():
-            raise UserError(
-                f"{directory / name} is missing although {index.name} names it; download it again"
-            )
+            raise UserError(f"{directory / name} is missing although {index.name} names it; download it again")
     return {str(key): str(name) for key, name in weight_map.items()}
 
 
@@ -153,9 +149,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     index = directory / WEIGHTS_INDEX
     if index.is_file():
         claimed = _indexed(directory, index)
-        wrong = [
-            f"{name} is missing from {file}" for name, file in sorted(claimed.items()) if name not in tensors
-        ]
+        wrong = [f"{name} is missing from {file}" for name, file in sorted(claimed.items()) if name not in tensors]
         wrong += [
             f"{name} is in {tensors[name].file.name}, not {file}"
             for name, file in sorted(claimed.items())
@@ -188,9 +182,7 @@ def check_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory / CONFIG} asks to run {config['model_file']!r}; models run no code here")
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in FAMILIES and not _in_mlx_lm(kind):
-        raise UserError(
-            f"{directory / CONFIG} has model_type {kind!r}, which this mlx-lm lacks: update mlx-lm"
-        )
+        raise UserError(f"{directory / CONFIG} has model_type {kind!r}, which this mlx-lm lacks: update mlx-lm")
     try:
         family(config)
         return normalise(config)
@@ -217,9 +209,7 @@ def build(config: Mapping[str, Any], tensors: int, where: Path) -> nn.Module:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 28:
             raise UserError(f"{where}: {key} must be a positive integer, not {value!r}")
     if config["num_hidden_layers"] > tensors:
-        raise UserError(
-            f"{where}: {config['num_hidden_layers']} layers, but the weights have {tensors} tensors"
-        )
+        raise UserError(f"{where}: {config['num_hidden_layers']} layers, but the weights have {tensors} tensors")
     try:
         model_class, args_class = _get_classes(dict(config))
         return model_class(args_class.from_dict(dict(config)))
@@ -235,9 +225,7 @@ def sanitize(model: nn.Module, arrays: dict[str, mx.array], where: Path) -> dict
     try:
         return dict(model.sanitize(dict(arrays)))
     except Exception as error:  # missing tensors surface here as KeyErrors in some families
-        raise UserError(
-            f"{where}: mlx-lm cannot read these weights ({type(error).__name__}: {error})"
-        ) from None
+        raise UserError(f"{where}: mlx-lm cannot read these weights ({type(error).__name__}: {error})") from None
 
 
 def quantization_of(config: Mapping[str, Any], where: Path) -> dict[str, Any] | None:
@@ -246,9 +234,7 @@ def quantization_of(config: Mapping[str, Any], where: Path) -> dict[str, Any] | 
     if settings is None:
         method = config.get("quantization_config")
         if isinstance(method, Mapping) and "quant_method" in method:
-            raise UserError(
-                f"{where} is quantized by {method['quant_method']!r}; convert an unquantized copy"
-            )
+            raise UserError(f"{where} is quantized by {method['quant_method']!r}; convert an unquantized copy")
         settings = method
     if settings is None:
         return None
@@ -256,9 +242,7 @@ def quantization_of(config: Mapping[str, Any], where: Path) -> dict[str, Any] | 
         raise UserError(f"{where}: quantization must be a JSON object")
     bits, group, mode = settings.get("bits"), settings.get("group_size"), settings.get("mode", "affine")
     if mode != "affine" or bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128):
-        raise UserError(
-            f"{where}: quantization of {bits!r} bits, groups of {group!r}, mode {mode!r} is not read"
-        )
+        raise UserError(f"{where}: quantization of {bits!r} bits, groups of {group!r}, mode {mode!r} is not read")
     return dict(settings)
 
 

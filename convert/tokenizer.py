@@ -300,9 +300,7 @@ def from_sentencepiece(path: Path) -> Parts:
         ids,
         add_bos=settings.get("add_bos_token", True) is not False,
         add_eos=settings.get("add_eos_token") is True,
-        chat_template=settings.get("chat_template")
-        if isinstance(settings.get("chat_template"), str)
-        else None,
+        chat_template=settings.get("chat_template") if isinstance(settings.get("chat_template"), str) else None,
     )
     if isinstance(settings.get("model_max_length"), int):
         parts.config["model_max_length"] = settings["model_max_length"]

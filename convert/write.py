@@ -98,9 +98,7 @@ def write_weights(
         (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors(
-    path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, tensor by tensor; UserError where a weight is not finite.
 
     The wide types come first, so that every tensor is aligned to its own type.

@@ -298,15 +298,11 @@ def _canonical_yarn(params: dict[str, Any], config: Mapping[str, Any]) -> None:
         if params.get("mscale") == 1:
             del params["mscale"]
     stated = params.get("attention_factor")
-    if stated is not None and math.isclose(
-        _number("attention_factor", stated), _yarn_attention_factor(params)
-    ):
+    if stated is not None and math.isclose(_number("attention_factor", stated), _yarn_attention_factor(params)):
         del params["attention_factor"]
 
 
-def _write(
-    config: dict[str, Any], kind: Family, full: Mapping[str, Any], sliding: Mapping[str, Any] | None
-) -> None:
+def _write(config: dict[str, Any], kind: Family, full: Mapping[str, Any], sliding: Mapping[str, Any] | None) -> None:
     """Write canonical parameters into `config` in both spellings."""
     config["rope_theta"] = full["rope_theta"]
     partial = _partial(config, kind)
@@ -391,9 +387,7 @@ def _refuse_overwriting(full: Mapping[str, Any], method: str) -> None:
     )
 
 
-def _scaling(
-    config: Mapping[str, Any], kind: Family, method: str, factor: float, window: int
-) -> dict[str, Any]:
+def _scaling(config: Mapping[str, Any], kind: Family, method: str, factor: float, window: int) -> dict[str, Any]:
     """The parameters that `method` adds (without rope_theta)."""
     params: dict[str, Any] = {"rope_type": method, "factor": factor}
     if method in ("yarn", "llama3"):

@@ -181,9 +181,7 @@ def test_a_scaling_without_its_original_window_gets_the_models_own():
 
 _values = st.one_of(st.none(), st.booleans(), st.integers(-5, 10**6), st.floats(), st.text(max_size=4))
 _dicts = st.dictionaries(
-    st.sampled_from(
-        ["type", "rope_type", "factor", "rope_theta", "long_factor", "full_attention", "truncate"]
-    ),
+    st.sampled_from(["type", "rope_type", "factor", "rope_theta", "long_factor", "full_attention", "truncate"]),
     st.one_of(_values, st.sampled_from(["linear", "yarn", "llama3", "longrope", "default"]), st.just({})),
 )
 

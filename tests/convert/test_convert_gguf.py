@@ -131,9 +131,7 @@ def test_the_natural_dtype(tmp_path):
     for kind, dtype in (("F16", "float16"), ("BF16", "bfloat16"), ("Q4_1", "float16"), ("F32", "float32")):
         ours = from_gguf(write(tmp_path, kind)[0], tmp_path / kind)
         assert json.loads((ours / "config.json").read_text())["torch_dtype"] == dtype
-        assert {str(a.dtype) for a in mx.load(str(ours / "model.safetensors")).values()} == {
-            f"mlx.core.{dtype}"
-        }
+        assert {str(a.dtype) for a in mx.load(str(ours / "model.safetensors")).values()} == {f"mlx.core.{dtype}"}
 
 
 @given(heads=st.integers(1, 5), half=st.integers(1, 6), width=st.integers(1, 4))

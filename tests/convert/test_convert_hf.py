@@ -226,9 +226,6 @@ def test_the_written_header_is_aligned_and_covers_the_file(tmp_path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert length % 8 == 0
-    assert (
-        max(entry["data_offsets"][1] for name, entry in header.items() if name in values)
-        == len(data) - 8 - length
-    )
+    assert max(entry["data_offsets"][1] for name, entry in header.items() if name in values) == len(data) - 8 - length
     for name, value in mx.load(str(tmp_path / "x.safetensors")).items():
         assert mx.array_equal(value, values[name])

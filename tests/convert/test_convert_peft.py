@@ -146,14 +146,10 @@ def test_rslora_and_weights_that_do_not_fit(tmp_path):
     assert json.loads((back / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 8.0
     weights = mx.load(str(theirs / "adapter_model.safetensors"))
     lost = sorted(weights)[0]
-    mx.save_safetensors(
-        str(theirs / "adapter_model.safetensors"), {k: v for k, v in weights.items() if k != lost}
-    )
+    mx.save_safetensors(str(theirs / "adapter_model.safetensors"), {k: v for k, v in weights.items() if k != lost})
     with pytest.raises(UserError, match="should hold lora_a, lora_b of each module: model"):
         from_peft(theirs, tmp_path / "back")
-    mx.save_safetensors(
-        str(theirs / "adapter_model.safetensors"), {**weights, "base_model.x.bias": weights[lost]}
-    )
+    mx.save_safetensors(str(theirs / "adapter_model.safetensors"), {**weights, "base_model.x.bias": weights[lost]})
     with pytest.raises(UserError, match=r"unexpected base_model\.x\.bias"):
         from_peft(theirs, tmp_path / "back")
     (theirs / "adapter_model.safetensors").unlink()
