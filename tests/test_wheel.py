@@ -68,7 +68,7 @@ def test_every_room_imports_from_the_wheel(environment: Path) -> None:
     assert all(file.startswith(str(environment)) for file in files)
 
 
-@pytest.mark.parametrize("command", ["distill", "convert", "export"])
+@pytest.mark.parametrize("command", ["distill", "convert", "export", "evaluate", "report", "doctor"])
 def test_commands_run_from_the_wheel(environment: Path, command: str) -> None:
     assert "usage" in python(environment, "-m", f"mlx_linearard.{command}", "--help")
 

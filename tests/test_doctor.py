@@ -1,0 +1,28 @@
+"""The doctor tells the truth: its self-test passes here, and fails where the loss is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import mlx_linearard.doctor as doctor
+
+
+def test_the_command_tells_machine_and_self_test(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run([]) == 0
+    told = capsys.readouterr().out
+    assert "self-test" in told and "passed" in told and "GFLOP/s" in told
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["matmul_gflops"] > 0 and found["versions"]["mlx"] and found["self_test"]["gradient_error"] < 1e-4
+
+
+@pytest.mark.parametrize("wrong", [lambda loss: loss * 1.001, lambda loss: loss + 1.0])
+def test_a_wrong_loss_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, wrong) -> None:
+    right = doctor.relation_kl
+    monkeypatch.setattr(doctor, "relation_kl", lambda *a, **k: wrong(right(*a, **k)))
+    assert doctor.run(["--json"]) == 1
