@@ -92,7 +92,7 @@ def test_buckets_double_and_cover_the_window() -> None:
 
 def test_fidelity_is_the_kl_and_the_agreement_by_definition(subject: Subject, other: Subject) -> None:
     suite = FidelityToReference(text_tokens(subject, 300), 40, other, budget=80)
-    kept, records = run_suite(subject, suite)
+    kept, _ = run_suite(subject, suite)
     kl, top1, top5 = [], [], []
     for item in suite.items(subject.directory, 1024):
         s, t = (log_probabilities(m, item.content[:-1]) for m in (subject, other))
@@ -190,7 +190,7 @@ def test_an_incomplete_item_is_named(item: dict, names: str) -> None:
 
 def test_what_does_not_fit_the_window_is_said(subject: Subject) -> None:
     long = [{"query": "x" * 2000, "choices": ["a", "b"], "gold": 0}]
-    with pytest.raises(UserError, match="item 0 has 2002 tokens and does not fit .* 1024 tokens"):
+    with pytest.raises(UserError, match=r"item 0 has 2002 tokens and does not fit .* 1024 tokens"):
         run_suite(subject, Choice(long))
     with pytest.raises(UserError, match="--lengths 2048 does not fit"):
         run_suite(subject, Perplexity(text_tokens(subject, 500), (2048,)))

@@ -1,0 +1,235 @@
+"""The report: a verdict that follows from the numbers, nothing but text from a run in it, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_linearard.charts import Series, heat_map, line_chart, linear_axis, log_axis, number, tokens
+from mlx_linearard.errors import UserError, run_command
+from mlx_linearard.report import run as command
+from mlx_linearard.reporting import read_run, verdict, write_report
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def a_row(kl: float, short: float, long: float | None = None, **more: Any) -> dict[str, Any]:
+    perplexity = {"2048": short} | ({} if long is None else {"16384": long})
+    return {"perplexity": perplexity, "kl": kl, "agreement": 0.8, **more}
+
+
+def a_run(root: Path, **changes: Any) -> Path:
+    """A run directory with everything a report can show."""
+    value = {"value": 0.5, "stderr": 0.1, "n": 25}
+    test = {"a": "restored", "b": "scaled", "p": 0.3, "outcome": "inside the noise"}
+    row = {**value, "percent_of_native": 96.0, "recovered": 88.0, "tests": [test]}
+    suites = {
+        "choice/piqa": {"metrics": {"acc_norm": value}},
+        "passkey": {"metrics": {"accuracy": value}, "grid": {"4096": {"0": 1.0, "50": 0.25}}},
+        "ppl": {"metrics": {"perplexity@256": value}, "by_length": {"256": 30.0},
+                "by_position": [{"start": 0, "end": 128, "perplexity": 40.0},
+                                {"start": 128, "end": 256, "perplexity": 20.0}]},
+    }  # fmt: skip
+    results = {
+        "native": a_row(0.0, 30.9, 57.2, **suites),
+        "scaled": a_row(1.70, 164.3, 174.0),
+        "restored": a_row(0.153, 34.2, 31.2, **suites),
+        "comparisons": {"choice/piqa": {"metrics": {"acc_norm": {"restored": row}}}},
+        "run": {"native_window": 8192, "factor": 4.0, "machine": "a <Mac>", "training_tokens": 1179648, "seconds": 700,
+                "versions": {"mlx": "0.32.4"}},
+        "export": {"kl": 1e-7},
+    }  # fmt: skip
+    root.mkdir(exist_ok=True)
+    (root / "results.json").write_text(json.dumps({**results, **changes}))
+    (root / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 2.0 / i, "peak_memory_gb": 0.5}) + "\n" for i in range(1, 31))
+    )
+    (root / "config.yaml").write_text(
+        "model: models/<b>Smol & Co</b>\nmethod: linear\nfactor: 4.0\nobjective: relation\n"
+    )
+    return root
+
+
+class Page(html.parser.HTMLParser):
+    """The tags and text of a page; fails where tags are not closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_in_itself_and_shows_everything(tmp_path: Path) -> None:
+    path = write_report(a_run(tmp_path / "run"))
+    text = path.read_text()
+    page = Page(text)
+    assert path == tmp_path / "run" / "report.html"
+    assert page.links == ["data:,"]  # an icon of no bytes, so that a browser does not ask for one
+    assert not re.search(r"url\(|@import|https?:", text) and "script" not in page.tags
+    assert page.tags.count("svg") == 6  # loss, length, position, two pass keys, memory
+    for part in ("Training restored the model", "Multiple choice: piqa", "0.500 ± 0.1", "96%", "88%",
+                 "inside the noise", "Pass key found, restored", "8192 → 32768 tokens", "a <Mac>", "mlx 0.32.4",
+                 "12 min", "1 179 648"):  # fmt: skip
+        assert part in page.text, part
+    for need in ("prefers-color-scheme:dark", "@media print", "width=device-width"):
+        assert need in text
+
+
+def test_text_from_a_run_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    root = a_run(tmp_path / "run", **{evil: {"perplexity": {"64": 3.0}, evil: {"metrics": {evil: {"value": 1.0}}}}})
+    (root / "config.yaml").write_text(f'model: "x/y"\n"{evil}": "{evil}|`"\n')
+    text = write_report(root).read_text()
+    assert "script" not in Page(text).tags and "&lt;script&gt;" in text
+    twin = (root / "report.md").read_text()
+    assert "<script>" not in twin and "&lt;script&gt;" in twin and "\\|\\`" in twin
+
+
+def test_the_markdown_twin_has_the_same_tables(tmp_path: Path) -> None:
+    root = a_run(tmp_path / "run")
+    write_report(root)
+    twin = (root / "report.md").read_text()
+    assert "| restored | 34.20 | 31.20 | 0.1530 | 80.0% | 91% |" in twin
+    assert "Training restored the model: it won back 91% of what scaling cost" in twin
+    widths: dict[str, set[int]] = {}
+    heading = ""
+    for line in twin.splitlines():
+        heading = line if line.startswith("#") else heading
+        if line.startswith("|"):
+            widths.setdefault(heading, set()).add(len(re.findall(r"(?<!\\)\|", line)))
+    assert len(widths) >= 6 and all(len(found) == 1 for found in widths.values())
+
+
+@pytest.mark.parametrize(
+    ("scaled", "restored", "says"),
+    [
+        (a_row(1.7, 164.3), a_row(0.153, 34.2), "Training restored the model: it won back 91%"),
+        (a_row(1.7, 164.3), a_row(0.85, 60.0), "did not restore the model: it won back 50%"),
+        (a_row(1.7, 164.3), a_row(1.6, 150.0), "Training helped little: it won back 6%"),
+        (a_row(1.7, 164.3), a_row(1.9, 170.0), "Training did not help: the simple scaled model is at least as good"),
+        (a_row(0.004, 31.0), a_row(0.002, 31.0), "already as good as the native one, so training was not needed"),
+        (a_row(0.1, 36.0), a_row(0.02, 36.5), "so that the simple scaled model is at least as good there"),
+        (a_row(1.7, 164.3, 174.0), a_row(0.1, 33.0, 31.2), "at 16384, beyond the native window of 8192, it is 57.20"),
+        (a_row(1.7, 164.3), a_row(0.1, 33.0), "nothing was measured beyond the native window of 8192 tokens"),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_from_the_numbers(
+    tmp_path: Path, scaled: dict[str, Any], restored: dict[str, Any], says: str
+) -> None:
+    sentences = verdict(read_run(a_run(tmp_path / "run", scaled=scaled, restored=restored)))
+    assert says in " ".join(sentences) and len(sentences) == 2
+
+
+def test_missing_parts_are_left_out(tmp_path: Path) -> None:
+    root = a_run(tmp_path / "run")
+    (root / "results.json").unlink()
+    text = write_report(root).read_text()
+    assert "no verdict yet" in text and Page(text).tags.count("svg") == 2
+    (root / "before.json").write_text(json.dumps({"native": a_row(0.0, 30.9), "scaled": a_row(1.7, 164.3)}))
+    assert "164.30" in write_report(root).read_text()
+    (root / "metrics.jsonl").write_text((root / "metrics.jsonl").read_text() + '{"step": 31, "lo')
+    (root / "config.yaml").unlink()
+    assert Page(write_report(root).read_text()).tags.count("svg") == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("results.json", "{", "results.json is not valid JSON"),
+        ("results.json", "[]", "must be a JSON object, not a list"),
+        ("results.json", '{"native": 3}', "native must be a JSON object"),
+        ("results.json", '{"native": {"kl": "low"}}', "native.kl must be a finite number, not 'low'"),
+        ("results.json", '{"native": {"kl": NaN}}', "native.kl must be a finite number"),
+        ("results.json", '{"native": {"perplexity": {"x": 1}}}', "'x' where a length belongs"),
+        ("results.json", '{"native": {"ppl": {"metrics": {"a": {}}}}}', "native.ppl.a must be a finite number"),
+        ("results.json", '{"native": {"passkey": {"metrics": {}, "grid": [1]}}}', "grid must be a JSON object"),
+        ("results.json", '{"comparisons": {"a": {"metrics": {"b": {"c": {"tests": [1]}}}}}}', "paired tests"),
+        ("metrics.jsonl", '{"step": 1}\n', "line 1 is not a step's record"),
+        ("config.yaml", "a: [", "config.yaml cannot be read"),
+    ],
+)  # fmt: skip
+def test_broken_parts_are_told_in_one_line(tmp_path: Path, file: str, text: str, says: str, capsys) -> None:
+    root = a_run(tmp_path / "run")
+    (root / file).write_text(text)
+    assert run_command(lambda: command([str(root)])) == 2
+    line = capsys.readouterr().err
+    assert says in line and line.count("\n") == 1 and file in line
+    assert not (root / "report.html").exists()
+
+
+def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a directory"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        write_report(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Charts
+
+
+@pytest.mark.parametrize("values", [[0.3, 7.2], [5.0, 5.0], [0.0, 0.0], [-3.0, 1e6], [1e-5, 2e-5]])
+def test_a_linear_axis_encloses_its_values_with_round_ticks(values: list[float]) -> None:
+    axis = linear_axis(values)
+    assert axis.low <= min(values) and axis.high >= max(values) and 2 <= len(axis.ticks) <= 9
+    steps = {
+        round((b - a) / (axis.ticks[1] - axis.ticks[0]), 6) for a, b in zip(axis.ticks, axis.ticks[1:], strict=False)
+    }
+    assert steps == {1.0}
+    assert axis.place(axis.low, 10, 90) == 10 and axis.place(axis.high, 10, 90) == 90
+
+
+@pytest.mark.parametrize("values", [[30.0, 400.0], [1.0, 1.0], [0.02, 9000.0]])
+def test_a_log_axis_encloses_its_values(values: list[float]) -> None:
+    axis = log_axis(values)
+    assert axis.low <= min(values) * 1.001 and axis.high >= max(values) * 0.999 and axis.low < axis.high
+    assert 2 <= len(axis.ticks) <= 9
+    middle = (axis.low * axis.high) ** 0.5
+    assert axis.place(middle, 0, 100) == pytest.approx(50)
+
+
+def test_lines_are_drawn_where_the_numbers_are() -> None:
+    axis = linear_axis([0.0, 10.0])
+    text = line_chart([Series("a & b", "native", [(0, 0), (10, 10)])], axis, axis, x_label="<x>", y_label="y")
+    root = ET.fromstring(text)
+    path = next(e for e in root.iter() if "line native" in e.get("class", ""))
+    start, end = re.findall(r"[ML]([\d.]+) ([\d.]+)", path.get("d", ""))
+    assert float(start[0]) < float(end[0]) and float(start[1]) > float(end[1])
+    assert next(e.text for e in root.iter("title")) == "a & b"
+
+
+def test_a_heat_map_has_a_cell_for_each_number() -> None:
+    root = ET.fromstring(heat_map({4096: {0: 1.0, 50: 0.25}, 8192: {0: 0.0}}, x_label="tokens", y_label="depth"))
+    cells = [e.get("fill-opacity") for e in root.iter("rect") if e.get("class") == "cell"]
+    assert cells == ["1.00", "0.00", "0.25"]
+
+
+def test_labels_are_short() -> None:
+    assert [tokens(n) for n in (64, 1024, 16384, 1500)] == ["64", "1K", "16K", "1 500"]
+    assert [number(v) for v in (0, 0.05, 12.0, 2e6, 1e-5)] == ["0", "0.05", "12", "2·10⁶", "10⁻⁵"]
