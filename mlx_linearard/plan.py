@@ -10,6 +10,7 @@ from . import rope
 from .config import DistillConfig
 from .errors import UserError
 from .machine import Machine
+from .memory import MemoryPlan, Shape, plan_memory
 
 STEP_TOKENS = 8192  # of the measured recipe
 STEP_COUNT = 144
@@ -48,6 +49,7 @@ class Sizing:
     seconds: float  # estimated, for training and both measurements
     model: str
     window: tuple[int, int]  # native, extended
+    memory: MemoryPlan
 
     @property
     def tokens_per_step(self) -> int:
@@ -61,6 +63,12 @@ class Sizing:
             f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
             f"{self.seq_len}) on {machine.name}: about {duration(self.seconds)}"
         )
+        yield self.memory.line()
+        if self.memory.total > machine.memory:
+            yield (
+                f"warning: this machine has {machine.memory / 1e9:.0f} GB; a shorter --seq-len, a smaller --batch-size "
+                "or a quantized model needs less"
+            )
         if machine.hint:
             yield f"hint: {machine.hint}"
 
@@ -73,8 +81,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) -> Sizing:
-    """Choose what the configuration leaves open, and check what it says against the native window."""
+def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, dtype: str) -> Sizing:
+    """Choose what the configuration leaves open, and check what it says against the native window.
+
+    `dtype` is that of the frozen weights in memory.
+    """
     native_window = rope.native_window(native)
     demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
     seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
@@ -90,12 +101,18 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) ->
     )
     lengths = eval_lengths(config, seq_len, native_window, machine)
     eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
-    work = (4 * per_step * steps + 4 * max(eval_tokens, seq_len) * len(lengths)) * 2 * parameters(native)
+    work = (4 * per_step * steps + 4 * max(eval_tokens, seq_len) * len(lengths)) * 2 * Shape.of(native).block_weights
     speed = machine.gflops * 1e9 * (GPU_EFFICIENCY if machine.gpu else CPU_EFFICIENCY)
     return Sizing(
         seq_len, config.batch_size, accum, steps, eval_tokens, lengths,
         work / speed,
         config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
+        plan_memory(
+            native, tokens=seq_len * config.batch_size, seq_len=seq_len, dtype=dtype,
+            fine_tune_type=config.fine_tune_type, rank=config.lora_rank,
+            logits="logits" in config.objective or config.objective == "ce",
+            workspace_bytes=config.workspace << 20,
+        ),
     )  # fmt: skip
 
 
@@ -108,14 +125,3 @@ def eval_lengths(config: DistillConfig, seq_len: int, native_window: int, machin
     if config.eval_lengths != "auto":
         return tuple(sorted({int(part) for part in config.eval_lengths.split(",")}))
     return (seq_len, 2 * native_window) if machine.gpu else (seq_len,)
-
-
-def parameters(config: dict[str, Any]) -> int:
-    """Weights of matrix products a token passes, from a config, without loading anything."""
-    width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    heads = int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or width // heads)
-    kv = int(config.get("num_key_value_heads") or heads)
-    attention = width * head * (2 * heads + 2 * kv)
-    mlp = 3 * width * int(config.get("intermediate_size") or 4 * width)
-    return layers * (attention + mlp)

@@ -151,7 +151,7 @@ def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
     native = check_config(path)
     dtype = _dtype(config, native)
     machine = measure_machine(getattr(mx, dtype or "float16") if _on_gpu() else mx.float32)
-    sizing = size_run(config, native, machine)
+    sizing = size_run(config, native, machine, dtype or str(native.get("torch_dtype") or "bfloat16"))
     pair = load_pair(
         path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
         lora_rank=config.lora_rank, lora_scale=config.lora_scale, lora_dropout=config.lora_dropout,
