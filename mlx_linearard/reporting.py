@@ -19,6 +19,7 @@ import yaml
 from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
 from .errors import UserError, one_line
 from .evaluate.compare import NOISE, p_in_words
+from .evaluate.store import NOT_MODELS
 from .files import RunDir, new_file, read_json
 from .plan import duration
 
@@ -84,9 +85,8 @@ def read_run(root: str | Path) -> RunFacts:
     if not any(path.exists() for path in (run.config, run.metrics, run.results)):
         raise UserError(f"{root} holds no run: neither {run.config.name}, {run.metrics.name} nor {run.results.name}")
     results = _object(run.results) or _object(run.root / "before.json")
-    known = {"export", "run", "comparisons"}
-    rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in known}
-    parts = {name: _mapping(run.results, name, results.get(name, {})) for name in sorted(known)}
+    rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in NOT_MODELS}
+    parts = {name: _mapping(run.results, name, results.get(name, {})) for name in NOT_MODELS}
     _check_comparisons(run.results, parts["comparisons"])
     return RunFacts(run.root, rows, config=_yaml(run.config), steps=_steps(run.metrics), **parts)
 

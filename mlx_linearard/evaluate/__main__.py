@@ -27,7 +27,8 @@ from .options import (
 )
 from .passkey import DEPTHS
 from .ruler import SEED, TASKS
-from .session import COMPARISONS, Evaluation, evaluate
+from .session import Evaluation, evaluate
+from .store import COMPARISONS
 from .subject import CHUNK, Directory
 
 EPILOG = """\

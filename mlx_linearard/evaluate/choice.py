@@ -75,7 +75,7 @@ def split_tokens(directory: Directory, context: str, continuation: str) -> tuple
         ids = list(directory.tokenizer.encode(continuation, add_special_tokens=False))
         return [directory.prefix_token(), *ids], len(ids)
     whole = directory.encode(context + continuation)
-    return whole, len(whole) - len(directory.encode(context))
+    return whole, max(1, len(whole) - len(directory.encode(context)))  # where tokens merge over the border: the last
 
 
 @dataclass(frozen=True)

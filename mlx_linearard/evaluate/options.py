@@ -105,6 +105,9 @@ def make_suites(options: Options, directory: Directory, reference: Subject | Non
     made: list[Suite] = []
     for name in options.suites:
         made += _MAKERS[name](options, directory, reference)
+    names = [suite.name for suite in made]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two sets of data are called {twice[0]}: rename one of the files")
     return made
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from ..errors import UserError
 from .compare import compare
-from .store import ItemLog, merge_results, read_results
+from .store import COMPARISONS, NOT_MODELS, ItemLog, merge_results, read_results
 from .subject import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
 from .suite import Item, Record, Suite, metric_names, samples, summary
 
-COMPARISONS = "comparisons"  # the key of results.json
 Progress = Callable[[str, int, int], None]  # (label, cost done, cost in all)
 
 
@@ -116,7 +115,7 @@ def check(job: Evaluation) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"two directories are called {label}: name them, as in --against NAME=DIR")
-        if label == COMPARISONS:
+        if label in NOT_MODELS:
             raise UserError(f"a directory cannot be called {label}: name it, as in --model NAME=DIR")
     everything = [*job.directories, *([job.reference] if job.reference else [])]
     same_tokenizer(everything)

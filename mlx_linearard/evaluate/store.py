@@ -11,6 +11,9 @@ from ..errors import UserError
 from ..files import disk_errors, read_json, write_json
 from .suite import Record
 
+COMPARISONS = "comparisons"
+NOT_MODELS = (COMPARISONS, "export", "run")  # the keys of results.json that are no model's row
+
 
 class ItemLog:
     """The records of one suite of one model, in a JSONL file: an interrupted evaluation reads them back."""
