@@ -360,11 +360,11 @@ def figures(facts: RunFacts) -> Iterator[Figure]:
     by_position = {name: _positions(facts.rows[name]) for name in facts.models if _positions(facts.rows[name])}
     if by_position:
         yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
+    if len(facts.steps) > 1:
+        yield _over_steps(facts, "memory", "Peak memory", "GB", "native", zero=True)
     for name in facts.models:
         if grid := facts.rows[name].get("passkey", {}).get("grid"):
             yield _passkey_figure(name, {int(n): {int(d): s for d, s in cells.items()} for n, cells in grid.items()})
-    if len(facts.steps) > 1:
-        yield _over_steps(facts, "memory", "Peak memory", "GB", "native", zero=True)
 
 
 def _positions(row: Mapping[str, Any]) -> dict[int, float]:
@@ -390,7 +390,7 @@ def _perplexity_figure(title: str, x_label: str, rows: Mapping[str, Mapping[int,
     series = [Series(name, _style(name), sorted(found.items())) for name, found in rows.items() if found]
     values = [v for found in rows.values() for v in found.values()]
     lengths = sorted({n for found in rows.values() for n in found})
-    y = log_axis(values) if max(values) > WIDE * min(values) else linear_axis(values)
+    y = log_axis(values) if max(values) > WIDE * min(values) else linear_axis(values, zero=True)
     svg = line_chart(series, doubling_axis(lengths), y, x_label=x_label, y_label=title, x_format=tokens)
     cells = [[name, *(_perplexity(found[n]) if n in found else "–" for n in lengths)] for name, found in rows.items()]
     data = Table(title, ["", *(tokens(n) for n in lengths)], cells)
@@ -616,7 +616,7 @@ dl.run{grid-template-columns:1fr}
 dl div{display:flex;justify-content:space-between;gap:1rem;padding:.3rem 0;border-bottom:1px solid var(--rule)}
 dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 @media (max-width:30rem){main{padding:1.75rem 1rem 3rem}h1{font-size:1.6rem}.verdict{font-size:1rem;padding:.9rem 1rem}
-th,td{padding:.45rem .65rem}svg{font-size:13px}}
+th,td{padding:.45rem .65rem}svg{font-size:15px}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--tint:#f4f4f4;--native:#6b7280;
 --scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0}
 body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}
