@@ -5,6 +5,8 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,46 @@ def test_a_heat_map_has_a_cell_for_each_number() -> None:
 def test_labels_are_short() -> None:
     assert [tokens(n) for n in (64, 1024, 16384, 1500)] == ["64", "1K", "16K", "1 500"]
     assert [number(v) for v in (0, 0.05, 12.0, 2e6, 1e-5)] == ["0", "0.05", "12", "2·10⁶", "10⁻⁵"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# In a browser
+
+
+def opened(page: Path, profile: Path, *more: str) -> tuple[list[str], list[str]]:
+    """(console messages, outside addresses the page asked for) of headless Chromium, cut off from every name."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    log = profile.with_suffix(".json")
+    found = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
+         f"--user-data-dir={profile}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0", *more,
+         f"file://{page}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    # The browser's own requests belong to no page or to one of its own.
+    asked = [e["url"] for e in events if "file://" in str(e.get("network_isolation_key")) and "url" in e]
+    return [line for line in found.stderr.splitlines() if "CONSOLE" in line], asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["1200", "500"])
+@pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
+def test_a_browser_opens_it_without_a_word(tmp_path: Path, width: str, scheme: str) -> None:
+    page = write_report(a_run(tmp_path / "run"))
+    picture = tmp_path / "page.png"
+    more = [f"--window-size={width},1600", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}"]
+    assert opened(page, tmp_path / "profile", *more) == ([], [])
+    assert picture.stat().st_size > 20_000  # a blank page is a few thousand bytes
+
+
+@pytest.mark.slow
+def test_what_a_bad_page_does_would_be_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<!doctype html><img src="http://outside.example/x.png"><script>throw Error("bad")</script>')
+    messages, asked = opened(page, tmp_path / "profile", f"--screenshot={tmp_path / 'x.png'}")
+    assert any("bad" in line for line in messages) and asked == ["http://outside.example/x.png"]
