@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +112,16 @@ def make_suites(options: Options, directory: Directory, reference: Subject | Non
     return made
 
 
-def _text(options: Options, suite: str) -> list[str]:
+def _text(options: Options, suite: str) -> Iterable[str]:
     sources = options.sources(suite)
     if not sources:
         raise UserError(f"suite {suite} needs text: give --data FILE, or --data {suite}=FILE")
-    return [text for source in sources for text in read_documents(source)]
+    return itertools.chain.from_iterable(map(read_documents, sources))
 
 
 def _stream(options: Options, suite: str, directory: Directory, most: int) -> np.ndarray:
     """The tokens of a suite's text, no more than it can use."""
-    return tokenize(iter(_text(options, suite)), directory.tokenizer, limit=most)
+    return tokenize(_text(options, suite), directory.tokenizer, limit=most)
 
 
 def _lengths(options: Options, directory: Directory, default: int) -> tuple[int, ...]:
