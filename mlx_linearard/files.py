@@ -48,6 +48,9 @@ class RunDir:
         self.checkpoints = self.root / "checkpoints"
         self.results = self.root / "results.json"
         self.report = self.root / "report.html"
+        self.report_markdown = self.root / "report.md"
+        self.before = self.root / "before.json"  # native and scaled, kept for a resumed run
+        self.evaluations = self.root / "evaluations.jsonl"  # of --eval-every
 
 
 def read_json(path: str | Path) -> Any:

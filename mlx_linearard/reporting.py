@@ -84,7 +84,7 @@ def read_run(root: str | Path) -> RunFacts:
         raise UserError(f"{root} is not a directory: give the --output of a distillation")
     if not any(path.exists() for path in (run.config, run.metrics, run.results)):
         raise UserError(f"{root} holds no run: neither {run.config.name}, {run.metrics.name} nor {run.results.name}")
-    results = _object(run.results) or _object(run.root / "before.json")
+    results = _object(run.results) or _object(run.before)
     rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in NOT_MODELS}
     parts = {name: _mapping(run.results, name, results.get(name, {})) for name in NOT_MODELS}
     _check_comparisons(run.results, parts["comparisons"])

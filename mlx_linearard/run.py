@@ -266,7 +266,7 @@ def _open_run(job: _Job, state: TrainState) -> None:
         if not job.config.resume:
             for old in checkpoint.found(run.checkpoints):
                 shutil.rmtree(old)
-            for file in (run.metrics, run.results, run.report):
+            for file in (run.metrics, run.results, run.report, run.report_markdown, run.before, run.evaluations):
                 file.unlink(missing_ok=True)
         resolved = dataclasses.replace(
             job.config, seq_len=job.sizing.seq_len, grad_accum=job.sizing.grad_accum, steps=job.schedule.steps,
@@ -293,7 +293,7 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 def _first_measure(job: _Job, listener: Listener) -> tuple[Fidelity, Fidelity]:
     """Native and scaled, before training (the adapters add nothing yet); read back where a run is resumed."""
-    saved = job.run.root / "before.json"
+    saved = job.run.before
     if job.config.resume and saved.exists():
         rows = read_json(saved)
         return Fidelity.from_json(rows["native"]), Fidelity.from_json(rows["scaled"])
@@ -335,7 +335,7 @@ def _measure_now(job: _Job, state: TrainState, listener: Listener) -> None:
     job.pair.set_parameters(state.parameters)
     shortest = {job.sizing.eval_lengths[0]: job.held_out[job.sizing.eval_lengths[0]]}
     _, now = measure(job.pair, shortest, native=False, workspace_bytes=job.workspace_bytes)
-    with (job.run.root / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+    with job.run.evaluations.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": state.step, **now.as_json()}) + "\n")
     listener.say(f"after step {state.step}: KL to the teacher {now.kl:.4f}, agreement {now.agreement:.1%}")
 
