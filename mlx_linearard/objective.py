@@ -179,6 +179,8 @@ class _PairedLayer:
         if not self.supervised:
             return [next_t, next_s, mx.array(0.0)]
         losses, gradients = self._relations(qkv_s, qkv_t, scale_t)
+        if self.stops:  # all outputs of a custom function are evaluated together, so none may be idle work
+            next_t, next_s = hidden_t, hidden_s
         return [next_t, next_s, losses, *gradients]
 
     def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
