@@ -88,11 +88,12 @@ def test_three_ways_to_the_same_logits(tmp_path, kind, method):
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-@pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
-def test_a_trained_student_is_the_same_in_transformers(tmp_path, kind, adapter):
+@pytest.mark.parametrize(("adapter", "bits"), [("lora", None), ("dora", None), ("full", None), ("lora", 4)])
+def test_a_trained_student_is_the_same_in_transformers(tmp_path, kind, adapter, bits):
     """Adapters away from their start: the student in memory, its fused export in mlx-lm, and that on torch."""
     settings = tiny.config(kind, **EXTRA.get(kind, {}))
-    native = from_hf(tiny.write(tmp_path / "source", settings), tmp_path / "native")
+    source = tiny.write(tmp_path / "source", settings)
+    native = from_hf(source, tmp_path / "native", quantize=bits is not None, q_bits=bits or 4, q_group_size=32)
     pair = load_pair(native, method="linear", factor=4.0, fine_tune_type=adapter, lora_rank=4)
     before = np.array(pair.student(mx.array(tiny.ids())))
     mx.random.seed(3)
