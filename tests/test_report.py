@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -247,12 +248,13 @@ def opened(page: Path, profile: Path, *more: str) -> tuple[list[str], list[str]]
     if chromium is None:
         pytest.skip("no Chromium on this machine")
     log = profile.with_suffix(".json")
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a BLAS is not for browsers
     found = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
          f"--user-data-dir={profile}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0", *more,
          f"file://{page}"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, env=plain,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
