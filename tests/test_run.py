@@ -94,8 +94,9 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
 
 
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
-    model_dir: Path, text_file: Path, tmp_path: Path
+    model_dir: Path, text_file: Path, tmp_path: Path, asked: signal.Signals
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["--lora-dropout", "0.1", "--steps", "40"]
@@ -107,7 +108,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
     metrics = broken / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     assert process.wait(60) == 130, process.communicate()
     assert not (broken / "model").exists()
     assert command([*flags(model_dir, text_file, broken, *more), "--resume"]) == 0
