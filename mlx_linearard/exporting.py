@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_model
 
-from .convert.hf import from_hf, link_model_files, to_hf
+from .convert.hf import from_hf, link, link_model_files, to_hf
 from .convert.peft import to_peft
 from .convert.write import Tensor, copy_tokenizer, lazy, model_directory, write_config, write_safetensors
 from .errors import UserError
@@ -186,7 +186,7 @@ def _with_base(run: RunDir, out_dir: Path, overwrite: bool) -> Path:
         for source in (run.adapters, run.base):
             (made / source.name).mkdir()
             for file in _files(source):
-                (made / source.name / file.name).hardlink_to(file.resolve())
+                link(file, made / source.name / file.name)
     return out_dir
 
 

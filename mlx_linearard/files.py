@@ -81,7 +81,7 @@ def disk_errors(target: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing_parent(Path(target))).free
+            free = shutil.disk_usage(existing_parent(Path(target))).free
             raise UserError(
                 f"no space left on the disk that holds {target} ({free / 1e6:.0f} MB free): "
                 "free some, or write elsewhere"
@@ -95,7 +95,8 @@ def disk_errors(target: str | Path) -> Iterator[None]:
         raise
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest of `path` and the folders above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .tiles import on_gpu
+
 SLOW_BLAS_GFLOPS = 20.0  # the Linux wheel's own BLAS reaches 3 to 5, OpenBLAS on two cores about 200
 
 
@@ -37,7 +39,7 @@ class Machine:
 def describe() -> str:
     """The device's name, for results: 'Apple M3 Max', 'NVIDIA H200', or the processor and its core count."""
     info = mx.device_info()
-    if mx.default_device() == mx.Device(mx.gpu):
+    if on_gpu():
         return str(info.get("device_name", "GPU"))
     return f"{_processor()} ({_cores()} cores, CPU)"
 
@@ -57,7 +59,7 @@ def _cores() -> int:
 
 def measure(dtype: mx.Dtype = mx.float32) -> Machine:
     """Time a matrix product on the default device; takes about a second on the slowest BLAS."""
-    gpu = mx.default_device() == mx.Device(mx.gpu)
+    gpu = on_gpu()
     size = 4096 if gpu else 768
     a = mx.random.normal((size, size)).astype(dtype)
     mx.eval(a, a @ a)

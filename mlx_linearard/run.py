@@ -28,7 +28,7 @@ from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
 from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
-from .files import RunDir, disk_errors, read_config, read_json, write_json
+from .files import RunDir, disk_errors, existing_parent, read_config, read_json, write_json
 from .interrupt import between_steps
 from .machine import Machine
 from .machine import measure as measure_machine
@@ -36,6 +36,7 @@ from .objective import Objective, resolve_objective
 from .pair import Pair, load_pair
 from .plan import Sizing, size_run
 from .reporting import write_report
+from .tiles import on_gpu
 from .trainer import Schedule, StepRecord, TrainState, train
 
 VERIFY_TOKENS = 64
@@ -133,9 +134,7 @@ def _check_output(config: DistillConfig, run: RunDir) -> None:
 
 def _probe(target: Path) -> None:
     """UserError where `target` cannot be made or written; leaves nothing behind."""
-    parent = target.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(target)
     if not parent.is_dir():
         raise UserError(f"--output {target}: {parent} is not a directory; choose another place")
     probe = parent / f".linearard-{os.getpid()}"
@@ -149,8 +148,8 @@ def _probe(target: Path) -> None:
 def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
     path = resolve(config.model) if config.model else default_model(progress=listener.say)
     native = check_config(path)
-    dtype = _dtype(config, native)
-    machine = measure_machine(getattr(mx, dtype or "float16") if _on_gpu() else mx.float32)
+    dtype = _dtype(config)
+    machine = measure_machine(getattr(mx, dtype or "float16") if on_gpu() else mx.float32)
     sizing = size_run(config, native, machine, dtype or str(native.get("torch_dtype") or "bfloat16"))
     pair = load_pair(
         path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
@@ -184,15 +183,11 @@ def _objective(config: DistillConfig, model: Any) -> Objective:
     )  # fmt: skip
 
 
-def _on_gpu() -> bool:
-    return mx.default_device() == mx.Device(mx.gpu)
-
-
-def _dtype(config: DistillConfig, native: dict[str, Any]) -> str | None:
+def _dtype(config: DistillConfig) -> str | None:
     """The working dtype; None keeps the file's own."""
     if config.dtype != "auto":
         return config.dtype
-    return None if _on_gpu() else "float32"
+    return None if on_gpu() else "float32"
 
 
 def _tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -151,6 +152,28 @@ def test_a_dry_run_writes_nothing(model_dir: Path, text_file: Path, tmp_path: Pa
     assert command(flags(model_dir, text_file, tmp_path / "run", "--dry-run")) == 0
     assert "4 steps of 64 tokens" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["mlx", "hf", "peft", "adapters"])
+def test_a_finished_run_goes_to_every_form(
+    model_dir: Path, text_file: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert command(flags(model_dir, text_file, run)) == 0
+
+    def other_file_system(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", other_file_system)
+    assert mlx_linearard.export(run, out, format=form) == out
+    tokens = mx.array([[(i * 11) % 256 for i in range(100)]])
+    expected = load(str(run / "model"))[0](tokens)
+    if form == "peft":
+        assert json.loads((out / "adapter_config.json").read_text())["target_modules"]
+        return
+    paths = (out / "base", out / "adapters") if form == "adapters" else (out, None)
+    found = load(str(paths[0]), adapter_path=str(paths[1]) if paths[1] else None)[0](tokens)
+    assert mx.abs(found - expected).max().item() < 1e-4
 
 
 def test_the_main_path_is_a_function(model_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..convert.safe import check_config, check_model_dir, check_tokenizer, shard
 from ..errors import UserError
 from ..pair import load_frozen
 from ..rope import native_window
+from ..tiles import on_gpu
 from ..vocabulary import token_nll
 
 CHUNK = 512  # positions a forward pass takes
@@ -208,8 +209,7 @@ def load_subject(directory: Directory, *, dtype: str = "auto", chunk: int = CHUN
     """
     config = check_model_dir(directory.path).config
     if dtype == "auto":
-        on_gpu = mx.default_device() == mx.Device(mx.gpu)
-        dtype = "" if on_gpu else "float32"
+        dtype = "" if on_gpu() else "float32"
     model = load_frozen(directory.path, config, dtype or None)
     model.eval()
     return Subject(directory, model, chunk)
