@@ -39,7 +39,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model directory (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", help="a model directory (default: SmolLM2-135M-Instruct); with --shape its tokenizer")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random 4-bit weights of this shape, made on the spot")
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
     parser.add_argument("--series", default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
@@ -65,13 +65,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
-    """The directory to measure on: the user's, SmolLM2's, or random weights of a shape."""
-    if options.model:
-        return Path(options.model)
+    """The directory to measure on: the user's, SmolLM2's, or random weights of a shape with its tokenizer."""
     from mlx_linearard.default_model import default_model
 
-    smollm2 = default_model()
-    return random_quantized(SHAPES[options.shape], scratch / options.shape, smollm2) if options.shape else smollm2
+    model = Path(options.model) if options.model else default_model()
+    return random_quantized(SHAPES[options.shape], scratch / options.shape, model) if options.shape else model
 
 
 def random_quantized(config: dict[str, Any], folder: Path, tokenizer_from: Path) -> Path:
