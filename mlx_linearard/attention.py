@@ -22,7 +22,6 @@ import mlx.core as mx
 from .tiles import (
     FLOAT32,
     MASKED,
-    Pace,
     Tiles,
     check_workspace,
     first,
@@ -168,26 +167,25 @@ class _Attention:
         """[output (B, Hq, Tq, Dv), lse (B, Hq, Tq, 1) float32]."""
         output = mx.zeros((*queries.shape[:3], values.shape[-1]), dtype=queries.dtype)
         lse = mx.zeros((*queries.shape[:3], 1))
-        pace = Pace()
         for b, h in self.tiles.groups(self.batch, self.heads):
             inputs = in_order([queries, keys, values], [output, lse])
             outputs: list[mx.array] = []
             lses: list[mx.array] = []
             for rows in self.tiles.row_tiles(self.rows):
                 q, k, v = in_order(inputs, [*outputs[:1], *lses[:1]])
-                part, part_lse = self._forward_rows(q, k, v, b, h, rows, pace)
+                part, part_lse = self._forward_rows(q, k, v, b, h, rows)
                 outputs.insert(0, part.astype(output.dtype))
                 lses.insert(0, part_lse)
             at = (b, self._query_heads(h))
             output[at], lse[at] = mx.concatenate(outputs, axis=2), mx.concatenate(lses, axis=2)
         return [output, lse]
 
-    def _forward_rows(self, queries, keys, values, b, h, rows, pace) -> tuple[mx.array, mx.array]:
+    def _forward_rows(self, queries, keys, values, b, h, rows) -> tuple[mx.array, mx.array]:
         """Output and log-sum-exp of one tile of rows, by online softmax over its column blocks."""
         q = self._stack(queries, b, h, rows) * self.scale
         top, total, out = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
         for columns in self._blocks(rows):
-            keys, values = pace([keys, values], [q, out])
+            keys, values = in_order([keys, values], [q, out])
             scores = self._scores(q, keys, b, h, rows, columns)
             new_top = mx.maximum(top, scores.max(axis=-1, keepdims=True))
             shrink = mx.exp(top - new_top)
@@ -203,21 +201,20 @@ class _Attention:
     def backward(self, queries, keys, values, d_output, output, lse) -> list[mx.array]:
         """[dQ, dK, dV], each in its primal's dtype, accumulated in float32."""
         d_q, d_k, d_v = (mx.zeros_like(a) for a in (queries, keys, values))
-        pace = Pace()
         for b, h in self.tiles.groups(self.batch, self.heads):
             inputs = in_order([queries, keys, values, d_output, output, lse], [d_q, d_k, d_v])
             parts: list[mx.array] = []
             sums = [_Sums() for _ in self.tiles.column_blocks(self.columns)]
             for rows in self.tiles.row_tiles(self.rows):
                 inputs = in_order(inputs, [*parts[:1], *(a for total in sums for a in total.running)])
-                parts.insert(0, self._backward_rows(inputs, sums, b, h, rows, pace).astype(d_q.dtype))
+                parts.insert(0, self._backward_rows(inputs, sums, b, h, rows).astype(d_q.dtype))
             d_q[b, self._query_heads(h)] = mx.concatenate(parts, axis=2)
             for columns, total in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
                 if total.running:
                     d_k[b, h, columns], d_v[b, h, columns] = total.whole(d_k.dtype), total.whole(d_v.dtype, 1)
         return [d_q, d_k, d_v]
 
-    def _backward_rows(self, inputs, sums, b, h, rows, pace) -> mx.array:
+    def _backward_rows(self, inputs, sums, b, h, rows) -> mx.array:
         """dQ of one tile of rows; adds the tile's shares of dK and dV to `sums`, block by block."""
         queries, keys, values, d_output, output, lse = inputs
         q = self._stack(queries, b, h, rows) * self.scale
@@ -229,7 +226,7 @@ class _Attention:
             softmax, derivative = _fused_probabilities, _fused_d_scores
         after = [q, d_out, delta]
         for columns in self._blocks(rows):
-            keys, values = pace([keys, values], after)
+            keys, values = in_order([keys, values], after)
             p = softmax(self._scores(q, keys, b, h, rows, columns), lse)
             d_p = d_out @ _block(values, b, h, columns).swapaxes(-1, -2)
             d_scores = derivative(p, d_p, delta)
@@ -244,11 +241,10 @@ class _Attention:
         heads = self.batch * self.heads * self.group
         tile = max(1, min(self.rows, int(workspace / (4 * FLOAT32 * heads * self.columns))))
         outputs: list[mx.array] = []
-        pace = Pace()
         for start in range(0, self.rows, tile):
             rows = slice(start, min(start + tile, self.rows))
             end = rows.stop + self.columns - self.rows if self.causal else self.columns
-            q, k, v = pace([queries, keys, values], outputs[-1:])
+            q, k, v = in_order([queries, keys, values], outputs[-1:])
             q, k, v = (a.astype(mx.float32) for a in (q[:, :, rows], k[:, :, :end], v[:, :, :end]))
             mask = "causal" if self.causal else None
             part = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)

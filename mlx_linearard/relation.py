@@ -15,7 +15,7 @@ log-sum-exp, its KL and its E, so the gradient comes out of the same pass as the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import mlx.core as mx
@@ -23,7 +23,6 @@ import mlx.core as mx
 from .tiles import (
     FLOAT32,
     MASKED,
-    Pace,
     Tiles,
     ceil_div,
     check_workspace,
@@ -158,6 +157,7 @@ class _Relation:
     dtype: mx.Dtype
     tiles: Tiles
     cast_once: bool
+    positions: mx.array  # (T,) int32
 
     @classmethod
     def of(cls, student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes):
@@ -166,7 +166,7 @@ class _Relation:
         dim_t = teacher.shape[-1]
         cast = student.dtype != mx.float32 or teacher.dtype != mx.float32
         workspace = check_workspace(workspace_bytes)
-        tiles, cast_once = plan(batch, heads, length, dim_s, dim_t, workspace, cast, on_gpu())
+        tiles, cast_once = plan(batch, heads, length, dim_s, dim_t, workspace, cast, on_gpu(), causal)
         return cls(
             batch=batch,
             heads=heads,
@@ -179,6 +179,7 @@ class _Relation:
             dtype=student.dtype,
             tiles=tiles,
             cast_once=cast_once,
+            positions=mx.arange(length),
         )
 
     def valid_rows(self) -> mx.array:
@@ -195,24 +196,24 @@ class _Relation:
 
     def run(self, student: mx.array, teacher: mx.array, gradient: bool = True) -> list[mx.array]:
         """The loss and, where asked for, the gradient: [loss] or [loss, dX]."""
-        total, weight, pace = mx.array(0.0), self.weight(), Pace()
+        total, weight = mx.array(0.0), self.weight()
         d_x = [mx.zeros_like(student)] if gradient else []
         for b, h in self.tiles.groups(self.batch, self.heads):
             x, y = in_order([student, teacher], [total, *d_x])
             x, y = x[b, h], y[b, h]
             if self.cast_once:
                 x, y = x.astype(mx.float32), y.astype(mx.float32)
-            total, parts = self._group(x, y, b, total, weight * self.scale_student, pace, gradient)
+            total, parts = self._group(x, y, b, total, weight * self.scale_student, gradient)
             if gradient:  # once a group: an array that something else still reads is copied when written to
                 d_x[0][b, h] = mx.concatenate(parts, axis=2)
         return [total * weight, *d_x]
 
-    def _group(self, x, y, b, total, factor, pace, gradient) -> tuple[mx.array, list[mx.array]]:
+    def _group(self, x, y, b, total, factor, gradient) -> tuple[mx.array, list[mx.array]]:
         """`total` with the KL of some heads added, and their dX in parts from the first rows to the last."""
         parts: list[mx.array] = []
         sums: list[mx.array] = []  # E^T X of the rows so far, (b, h, columns, Ds) for each column block
         for rows in self.tiles.row_tiles(self.length):
-            x, y = pace([x, y], [total, *parts[:1], *sums])
+            x, y = in_order([x, y], [total, *parts[:1], *sums])
             tile = _Rows(self, x, y, b, rows)
             kl, errors = tile.kl_and_errors()
             total = total + kl
@@ -282,7 +283,7 @@ class _Rows:
         if self.valid is not None:
             bias = mx.where(self.valid[:, None, None, columns], 0.0, MASKED)
         if self.call.causal and columns.stop > self.rows.start + 1:
-            i, j = mx.arange(self.rows.start, self.rows.stop)[:, None], mx.arange(columns.start, columns.stop)
+            i, j = self.call.positions[self.rows, None], self.call.positions[columns]
             if on_gpu():
                 return lambda products, scale: _fused_causal(products, scale, bias, i, j)
             bias = bias + mx.where(j <= i, 0.0, MASKED)
@@ -357,28 +358,29 @@ def _split(sums: list[mx.array], start: int, columns: int) -> tuple[mx.array, li
 
 
 def plan(
-    batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int, cast: bool, gpu: bool
+    batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int, cast: bool, gpu: bool, causal: bool
 ) -> tuple[Tiles, bool]:
     """The tiles of one call, and whether a group of heads is cast to float32 once rather than block by block.
 
     The workspace holds, for each head of a group: its finished gradient, its float32 copy where it is cast
     once, the running sums of E^T X (old and new), the float32 copies of a block of X and Y, and the tiles of
-    rows: on the CPU one with S, R and their exponentials; on a GPU three, being done, waiting and being
-    released, of S, R, E and the terms of the KL each.
+    rows: on the CPU one with S, R and their exponentials; on a GPU two, being done and being launched, of S, R, E
+    and the terms of the KL each, and what is not yet released of a third (measured: up to 9.3 arrays together).
     """
     budget, dims = usable(workspace, gpu) / FLOAT32, dim_s + dim_t
     cast_once = cast and 4 * length * dims < budget
 
     def held(rows: int, columns: int) -> float:
         """float32 numbers for one head."""
-        tile = 12 * rows * length if gpu else 7 * rows * length + 2 * rows * min(columns, length)
+        tile = 9.5 * rows * length if gpu else 7 * rows * length + 2 * rows * min(columns, length)
         copies = (length if cast_once else 3 * min(columns, length) if cast else 0) * dims
         return tile + 3 * rows * dims + copies + 3 * length * dim_s
 
     one_block = gpu and (cast_once or not cast)
     width = length if one_block else 8192 if gpu else 2048
     sizes = [(rows, rows * ceil_div(width, rows)) for rows in row_sizes(length, gpu)]
-    return fitting(batch, heads, length, length, sizes, held, budget, gpu), cast_once
+    tiles = fitting(batch, heads, length, length, sizes, held, budget, gpu)
+    return replace(tiles, grow=one_block and causal), cast_once
 
 
 def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reduction: str) -> None:

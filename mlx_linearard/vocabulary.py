@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .tiles import FLOAT32, Pace, check_workspace, first, times
+from .tiles import FLOAT32, check_workspace, first, in_order, times
 
 Head = Callable[[mx.array], mx.array]
 REDUCTIONS = ("mean", "sum")
@@ -179,10 +179,10 @@ class _Positions(NamedTuple):
 
     def sum_with_gradient(self, of_chunk, hidden: mx.array, *others: mx.array) -> tuple[mx.array, mx.array]:
         """The sum of `of_chunk`'s losses, and its gradients by `hidden` put together."""
-        arrays, pace = self.flat([hidden, *others]), Pace()
+        arrays = self.flat([hidden, *others])
         loss, gradients = mx.array(0.0), list[mx.array]()
         for at in self.slices():
-            arrays = pace(arrays, [loss, *gradients[-1:]])
+            arrays = in_order(arrays, [loss, *gradients[-1:]])
             part, gradient = of_chunk(*(a[:, at] for a in arrays))
             loss = loss + part
             gradients.append(gradient)
@@ -190,10 +190,10 @@ class _Positions(NamedTuple):
 
     def each(self, of_chunk, dtypes, *arrays: mx.array) -> list[mx.array]:
         """`of_chunk`'s results at every position, (B, T) each, without gradient."""
-        inputs, pace = self.flat([mx.stop_gradient(a) for a in arrays]), Pace()
+        inputs = self.flat([mx.stop_gradient(a) for a in arrays])
         results = [mx.zeros((1, self.batch * self.length), dtype=dtype) for dtype in dtypes]
         for at in self.slices():
-            inputs = pace(inputs, results)
+            inputs = in_order(inputs, results)
             for result, part in zip(results, of_chunk(*(a[:, at] for a in inputs)), strict=True):
                 result[:, at] = part
         return [r.reshape(self.batch, self.length) for r in results]

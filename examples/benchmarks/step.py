@@ -39,7 +39,9 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model directory (default: SmolLM2-135M-Instruct); with --shape its tokenizer")
+    parser.add_argument(
+        "--model", help="a model directory (default: SmolLM2-135M-Instruct); with --shape its tokenizer"
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random 4-bit weights of this shape, made on the spot")
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
     parser.add_argument("--series", default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
