@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..config import DTYPES, make_parser
 from ..errors import UserError, run_command
 from ..files import RunDir
@@ -198,7 +200,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("\n" + "\n".join(lines))
         if any(NOISE in line for line in lines):
             print(f'"{NOISE}": a difference this large often comes from chance alone (p of 0.05 or more).')
-    print(f"\nWritten to {job.out}")
+    print(f"\nWritten to {job.out}; at most {mx.get_peak_memory() / 1e9:.2f} GB were in use")
     return 0
 
 
