@@ -29,6 +29,7 @@ from .tiles import (
     in_order,
     on_gpu,
     row_sizes,
+    untraced,
     usable,
 )
 
@@ -165,6 +166,7 @@ class _Attention:
 
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
         """[output (B, Hq, Tq, Dv), lse (B, Hq, Tq, 1) float32]."""
+        queries, keys, values = untraced([queries, keys, values])
         output = mx.zeros((*queries.shape[:3], values.shape[-1]), dtype=queries.dtype)
         lse = mx.zeros((*queries.shape[:3], 1))
         for b, h in self.tiles.groups(self.batch, self.heads):
@@ -184,12 +186,13 @@ class _Attention:
         """Output and log-sum-exp of one tile of rows, by online softmax over its column blocks."""
         q = self._stack(queries, b, h, rows) * self.scale
         top, total, out = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
+        probabilities = _fused_probabilities if on_gpu() else _probabilities
         for columns in self._blocks(rows):
             keys, values = in_order([keys, values], [q, out])
             scores = self._scores(q, keys, b, h, rows, columns)
             new_top = mx.maximum(top, scores.max(axis=-1, keepdims=True))
             shrink = mx.exp(top - new_top)
-            u = mx.exp(scores - new_top)
+            u = probabilities(scores, new_top)
             total = total * shrink + u.sum(axis=-1, keepdims=True)
             out = out * shrink + u @ _block(values, b, h, columns)
             top = new_top
@@ -201,6 +204,7 @@ class _Attention:
     def backward(self, queries, keys, values, d_output, output, lse) -> list[mx.array]:
         """[dQ, dK, dV], each in its primal's dtype, accumulated in float32."""
         d_q, d_k, d_v = (mx.zeros_like(a) for a in (queries, keys, values))
+        queries, keys, values, d_output, output, lse = untraced([queries, keys, values, d_output, output, lse])
         for b, h in self.tiles.groups(self.batch, self.heads):
             inputs = in_order([queries, keys, values, d_output, output, lse], [d_q, d_k, d_v])
             parts: list[mx.array] = []

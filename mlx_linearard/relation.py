@@ -32,6 +32,7 @@ from .tiles import (
     on_gpu,
     row_sizes,
     times,
+    untraced,
     usable,
 )
 
@@ -196,6 +197,7 @@ class _Relation:
 
     def run(self, student: mx.array, teacher: mx.array, gradient: bool = True) -> list[mx.array]:
         """The loss and, where asked for, the gradient: [loss] or [loss, dX]."""
+        student, teacher = untraced([student, teacher])
         total, weight = mx.array(0.0), self.weight()
         d_x = [mx.zeros_like(student)] if gradient else []
         for b, h in self.tiles.groups(self.batch, self.heads):

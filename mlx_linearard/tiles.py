@@ -63,6 +63,15 @@ class Tiles:
         return [slice(c, min(c + self.columns, end)) for c in range(0, end, self.columns)]
 
 
+def untraced(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """`arrays` as constants that `mx.compile` compiles for.
+
+    On arrays that a transformation such as `mx.grad` is tracing, a compiled function runs operation by operation.
+    What a finished transformation returns is not traced any more, hence this one of the identity.
+    """
+    return list(mx.vjp(lambda *a: list(a), list(arrays), list(arrays))[0])
+
+
 def check_workspace(workspace_bytes: int | None) -> int:
     """The workspace in bytes: the default for None. Raises ValueError unless it is positive."""
     if workspace_bytes is None:

@@ -155,6 +155,15 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
     assert_exact(got, exact(q, k, v, c, visible=allowed("causal", 97, 97)))
 
 
+def test_the_stages_of_a_gpu_are_fused_under_a_gradient_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(tiles, "on_gpu", lambda: True)
+    q, k, v = inputs(97, 97)
+    results = with_gradients(q, k, v, like_output(q, v), mask="causal", workspace_bytes=TINY)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *results)  # nothing is evaluated
+    assert (tmp_path / "graph.dot").read_text().count('"Compiled') >= 3
+
+
 @pytest.mark.parametrize("length", [1024, 2048])
 def test_memory_beyond_the_results_is_the_workspace(length):
     workspace = 8 * 2**20

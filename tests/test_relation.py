@@ -220,6 +220,16 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
         check(x.astype(mx.bfloat16), y, (None), (1e-3, 1e-7, 4e-3), causal=causal, workspace_bytes=TINY)
 
 
+def test_the_stages_of_a_gpu_are_fused_under_a_gradient_too(monkeypatch, tmp_path):
+    """A compiled function that is given traced arrays runs operation by operation: several times the memory traffic."""
+    monkeypatch.setattr(relation, "on_gpu", lambda: True)
+    monkeypatch.setattr(tiles, "on_gpu", lambda: True)
+    x, y = vectors((1, 2, 64, 16))
+    loss, gradient = mx.value_and_grad(lambda x: relation_kl(x, y))(x)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), loss, gradient)  # nothing is evaluated
+    assert (tmp_path / "graph.dot").read_text().count('"Compiled') >= 4
+
+
 def extra_memory(workspace, *shape):
     """Peak memory of loss and gradient beyond inputs and results, in bytes."""
     x, y = vectors(shape)
