@@ -61,6 +61,13 @@ def _relations(value: str) -> str | None:
     return "must name relations among q, k and v, each once, such as qkv or qk"
 
 
+def _several_objectives(value: str) -> str | None:
+    names = [part.strip() for part in value.split(",")]
+    if len(names) > 1 and len(set(names)) == len(names) and set(names) <= set(OBJECTIVES):
+        return None
+    return f"must name two or more of {', '.join(OBJECTIVES)}, each once, with commas between them"
+
+
 def _lengths(value: str) -> str | None:
     if value == "auto" or all(part.strip().isdigit() and int(part) > 1 for part in value.split(",")):
         return None
@@ -124,6 +131,14 @@ class DistillConfig:
         "what is distilled: attention relations (LinearARD), the teacher's logits, both, or plain "
         "next-token cross-entropy",
         choices=OBJECTIVES,
+        group="objective",
+    )
+    compare: str | None = option(
+        None,
+        "train each of these objectives on the same tokens from the same start, each in a run of its own below "
+        "--output, and weigh them in one report; `restored` is the first of them",
+        check=_several_objectives,
+        metavar="OBJECTIVE,OBJECTIVE",
         group="objective",
     )
     layers: str = option(
@@ -316,7 +331,7 @@ def _checked(path: str | Path, key: str, value: Any) -> Any:
     kind = _type_of(known[name])
     if value is None and known[name].default is None:
         return None
-    if kind is str and name in ("layers", "eval_lengths") and isinstance(value, int | list):
+    if kind is str and name in ("layers", "eval_lengths", "compare") and isinstance(value, int | list):
         value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         value = _number(value)  # YAML 1.1 reads 3e-4 as a word

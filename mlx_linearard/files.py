@@ -51,6 +51,9 @@ class RunDir:
         self.report_markdown = self.root / "report.md"
         self.before = self.root / "before.json"  # native and scaled, kept for a resumed run
         self.evaluations = self.root / "evaluations.jsonl"  # of --eval-every
+        self.held_out = self.root / "held_out.json"  # each model's numbers by piece of held-out text, for paired tests
+        self.items = self.root / "results.items"  # what `evaluate` has measured, item by item
+        self.comparison = self.root / "comparison.json"  # what the runs of a --compare have in common
 
 
 def read_json(path: str | Path) -> Any:

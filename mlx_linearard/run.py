@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__, checkpoint
-from .config import DistillConfig, to_yaml
+from .config import DistillConfig, read_yaml, to_yaml
 from .convert.hf import resolve
 from .convert.safe import check_config
 from .data import Blocks, python_prose, read_documents, split, tokenize, windows
@@ -44,8 +44,11 @@ VERIFY_TOKENS = 64
 # Options that may differ when a run is resumed; all others make another run of it.
 FREE_ON_RESUME = {
     "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
-    "cache_limit", "resume", "overwrite", "dry_run", "model", "data", "valid_data", "data_tokens",
+    "cache_limit", "resume", "overwrite", "dry_run", "compare", "model", "data", "valid_data", "data_tokens",
 }  # fmt: skip
+
+
+Text = tuple[np.ndarray, dict[int, np.ndarray]]  # training tokens (N,), held-out windows by length
 
 
 class Listener:
@@ -74,7 +77,7 @@ class Result:
 
 
 @dataclass
-class _Job:
+class Job:
     """A run that is ready to start: everything checked and loaded, nothing written yet."""
 
     config: DistillConfig
@@ -100,16 +103,42 @@ def distill(config: DistillConfig, listener: Listener | None = None) -> Result |
     """
     listener = listener or Listener()
     started = time.perf_counter()
-    run = RunDir(config.output)
-    _check_output(config, run)
-    if config.cache_limit is not None:
-        mx.set_cache_limit(config.cache_limit << 20)
-    job = _prepare(config, run, listener)
-    for line in job.sizing.lines(job.machine):
-        listener.say(line)
+    if config.compare:
+        raise UserError("--compare asks for several runs: call compare_objectives, which makes them")
+    job = prepare(config, listener)
     if config.dry_run:
         return None
-    return _execute(job, listener, started)
+    return execute(job, listener, started)
+
+
+def prepare(config: DistillConfig, listener: Listener, text: Text | None = None) -> Job:
+    """Check and load everything, and tell the plan; nothing is written. `text` saves reading it again.
+
+    Raises UserError for a user's mistake.
+    """
+    run = RunDir(config.output)
+    _check_output(config, run)
+    if config.resume:
+        config = with_sizes(config, read_sizes(run))
+    if config.cache_limit is not None:
+        mx.set_cache_limit(config.cache_limit << 20)
+    job = _prepare(config, run, listener, text)
+    for line in job.sizing.lines(job.machine):
+        listener.say(line)
+    return job
+
+
+def read_sizes(run: RunDir) -> dict[str, Any]:
+    """The options of a run that is resumed, as it resolved them; {} where it never came so far."""
+    return read_yaml(run.config) if run.config.exists() else {}
+
+
+def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig:
+    """`config` with what it leaves open as `sizes` has it: the machine may be busier than it was, and look slower."""
+    names = ["seq_len", "grad_accum", "eval_tokens"] + ([] if config.tokens else ["steps"])
+    return dataclasses.replace(
+        config, **{name: sizes[name] for name in names if getattr(config, name) is None and name in sizes}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -119,6 +148,8 @@ def distill(config: DistillConfig, listener: Listener | None = None) -> Result |
 def _check_output(config: DistillConfig, run: RunDir) -> None:
     if run.root.exists() and not run.root.is_dir():
         raise UserError(f"--output {run.root} is a file: choose a directory")
+    if run.comparison.exists():
+        raise UserError(f"--output {run.root} holds a comparison: give --compare as well, or choose another directory")
     holds = run.config.exists() or run.checkpoints.exists()
     if config.resume and not holds:
         raise UserError(f"--resume: {run.root} holds no checkpoint to go on from")
@@ -129,10 +160,10 @@ def _check_output(config: DistillConfig, run: RunDir) -> None:
     if run.root.is_dir() and any(run.root.iterdir()) and not holds:
         raise UserError(f"--output {run.root} exists and is not a run: choose another directory")
     if not config.dry_run:
-        _probe(run.root)
+        probe(run.root)
 
 
-def _probe(target: Path) -> None:
+def probe(target: Path) -> None:
     """UserError where `target` cannot be made or written; leaves nothing behind."""
     parent = existing_parent(target)
     if not parent.is_dir():
@@ -145,7 +176,7 @@ def _probe(target: Path) -> None:
         raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
 
 
-def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
+def _prepare(config: DistillConfig, run: RunDir, listener: Listener, text: Text | None) -> Job:
     path = resolve(config.model) if config.model else default_model(progress=listener.say)
     native = check_config(path)
     dtype = _dtype(config)
@@ -158,7 +189,7 @@ def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
         dtype=dtype, seed=config.seed,
     )  # fmt: skip
     objective = _objective(config, pair.student)
-    train_tokens, held_out = _tokens(config, pair, sizing, listener)
+    train_tokens, held_out = text or _tokens(config, pair, sizing, listener)
     blocks = Blocks(train_tokens, sizing.seq_len, config.seed)
     if blocks.count < config.batch_size:
         raise UserError(
@@ -169,7 +200,7 @@ def _prepare(config: DistillConfig, run: RunDir, listener: Listener) -> _Job:
         sizing.steps, config.batch_size, sizing.grad_accum, config.learning_rate, config.warmup,
         config.weight_decay, config.clip, config.seed,
     )  # fmt: skip
-    return _Job(
+    return Job(
         config, pair, objective, schedule, blocks, held_out, run, sizing, machine,
         _identity(config, sizing, path, train_tokens),
     )  # fmt: skip
@@ -190,9 +221,7 @@ def _dtype(config: DistillConfig) -> str | None:
     return None if on_gpu() else "float32"
 
 
-def _tokens(
-    config: DistillConfig, pair: Pair, sizing: Sizing, listener: Listener
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def _tokens(config: DistillConfig, pair: Pair, sizing: Sizing, listener: Listener) -> Text:
     documents = read_documents(config.data) if config.data else python_prose()
     listener.say(f"reading {config.data or 'the prose of this Python'}")
     stream = tokenize(documents, pair.tokenizer, limit=config.data_tokens)
@@ -227,14 +256,18 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndar
 # The run
 
 
-def _execute(job: _Job, listener: Listener, started: float) -> Result:
+def execute(job: Job, listener: Listener, started: float, before: tuple[Fidelity, Fidelity] | None = None) -> Result:
+    """Measure, train, export, verify and report. `before` is native and scaled where they are measured already.
+
+    Raises KeyboardInterrupt after saving, where somebody asked to stop.
+    """
     state = TrainState.start(job.pair, job.schedule)
     saved = checkpoint.found(job.run.checkpoints) if job.config.resume else []
     if saved:  # a run that was stopped before its first checkpoint begins again
         checkpoint.load(saved[-1], state, job.identity)
         listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
     _open_run(job, state)
-    native, scaled = _first_measure(job, listener)
+    native, scaled = _first_measure(job, listener, before)
     _train(job, state, listener)
     job.pair.set_parameters(state.parameters)
     _, restored = measure(
@@ -244,6 +277,7 @@ def _execute(job: _Job, listener: Listener, started: float) -> Result:
     verified = _export(job, listener)
     rows = {"native": native, "scaled": scaled, "restored": restored}
     seconds = time.perf_counter() - started
+    write_json(job.run.held_out, {name: row.pieces for name, row in rows.items()})
     _write_results(job, rows, verified, seconds)
     write_report(job.run.root)
     return Result(job.run, native, scaled, restored, verified, seconds)
@@ -253,7 +287,7 @@ def _told(listener: Listener, label: str) -> Callable[[int, int], None]:
     return lambda done, total: listener.progress(label, done, total)
 
 
-def _open_run(job: _Job, state: TrainState) -> None:
+def _open_run(job: Job, state: TrainState) -> None:
     """Make the directory, and drop from it what an earlier run, or the steps after the checkpoint, left."""
     run = job.run
     with disk_errors(run.root):
@@ -261,8 +295,12 @@ def _open_run(job: _Job, state: TrainState) -> None:
         if not job.config.resume:
             for old in checkpoint.found(run.checkpoints):
                 shutil.rmtree(old)
-            for file in (run.metrics, run.results, run.report, run.report_markdown, run.before, run.evaluations):
+            for file in (
+                run.metrics, run.results, run.report, run.report_markdown, run.before, run.evaluations, run.held_out,
+            ):  # fmt: skip
                 file.unlink(missing_ok=True)
+            if run.items.is_dir():
+                shutil.rmtree(run.items)
         resolved = dataclasses.replace(
             job.config, seq_len=job.sizing.seq_len, grad_accum=job.sizing.grad_accum, steps=job.schedule.steps,
             tokens=None, eval_tokens=job.sizing.eval_tokens,
@@ -286,21 +324,29 @@ def _truncate_metrics(path: Path, step: int) -> None:
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _first_measure(job: _Job, listener: Listener) -> tuple[Fidelity, Fidelity]:
+def _first_measure(job: Job, listener: Listener, before: tuple[Fidelity, Fidelity] | None) -> tuple[Fidelity, Fidelity]:
     """Native and scaled, before training (the adapters add nothing yet); read back where a run is resumed."""
-    saved = job.run.before
-    if job.config.resume and saved.exists():
-        rows = read_json(saved)
-        return Fidelity.from_json(rows["native"]), Fidelity.from_json(rows["scaled"])
-    native, scaled = measure(
+    if job.config.resume and (saved := read_before(job.run)):
+        return saved
+    native, scaled = before or measure(
         job.pair, job.held_out, native=True, workspace_bytes=job.workspace_bytes,
         progress=_told(listener, "measuring native and scaled"),
     )  # fmt: skip
-    write_json(saved, {"native": native.as_json(), "scaled": scaled.as_json()})
+    write_json(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
+    write_json(job.run.before, {"native": native.as_json(), "scaled": scaled.as_json()})
     return native, scaled
 
 
-def _train(job: _Job, state: TrainState, listener: Listener) -> None:
+def read_before(run: RunDir) -> tuple[Fidelity, Fidelity] | None:
+    """Native and scaled as a run measured them; None where it has not."""
+    if not run.before.exists() or not run.held_out.exists():
+        return None
+    rows, pieces = read_json(run.before), read_json(run.held_out)
+    native, scaled = (Fidelity.from_json(rows[name], pieces[name]) for name in ("native", "scaled"))
+    return native, scaled
+
+
+def _train(job: Job, state: TrainState, listener: Listener) -> None:
     """All steps that are left. KeyboardInterrupt, after saving, where somebody asked to stop."""
     folder, every = job.run.checkpoints, job.config.save_every
     with job.run.metrics.open("a", encoding="utf-8") as metrics, between_steps() as stop:
@@ -326,7 +372,7 @@ def _train(job: _Job, state: TrainState, listener: Listener) -> None:
     checkpoint.save(folder, state, job.identity)
 
 
-def _measure_now(job: _Job, state: TrainState, listener: Listener) -> None:
+def _measure_now(job: Job, state: TrainState, listener: Listener) -> None:
     job.pair.set_parameters(state.parameters)
     shortest = {job.sizing.eval_lengths[0]: job.held_out[job.sizing.eval_lengths[0]]}
     _, now = measure(job.pair, shortest, native=False, workspace_bytes=job.workspace_bytes)
@@ -335,7 +381,7 @@ def _measure_now(job: _Job, state: TrainState, listener: Listener) -> None:
     listener.say(f"after step {state.step}: KL to the teacher {now.kl:.4f}, agreement {now.agreement:.1%}")
 
 
-def _export(job: _Job, listener: Listener) -> Verified:
+def _export(job: Job, listener: Listener) -> Verified:
     """Write adapters and fused model, then load the model as mlx-lm does and compare."""
     run, pair = job.run, job.pair
     listener.say("exporting")
@@ -354,7 +400,7 @@ def _export(job: _Job, listener: Listener) -> Verified:
     return verified
 
 
-def _write_results(job: _Job, rows: dict[str, Fidelity], verified: Verified, seconds: float) -> None:
+def _write_results(job: Job, rows: dict[str, Fidelity], verified: Verified, seconds: float) -> None:
     write_json(
         job.run.results,
         {

@@ -20,15 +20,23 @@ from .subject import LOGITS_BYTES, Directory, Subject, Tick, digest, itself
 from .suite import Item, Metric, Record
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+Pieces = dict[str, dict[str, float]]  # metric -> piece of held-out text -> mean over its tokens
+
+PIECE = 64  # tokens of a piece, at most: what paired tests resample
 
 
 @dataclass
 class Fidelity:
-    """One model's row of the table. Perplexity by window length; KL(teacher || model) in nats a token."""
+    """One model's row of the table. Perplexity by window length; KL(teacher || model) in nats a token.
+
+    `pieces` has the same numbers over pieces of each window, for paired tests: `kl`, `agreement` and, in nats,
+    `perplexity@LENGTH`; a piece is named LENGTH/WINDOW/PIECE.
+    """
 
     perplexity: dict[int, float] = field(default_factory=dict)
     kl: float | None = None
     agreement: float | None = None
+    pieces: Pieces = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The row as results.json keeps it: lengths are strings there."""
@@ -39,30 +47,37 @@ class Fidelity:
         }
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Fidelity:
-        """The inverse of `as_json`."""
+    def from_json(cls, row: Mapping[str, Any], pieces: Pieces | None = None) -> Fidelity:
+        """The inverse of `as_json`, with the pieces that are kept elsewhere."""
         lengths = {int(length): value for length, value in row["perplexity"].items()}
-        return cls(lengths, row["kl"], row["agreement"])
+        return cls(lengths, row["kl"], row["agreement"], pieces or {})
 
 
-@dataclass
 class _Sums:
-    """Running sums of one model over the windows of one length."""
+    """One model's numbers over the windows of one length: sums over tokens, and means over pieces."""
 
-    nll: float = 0.0
-    kl: float = 0.0
-    agreement: float = 0.0
-    tokens: int = 0
+    def __init__(self, length: int) -> None:
+        self.length, self.windows, self.tokens = length, 0, 0
+        self.sums: dict[str, float] = {}
+        self.pieces: Pieces = {}
 
-    def add(self, nll: mx.array, kl: mx.array | None = None, agreement: mx.array | None = None) -> None:
-        self.tokens += nll.size
-        self.nll += _sum(nll)
-        self.kl += 0.0 if kl is None else _sum(kl)
-        self.agreement += 0.0 if agreement is None else _sum(agreement)
+    def add(self, **values: mx.array | np.ndarray) -> None:
+        """One window's `nll` and perhaps `kl` and `agreement`, (1, T) each."""
+        for name, value in values.items():
+            row = np.asarray(value, np.float64)[0]
+            self.sums[name] = self.sums.get(name, 0.0) + float(row.sum())
+            pieces = self.pieces.setdefault(f"perplexity@{self.length}" if name == "nll" else name, {})
+            for i, piece in enumerate(np.array_split(row, math.ceil(len(row) / PIECE))):
+                pieces[f"{self.length}/{self.windows}/{i}"] = float(piece.mean())
+        self.tokens += self.length
+        self.windows += 1
+
+    def mean(self, name: str) -> float:
+        return self.sums[name] / self.tokens
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nll / self.tokens, 700.0))
+        return math.exp(min(self.mean("nll"), 700.0))
 
 
 def _sum(values: mx.array) -> float:
@@ -89,7 +104,7 @@ def measure(
     pair.student.eval()
     try:
         for length, batch in windows.items():
-            sums_t, sums_s = _Sums(), _Sums()
+            sums_t, sums_s = _Sums(length), _Sums(length)
             for window in batch:
                 _add(pair, window, sums_t, sums_s, native, length == reference, workspace_bytes)
                 done += length
@@ -99,7 +114,9 @@ def measure(
                 teacher.perplexity[length] = sums_t.perplexity
             student.perplexity[length] = sums_s.perplexity
             if length == reference:
-                student.kl, student.agreement = sums_s.kl / sums_s.tokens, sums_s.agreement / sums_s.tokens
+                student.kl, student.agreement = sums_s.mean("kl"), sums_s.mean("agreement")
+            teacher.pieces |= sums_t.pieces
+            student.pieces |= sums_s.pieces
     finally:
         pair.student.train()
     return teacher, student
@@ -114,15 +131,17 @@ def _add(
     if native or compared:
         hidden_t = forward_hidden(pair.teacher, inputs, workspace_bytes=workspace)
     if native:
-        sums_t.add(token_nll(hidden_t, head(pair.teacher), targets, workspace_bytes=workspace))
+        nll = token_nll(hidden_t, head(pair.teacher), targets, workspace_bytes=workspace)
+        itself_kl = {"kl": np.zeros(nll.shape), "agreement": np.ones(nll.shape)} if compared else {}
+        sums_t.add(nll=nll, **itself_kl)
     if compared:
         found = compare_logits(
             hidden_s, hidden_t, head(pair.student), head(pair.teacher), targets, workspace_bytes=workspace
         )
         assert found.nll is not None
-        sums_s.add(found.nll, found.kl, found.agreement)
+        sums_s.add(nll=found.nll, kl=found.kl, agreement=found.agreement)
     else:
-        sums_s.add(token_nll(hidden_s, head(pair.student), targets, workspace_bytes=workspace))
+        sums_s.add(nll=token_nll(hidden_s, head(pair.student), targets, workspace_bytes=workspace))
 
 
 # ---------------------------------------------------------------------------------------------------
