@@ -21,6 +21,7 @@ from .rope import METHODS
 OBJECTIVES = ("relation", "logits", "relation+logits", "ce")
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 NORMALIZATIONS = ("heads", "paper-code")
+KEEPS = ("best", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Check = Callable[[Any], str | None]  # the complaint, or None where the value is fine
@@ -203,6 +204,19 @@ class DistillConfig:
         check=_not_negative,
         metavar="N",
     )
+    keep: str = option(
+        "best",
+        "which state is exported: the best on held-out text, by KL to the teacher (with objective ce by perplexity), "
+        "among the start, what --eval-every evaluated and the end; or the last",
+        choices=KEEPS,
+    )
+    patience: int = option(
+        0,
+        "stop after this many evaluations in a row without improvement; 0 never does",
+        check=_not_negative,
+        metavar="N",
+    )
+    keep_checkpoints: int = option(2, "how many checkpoints stay, beside the best", check=_positive, metavar="N")
     eval_tokens: int | None = option(None, "held-out tokens a length", check=_positive, metavar="N")
     eval_lengths: str = option(
         "auto",
@@ -230,6 +244,8 @@ class DistillConfig:
                 raise UserError(f"--{flag(item.name)} {value}: {complaint}")
         if self.steps is not None and self.tokens is not None:
             raise UserError("--steps and --tokens say the same thing twice: give one of them")
+        if self.patience and not self.eval_every:
+            raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
 

@@ -68,6 +68,10 @@ def table(result: Result) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def _guarded(result: Result) -> str:
+    return f"; the guard skipped {result.skipped} of them" if result.skipped else ""
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body: parse, distil, tell."""
     config = parse(arguments)
@@ -76,6 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(f"\n{table(result)}\n")
     print(f"{recovered(result):.0%} of the KL that scaling cost is recovered; {duration(result.seconds)} in all.")
+    print(f"Exported is the state after step {result.exported_step} of {result.steps}{_guarded(result)}.")
     model = result.run.model
     print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
     return 0

@@ -78,24 +78,40 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def disk_errors(target: str | Path) -> Iterator[None]:
-    """Turn a full disk, a read-only place or a missing permission into a UserError that names `target`."""
+def disk_errors(target: str | Path, need: int | None = None) -> Iterator[None]:
+    """Turn a full disk, a read-only place or a missing permission into a UserError that names `target`.
+
+    `need` is how many bytes `target` takes; where they are not there the block does not begin.
+    """
     try:
+        if need is not None and _free(target) < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(existing_parent(Path(target))).free
-            raise UserError(
-                f"no space left on the disk that holds {target} ({free / 1e6:.0f} MB free): "
-                "free some, or write elsewhere"
-            ) from None
+            raise UserError(_no_space(target, need)) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
             raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from None
         raise
     except RuntimeError as error:  # mlx reports a failed write of safetensors this way
         if "write" in str(error).lower() and "fail" in str(error).lower():
+            if need is not None and _free(target) < need:
+                raise UserError(_no_space(target, need)) from None
             raise UserError(f"cannot write {target}: {error}") from None
         raise
+
+
+def _no_space(target: str | Path, need: int | None) -> str:
+    needed = "" if need is None else f", {need / 1e6:.1f} MB needed"
+    return (
+        f"no space left on the disk that holds {target} ({_free(target) / 1e6:.1f} MB free{needed}): "
+        "free some, or write elsewhere"
+    )
+
+
+def _free(target: str | Path) -> int:
+    """Bytes free on the disk that holds, or would hold, `target`."""
+    return shutil.disk_usage(existing_parent(Path(target))).free
 
 
 def existing_parent(path: Path) -> Path:
@@ -126,8 +142,10 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(target: str | Path, *, overwrite: bool = False, need: int | None = None) -> Iterator[Path]:
     """A temporary directory beside `target`, renamed to it when the block ends well, else removed.
+
+    `need` is how many bytes will be written, if that is known: UserError where the disk has fewer.
 
     An existing `target` is refused unless it is an empty directory or `overwrite` is set; it is
     replaced only after the new one is whole.
@@ -135,7 +153,7 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     target = Path(target)
     if not overwrite:
         refuse_existing(target)
-    with disk_errors(target):
+    with disk_errors(target, need):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:

@@ -161,19 +161,22 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _steps(path: Path) -> list[Mapping[str, float]]:
-    """metrics.jsonl; a last line that is still being written is left out."""
+    """metrics.jsonl; a last line that is still being written is left out, and so are steps without a finite loss."""
     if not path.exists():
         return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    return [_step(path, i, line) for i, line in enumerate(lines, 1) if line.strip() and line.endswith("\n")]
+    steps = [_step(path, i, line) for i, line in enumerate(lines, 1) if line.strip() and line.endswith("\n")]
+    return [step for step in steps if step is not None]
 
 
-def _step(path: Path, number: int, line: str) -> Mapping[str, float]:
+def _step(path: Path, number: int, line: str) -> Mapping[str, float] | None:
     try:
         record = json.loads(line)
+        if record["loss"] is None and record["skipped"]:
+            return None
         return {"step": int(record["step"]), "loss": float(record["loss"]), "memory": float(record["peak_memory_gb"])}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} line {number} is not a step's record: mend or remove it") from None

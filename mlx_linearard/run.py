@@ -29,15 +29,15 @@ from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
 from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
 from .files import RunDir, disk_errors, existing_parent, read_config, read_json, write_json
-from .interrupt import between_steps
-from .machine import Machine
+from .job import Job, Listener
 from .machine import measure as measure_machine
 from .objective import Objective, resolve_objective
 from .pair import Pair, load_pair
 from .plan import Sizing, size_run
 from .reporting import write_report
 from .tiles import on_gpu
-from .trainer import Schedule, StepRecord, TrainState, train
+from .trainer import Schedule, TrainState
+from .training import train_run
 
 VERIFY_TOKENS = 64
 
@@ -45,23 +45,11 @@ VERIFY_TOKENS = 64
 FREE_ON_RESUME = {
     "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
     "cache_limit", "resume", "overwrite", "dry_run", "compare", "model", "data", "valid_data", "data_tokens",
+    "keep", "patience", "keep_checkpoints",
 }  # fmt: skip
 
 
 Text = tuple[np.ndarray, dict[int, np.ndarray]]  # training tokens (N,), held-out windows by length
-
-
-class Listener:
-    """What a run tells while it goes; a command prints it, a function call may ignore it."""
-
-    def say(self, text: str) -> None:
-        """A line on what is happening."""
-
-    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
-        """A part of something long is done."""
-
-    def step(self, record: StepRecord, total: int) -> None:
-        """An optimizer step is done."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +62,9 @@ class Result:
     restored: Fidelity
     export: Verified
     seconds: float
-
-
-@dataclass
-class Job:
-    """A run that is ready to start: everything checked and loaded, nothing written yet."""
-
-    config: DistillConfig
-    pair: Pair
-    objective: Objective
-    schedule: Schedule
-    blocks: Blocks
-    held_out: dict[int, np.ndarray]
-    run: RunDir
-    sizing: Sizing
-    machine: Machine
-    identity: dict[str, Any]
-
-    @property
-    def workspace_bytes(self) -> int:
-        return self.config.workspace << 20
+    exported_step: int  # the step whose state `restored` is; 0 is the start
+    steps: int  # done
+    skipped: int  # of them, by the guard
 
 
 def distill(config: DistillConfig, listener: Listener | None = None) -> Result | None:
@@ -268,19 +239,18 @@ def execute(job: Job, listener: Listener, started: float, before: tuple[Fidelity
         listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
     _open_run(job, state)
     native, scaled = _first_measure(job, listener, before)
-    _train(job, state, listener)
-    job.pair.set_parameters(state.parameters)
-    _, restored = measure(
-        job.pair, job.held_out, native=False, workspace_bytes=job.workspace_bytes,
-        progress=_told(listener, "measuring restored"),
-    )  # fmt: skip
+    train_run(job, state, scaled, listener)
+    restored, exported_step = _chosen(job, state, scaled, listener)
     verified = _export(job, listener)
     rows = {"native": native, "scaled": scaled, "restored": restored}
     seconds = time.perf_counter() - started
     write_json(job.run.held_out, {name: row.pieces for name, row in rows.items()})
-    _write_results(job, rows, verified, seconds)
+    result = Result(
+        job.run, native, scaled, restored, verified, seconds, exported_step, state.step, state.guard.skipped
+    )
+    _write_results(job, rows, result)
     write_report(job.run.root)
-    return Result(job.run, native, scaled, restored, verified, seconds)
+    return result
 
 
 def _told(listener: Listener, label: str) -> Callable[[int, int], None]:
@@ -308,11 +278,12 @@ def _open_run(job: Job, state: TrainState) -> None:
         )  # fmt: skip
         run.config.write_text(to_yaml(resolved), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
-        _truncate_metrics(run.metrics, state.step)
+        for file in (run.metrics, run.evaluations):
+            _truncate(file, state.step)
     write_base(job.pair, run.base)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int) -> None:
     """Keep the lines up to `step`: those after the checkpoint will be written again."""
     if not path.exists():
         return
@@ -326,7 +297,7 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 def _first_measure(job: Job, listener: Listener, before: tuple[Fidelity, Fidelity] | None) -> tuple[Fidelity, Fidelity]:
     """Native and scaled, before training (the adapters add nothing yet); read back where a run is resumed."""
-    if job.config.resume and (saved := read_before(job.run)):
+    if job.config.resume and (saved := read_before(job.run)) and saved[0].perplexity.keys() == job.held_out.keys():
         return saved
     native, scaled = before or measure(
         job.pair, job.held_out, native=True, workspace_bytes=job.workspace_bytes,
@@ -346,39 +317,22 @@ def read_before(run: RunDir) -> tuple[Fidelity, Fidelity] | None:
     return native, scaled
 
 
-def _train(job: Job, state: TrainState, listener: Listener) -> None:
-    """All steps that are left. KeyboardInterrupt, after saving, where somebody asked to stop."""
-    folder, every = job.run.checkpoints, job.config.save_every
-    with job.run.metrics.open("a", encoding="utf-8") as metrics, between_steps() as stop:
-        for record in train(job.pair, job.objective, job.schedule, job.blocks, state):
-            metrics.write(json.dumps(record.as_json()) + "\n")
-            metrics.flush()
-            listener.step(record, job.schedule.steps)
-            if not record.finite:
-                raise UserError(
-                    f"the loss is not finite at step {record.step}: lower --learning-rate "
-                    f"({job.schedule.learning_rate:g}); checkpoints of earlier steps are in {folder}"
-                )
-            if stop.made:
-                saved = checkpoint.save(folder, state, job.identity)
-                listener.say(
-                    f"stopped after step {state.step}, saved in {saved}; go on with the same command and --resume"
-                )
-                raise KeyboardInterrupt
-            if every and state.step % every == 0 and state.step < job.schedule.steps:
-                checkpoint.save(folder, state, job.identity)
-            if job.config.eval_every and state.step % job.config.eval_every == 0:
-                _measure_now(job, state, listener)
-    checkpoint.save(folder, state, job.identity)
-
-
-def _measure_now(job: Job, state: TrainState, listener: Listener) -> None:
+def _chosen(job: Job, state: TrainState, scaled: Fidelity, listener: Listener) -> tuple[Fidelity, int]:
+    """Put the state that --keep asks for into the student; its row and its step."""
     job.pair.set_parameters(state.parameters)
-    shortest = {job.sizing.eval_lengths[0]: job.held_out[job.sizing.eval_lengths[0]]}
-    _, now = measure(job.pair, shortest, native=False, workspace_bytes=job.workspace_bytes)
-    with job.run.evaluations.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": state.step, **now.as_json()}) + "\n")
-    listener.say(f"after step {state.step}: KL to the teacher {now.kl:.4f}, agreement {now.agreement:.1%}")
+    row, best = _restored(job, listener), state.best
+    if job.config.keep == "last" or best is None or job.score(row) <= best.score:
+        return row, state.step
+    listener.say(f"the state after step {best.step} is better than the last on held-out text, and is exported")
+    job.pair.set_parameters(checkpoint.parameters(checkpoint.path_of(job.run.checkpoints, best.step), state))
+    return (_restored(job, listener) if best.step else scaled), best.step
+
+
+def _restored(job: Job, listener: Listener) -> Fidelity:
+    return measure(
+        job.pair, job.held_out, native=False, workspace_bytes=job.workspace_bytes,
+        progress=_told(listener, "measuring restored"),
+    )[1]  # fmt: skip
 
 
 def _export(job: Job, listener: Listener) -> Verified:
@@ -400,19 +354,22 @@ def _export(job: Job, listener: Listener) -> Verified:
     return verified
 
 
-def _write_results(job: Job, rows: dict[str, Fidelity], verified: Verified, seconds: float) -> None:
+def _write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
     write_json(
         job.run.results,
         {
             **{name: row.as_json() for name, row in rows.items()},
-            "export": dataclasses.asdict(verified),
+            "export": dataclasses.asdict(result.export),
             "run": {
                 "method": job.config.method,
                 "factor": job.config.factor,
                 "objective": job.config.objective,
                 "native_window": job.pair.native_window,
-                "training_tokens": job.sizing.tokens_per_step * job.schedule.steps,
-                "seconds": round(seconds, 1),
+                "training_tokens": job.sizing.tokens_per_step * result.steps,
+                "steps": result.steps,
+                "skipped_steps": result.skipped,
+                "exported_step": result.exported_step,
+                "seconds": round(result.seconds, 1),
                 "machine": job.machine.name,
                 "versions": {"mlx_linearard": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
             },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from .data import Blocks
+from .guard import Guard
 from .objective import Objective, objective_loss
 from .pair import Leaves, Pair
 from .trees import named_arrays
@@ -39,13 +40,39 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights and the optimizer's state at one moment; by reference, which is enough for arrays that never change."""
+
+    parameters: list[Leaves]
+    optimizer: dict[str, Any]
+
+
+@dataclass
+class Best:
+    """The best evaluation so far: after which step, its score (lower is better), and evaluations since then.
+
+    `evaluated` is the step of the last evaluation, so that a resumed run makes the one that is due, once;
+    `text` is the hash of what was evaluated on.
+    """
+
+    step: int
+    score: float
+    misses: int
+    evaluated: int
+    text: str
+
+
 @dataclass
 class TrainState:
-    """All that a step changes. `step` counts finished steps and is also the data's cursor."""
+    """All that changes while a run goes on. `step` counts finished steps and is also the data's cursor."""
 
     step: int
     parameters: list[Leaves]
     optimizer: optim.AdamW
+    good: Snapshot  # what the last good loss was computed with, before the update that followed
+    guard: Guard = field(default_factory=Guard)
+    best: Best | None = None
 
     @classmethod
     def start(cls, pair: Pair, schedule: Schedule) -> TrainState:
@@ -55,7 +82,21 @@ class TrainState:
             learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay
         )  # fmt: skip
         optimizer.init({"layers": parameters})
-        return cls(0, parameters, optimizer)
+        return cls(0, parameters, optimizer, Snapshot(parameters, _copy(optimizer.state)))
+
+    def snapshot(self) -> Snapshot:
+        """Weights and optimizer as they are now."""
+        return Snapshot(self.parameters, _copy(self.optimizer.state))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Weights and optimizer as they were."""
+        self.parameters = snapshot.parameters
+        self.optimizer.state = _copy(snapshot.optimizer)
+
+
+def _copy(tree: Any) -> Any:
+    """New containers around the same arrays."""
+    return tree_map(lambda array: array, tree)
 
 
 @dataclass(frozen=True)
@@ -70,41 +111,54 @@ class StepRecord:
     tokens: int  # of this step
     seconds: float
     peak_memory: int  # bytes, of mlx
+    skipped: str | None = None  # why the guard made no update
+    rate_factor: float = 1.0  # the guard's part in the learning rate of the next step
 
     def as_json(self) -> dict[str, Any]:
+        """Numbers that are not finite are null; `skipped` and `rate_factor` stand where the guard has acted."""
+        numbers = {"loss": self.loss, **self.parts, "grad_norm": self.grad_norm}
+        guarded = {"skipped": self.skipped} if self.skipped else {}
         return {
-            "step": self.step, "loss": self.loss, **self.parts, "grad_norm": self.grad_norm,
+            "step": self.step,
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
             "learning_rate": self.learning_rate, "tokens": self.tokens, "seconds": round(self.seconds, 4),
             "tokens_per_second": round(self.tokens / self.seconds, 2),
             "peak_memory_gb": round(self.peak_memory / 1e9, 4),
+            **guarded,
+            **({"rate_factor": self.rate_factor} if self.skipped or self.rate_factor < 1 else {}),
         }  # fmt: skip
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def train_step(
     pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array]
 ) -> StepRecord:
-    """One optimizer step over `batches` ((B, T + 1) each, equally weighted); updates `state` where all is finite."""
+    """One optimizer step over `batches` ((B, T + 1) each, equally weighted); the update is made where the guard agrees.
+
+    A step that the guard rejects counts as a step all the same: its batches are not read again.
+    """
     started = time.perf_counter()
     mx.reset_peak_memory()
     losses, parts, gradients = _accumulate(pair, objective, schedule, state, batches)
     norm = gradient_norm(gradients)
-    rate = schedule.rate(state.step)
-    if mx.isfinite(norm).item() and mx.isfinite(losses).item():
-        state.parameters = _update(state, gradients, norm, rate, schedule.clip)
+    rate = schedule.rate(state.step) * state.guard.factor
+    loss = _number(losses)
+    skipped = state.guard.complaint(loss, _number(norm)) or _update(state, gradients, norm, rate, schedule.clip)
+    if skipped is None:
+        state.guard.accept(loss)
+    elif state.guard.reject(loss):
+        state.restore(state.good)
     state.step += 1
     return StepRecord(
         step=state.step,
-        loss=_number(losses),
+        loss=loss,
         parts={name: _number(value) for name, value in parts.items()},
         grad_norm=_number(norm),
         learning_rate=rate,
         tokens=sum(b.shape[0] * (b.shape[1] - 1) for b in batches),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
+        skipped=skipped,
+        rate_factor=state.guard.factor,
     )
 
 
@@ -116,7 +170,7 @@ def _accumulate(
     pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array]
 ) -> tuple[mx.array, dict[str, mx.array], list[Leaves]]:
     """Mean loss, parts and gradients over the batches, each evaluated and released before the next begins."""
-    first = (schedule.seed * schedule.steps + state.step) * len(batches)
+    first = (schedule.seed % 2**24 << 32) + state.step * len(batches)
 
     def loss_of(parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None) -> Any:
         return objective_loss(pair, objective, parameters, tokens, dropout_seed)
@@ -137,14 +191,22 @@ def gradient_norm(gradients: list[Leaves]) -> mx.array:
     return mx.sqrt(sum(squares[1:], squares[0]))
 
 
-def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float) -> list[Leaves]:
+def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float) -> str | None:
+    """Make the update; where it would not be finite leave all as it was and return the complaint."""
+    before = state.snapshot()
     if clip:
         scale = mx.minimum(1.0, clip / (norm + 1e-12))
         gradients = tree_map(lambda g: g * scale.astype(g.dtype), gradients)
     state.optimizer.learning_rate = mx.array(rate)
     updated = state.optimizer.apply_gradients({"layers": gradients}, {"layers": state.parameters})
-    mx.eval(updated, state.optimizer.state)
-    return updated["layers"]
+    arrays = [array for _, array in named_arrays([updated, state.optimizer.state])]
+    finite = mx.all(mx.stack([mx.isfinite(array).all() for array in arrays]))
+    mx.eval(updated, state.optimizer.state, finite)
+    if not finite.item():
+        state.restore(before)
+        return "weights not finite after the update"
+    state.parameters, state.good = updated["layers"], before
+    return None
 
 
 def train(

@@ -1,0 +1,79 @@
+"""A run that is ready to start, and what it tells while it goes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import checkpoint
+from .config import DistillConfig
+from .data import Blocks
+from .evaluate.fidelity import Fidelity, measure
+from .files import RunDir
+from .machine import Machine
+from .objective import Objective
+from .pair import Pair
+from .plan import Sizing
+from .selection import reference_length, score
+from .trainer import Schedule, StepRecord, TrainState
+
+
+class Listener:
+    """What a run tells while it goes; a command prints it, a function call may ignore it."""
+
+    def say(self, text: str) -> None:
+        """A line on what is happening."""
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        """A part of something long is done."""
+
+    def step(self, record: StepRecord, total: int) -> None:
+        """An optimizer step is done."""
+
+
+@dataclass
+class Job:
+    """A run that is ready to start: everything checked and loaded, nothing written yet."""
+
+    config: DistillConfig
+    pair: Pair
+    objective: Objective
+    schedule: Schedule
+    blocks: Blocks
+    held_out: dict[int, np.ndarray]
+    run: RunDir
+    sizing: Sizing
+    machine: Machine
+    identity: dict[str, Any]
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.config.workspace << 20
+
+    @property
+    def reference(self) -> int:
+        """The length at which states are compared."""
+        return reference_length(self.held_out, self.pair.native_window)
+
+    @property
+    def compared_on(self) -> str:
+        """A hash of the windows on which states are compared."""
+        return hashlib.sha256(self.held_out[self.reference].tobytes()).hexdigest()[:16]
+
+    def score(self, row: Fidelity) -> float:
+        """A student's row as one number; lower is better."""
+        return score(row, self.config.objective, self.reference)
+
+    def measure(self, state: TrainState) -> Fidelity:
+        """The row of a state, at the length where states are compared."""
+        self.pair.set_parameters(state.parameters)
+        windows = {self.reference: self.held_out[self.reference]}
+        return measure(self.pair, windows, native=False, workspace_bytes=self.workspace_bytes)[1]
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint of this run; its directory."""
+        return checkpoint.save(self.run.checkpoints, state, self.identity, self.config.keep_checkpoints)
