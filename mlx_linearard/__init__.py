@@ -16,11 +16,18 @@ from .rope import scale_rope
 __version__ = "0.1.0"
 
 # These bring models and tokenizers with them, so they load when first asked for.
-_HOMES = {"load_pair": "pair", "DistillConfig": "config", "distill": "run", "export": "exporting"}
+_HOMES = {
+    "load_pair": "pair",
+    "DistillConfig": "config",
+    "distill": "run",
+    "compare_objectives": "comparing",
+    "export": "exporting",
+}
 
 __all__ = [
     "DistillConfig",
     "attention",
+    "compare_objectives",
     "distill",
     "export",
     "load_pair",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import parse
+from .comparing import compare_objectives
+from .config import DistillConfig, parse
 from .errors import run_command
 from .plan import duration
+from .reporting import read_run, verdict
 from .run import Listener, Result, distill, recovered
 from .trainer import StepRecord
 
@@ -36,6 +38,8 @@ class Printer(Listener):
 
     def step(self, record: StepRecord, total: int) -> None:
         now = time.monotonic()
+        if self._first_step and record.step <= self._first_step[0]:  # another run has begun
+            self._first_step = None
         first, begun = self._first_step = self._first_step or (record.step, now - record.seconds)
         left = (now - begun) / (record.step - first + 1) * (total - record.step)
         self._line(
@@ -54,18 +58,17 @@ class Printer(Listener):
             print(text, flush=True)
 
 
-def table(result: Result) -> str:
-    """The result as the table that the README shows."""
-    lengths = list(result.scaled.perplexity)
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows of a results.json, by model, as the table that the README shows."""
+    lengths = list(rows["scaled"]["perplexity"])
     heads = ["", *(f"perplexity @{n}" for n in lengths), "KL to native", "top-1 agreement"]
-    rows = [heads]
-    for name in ("native", "scaled", "restored"):
-        row = getattr(result, name)
-        kl = "-" if row.kl is None else f"{row.kl:.4f}"
-        agreement = "-" if row.agreement is None else f"{row.agreement:.1%}"
-        rows.append([name, *(f"{row.perplexity[n]:.2f}" for n in lengths), kl, agreement])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    cells = [heads]
+    for name, row in rows.items():
+        kl = "-" if row["kl"] is None else f"{row['kl']:.4f}"
+        agreement = "-" if row["agreement"] is None else f"{row['agreement']:.1%}"
+        cells.append([name, *(f"{row['perplexity'][n]:.2f}" for n in lengths), kl, agreement])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
 def _guarded(result: Result) -> str:
@@ -75,14 +78,30 @@ def _guarded(result: Result) -> str:
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body: parse, distil, tell."""
     config = parse(arguments)
+    if config.compare:
+        return _compare(config)
     result = distill(config, Printer())
     if result is None:
         return 0
-    print(f"\n{table(result)}\n")
+    print(f"\n{table({name: getattr(result, name).as_json() for name in ('native', 'scaled', 'restored')})}\n")
     print(f"{recovered(result):.0%} of the KL that scaling cost is recovered; {duration(result.seconds)} in all.")
     print(f"Exported is the state after step {result.exported_step} of {result.steps}{_guarded(result)}.")
     model = result.run.model
     print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
+    return 0
+
+
+def _compare(config: DistillConfig) -> int:
+    """--compare: all rows, what they say, and where everything is."""
+    made = compare_objectives(config, Printer())
+    if made is None:
+        return 0
+    print(f"\n{table({name: made.results[name] for name in ('native', 'scaled', *made.objectives)})}\n")
+    print("\n".join(verdict(read_run(made.run.root))))
+    print(
+        f"{duration(made.seconds)} in all; the report is {made.run.report}, the models are in "
+        f"{made.run.root}/{{{','.join(made.objectives)}}}/model."
+    )
     return 0
 
 

@@ -160,6 +160,8 @@ def export(
         UserError: where the run is not finished or the options do not go together.
     """
     run = RunDir(run_dir)
+    if run.comparison.exists():
+        raise UserError(f"{run.root} holds a comparison: give one of its runs, as in --run {run.root / 'logits'}")
     if not run.model.is_dir() or not run.adapters.is_dir():
         raise UserError(f"{run.root} holds no finished run: give the --output of a distillation that has ended")
     if quantize and format != "mlx":

@@ -22,6 +22,7 @@ from .evaluate.compare import NOISE, p_in_words
 from .evaluate.store import NOT_MODELS
 from .files import RunDir, new_file, read_json
 from .plan import duration
+from .weighing import HELD_OUT, KL, NOT_NEEDED, Weighed, training
 
 MODELS = ("native", "scaled", "restored")  # the order of rows and lines; other models follow
 SUITE_TITLES = {
@@ -29,11 +30,11 @@ SUITE_TITLES = {
     "lambada": "Last word (LAMBADA)", "passkey": "Pass key", "ruler": "RULER, per cent",
 }  # fmt: skip
 TESTS = (
-    "± is one standard error; “of native” and “won back” are of the restored model. Tests are paired by item: "
+    "± is one standard error; “of native” and “won back” are of {of}. Tests are paired by item: "
     "McNemar's exact test of decisions, a bootstrap of means; “inside the noise” is p of 0.05 or more."
 )
-NOT_NEEDED = 0.01  # nats a token: a scaling that costs less than this costs nothing one would notice
 HELPED, RESTORED = 0.25, 0.8  # shares of the KL
+STYLES = {"relation": "one", "logits": "two", "relation+logits": "three", "ce": "four"}  # classes of the objectives
 WIDE = 8.0  # largest over smallest value above which an axis is logarithmic
 
 
@@ -43,7 +44,10 @@ WIDE = 8.0  # largest over smallest value above which an axis is logarithmic
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run directory's numbers, checked. Rows are by model; each may lack anything."""
+    """A run directory's numbers, checked. Rows are by model; each may lack anything.
+
+    objectives: of a comparison, whose runs' steps are in `curves`, by objective; `restored` is then the first's.
+    """
 
     root: Path
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -52,10 +56,24 @@ class RunFacts:
     export: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     steps: Sequence[Mapping[str, float]] = ()
+    objectives: Sequence[str] = ()
+    curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
-        return [name for name in MODELS if name in self.rows] + [name for name in self.rows if name not in MODELS]
+        """The rows in order; the second name that a comparison's first objective has is left out."""
+        order = ("native", "scaled", *self.objectives) if self.objectives else MODELS
+        first = [name for name in order if name in self.rows]
+        return first + [name for name in self.rows if name not in order and name not in MODELS]
+
+    @property
+    def restored(self) -> str:
+        """The row of the model in question."""
+        return self.objectives[0] if self.objectives else "restored"
+
+    @property
+    def weighed(self) -> Weighed:
+        return Weighed(self.objectives, self.rows, self.comparisons.get(HELD_OUT, {}))
 
     def perplexity(self, model: str) -> dict[int, float]:
         """Perplexity by length on the run's own held-out text."""
@@ -84,11 +102,21 @@ def read_run(root: str | Path) -> RunFacts:
         raise UserError(f"{root} is not a directory: give the --output of a distillation")
     if not any(path.exists() for path in (run.config, run.metrics, run.results)):
         raise UserError(f"{root} holds no run: neither {run.config.name}, {run.metrics.name} nor {run.results.name}")
-    results = _object(run.results) or _object(run.before)
+    config = _yaml(run.config)
+    objectives = tuple(part.strip() for part in str(config.get("compare") or "").split(",") if part.strip())
+    runs = {name: RunDir(run.root / name) for name in objectives}
+    results = next(filter(None, (_object(path) for path in (run.results, run.before, *_befores(runs)))), {})
     rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in NOT_MODELS}
     parts = {name: _mapping(run.results, name, results.get(name, {})) for name in NOT_MODELS}
     _check_comparisons(run.results, parts["comparisons"])
-    return RunFacts(run.root, rows, config=_yaml(run.config), steps=_steps(run.metrics), **parts)
+    curves = {name: _steps(own.metrics) for name, own in runs.items()}
+    return RunFacts(
+        run.root, rows, config=config, steps=_steps(run.metrics), objectives=objectives, curves=curves, **parts
+    )
+
+
+def _befores(runs: Mapping[str, RunDir]) -> list[Path]:
+    return [run.before for run in runs.values()]
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -187,7 +215,10 @@ def _step(path: Path, number: int, line: str) -> Mapping[str, float] | None:
 
 
 def verdict(facts: RunFacts) -> list[str]:
-    """Two plain sentences from the numbers: what training won back, and perplexity short and long."""
+    """Plain sentences from the numbers: what training won back, and perplexity short and long; or which objective
+    did most of it, and whether that can be told from chance."""
+    if facts.objectives:
+        return list(facts.weighed.sentences())
     scaled, restored = facts.number("scaled", "kl"), facts.number("restored", "kl")
     if scaled is None or restored is None:
         return ["The run has not been measured to its end, so there is no verdict yet."]
@@ -280,6 +311,8 @@ def tables(facts: RunFacts) -> Iterator[Table]:
     """The comparison of the run itself, then one table a suite."""
     if any(facts.perplexity(name) or facts.number(name, "kl") is not None for name in facts.models):
         yield _main_table(facts)
+    if facts.weighed.done:
+        yield _objectives_table(facts)
     named = ((key, value) for row in facts.rows.values() for key, value in row.items())
     suites = list(dict.fromkeys(key for key, value in named if isinstance(value, dict) and "metrics" in value))
     for suite in suites:
@@ -300,6 +333,37 @@ def _main_table(facts: RunFacts) -> Table:
             _won_back(facts, name),
         ])  # fmt: skip
     return Table("Comparison", heads, rows)
+
+
+def _objectives_table(facts: RunFacts) -> Table:
+    """What each objective won back, how it stands to the best, and what it cost."""
+    weighed = facts.weighed
+    best = weighed.best(KL)
+    heads = ["", "KL to native", f"Against {best}", "Training", "Tokens/s", "Peak memory"]
+    rows = []
+    for name in weighed.done:
+        cost, test = training(facts.rows, name), weighed.against_best(KL, name)
+        rows.append([
+            name,
+            _value(facts.comparisons[HELD_OUT]["metrics"][KL][name]),
+            "the best" if name == best else _tested(test) if test else "–",
+            *((duration(cost["seconds"]), f"{cost['tokens_per_second']:.0f}", f"{cost['peak_memory_gb']:.2f} GB")
+              if cost else ("–", "–", "–")),
+        ])  # fmt: skip
+    pieces = facts.comparisons[HELD_OUT]["metrics"][KL][best]["n"]
+    note = (
+        f"All were trained on the same tokens from the same start. ± is one standard error over {pieces} pieces of "
+        "held-out text; each is compared with the best on the same pieces, by a bootstrap of the mean difference."
+    )
+    return Table("Objectives", heads, rows, [note])
+
+
+def _tested(test: Mapping[str, Any]) -> str:
+    """The outcome of a paired test, with its p where it says something."""
+    p = test.get("p")
+    if isinstance(p, int | float) and test["outcome"] in ("better", "worse"):
+        return f"{test['outcome']}, {p_in_words(p)}"
+    return str(test["outcome"])
 
 
 def _won_back(facts: RunFacts, name: str) -> str:
@@ -324,7 +388,8 @@ def _suite_table(facts: RunFacts, suite: str, *, noted: bool) -> Table:
         for metric in metrics
     ]
     title = SUITE_TITLES.get(suite) or f"Multiple choice: {suite.partition('/')[2] or suite}"
-    return Table(title, ["", *entries, *extra], rows, [TESTS] if noted else [])
+    of = facts.restored if facts.objectives else "the restored model"
+    return Table(title, ["", *entries, *extra], rows, [TESTS.format(of=of)] if noted else [])
 
 
 def _value(entry: Mapping[str, Any] | None) -> str:
@@ -337,24 +402,27 @@ def _value(entry: Mapping[str, Any] | None) -> str:
 
 
 def _compared(facts: RunFacts, suite: str, metric: str) -> dict[str, str]:
-    """What the comparison says of the restored model, by the column it stands in."""
+    """What the comparison says of the restored model, or of each objective's, by the column it stands in."""
     rows = facts.comparisons.get(suite, {}).get("metrics", {}).get(metric, {})
-    row, lost = rows.get("restored", {}), rows.get("scaled", {}).get("tests", ())
+    row, lost = rows.get(facts.restored, {}), rows.get("scaled", {}).get("tests", ())
     columns = [("of native", "percent_of_native")]
     if not any(test["outcome"] == NOISE for test in lost):  # else there is nothing to win back
         columns.append(("won back", "recovered"))
     found = {head: f"{row[key]:.0f}%" for head, key in columns if isinstance(row.get(key), int | float)}
-    for test in row.get("tests", ()):
-        p = test.get("p")
-        sure = isinstance(p, int | float) and test["outcome"] in ("better", "worse")
-        found[f"restored vs {test['b']}"] = test["outcome"] + (f", {p_in_words(p)}" if sure else "")
+    for label in facts.objectives or (facts.restored,):
+        for test in rows.get(label, {}).get("tests", ()):
+            if not facts.objectives or test["b"] == "native":
+                found[f"{label} vs {test['b']}"] = _tested(test)
     return found
 
 
 def figures(facts: RunFacts) -> Iterator[Figure]:
     """Loss, perplexity by length and by position, pass key, memory: those there are numbers for."""
-    if len(facts.steps) > 1:
-        yield _over_steps(facts, "loss", "Training loss", "nats", "restored")
+    curves = facts.curves or {facts.restored: facts.steps}
+    curves = {name: steps for name, steps in curves.items() if len(steps) > 1}
+    for name, steps in curves.items():
+        title = f"Training loss, {name}" if facts.objectives else "Training loss"
+        yield _over_steps({name: steps}, "loss", title, "nats")
     for measured in (facts.perplexity, facts.suite_perplexity):
         by_length = {name: found for name in facts.models if len(found := measured(name)) > 1}
         if by_length:
@@ -363,8 +431,8 @@ def figures(facts: RunFacts) -> Iterator[Figure]:
     by_position = {name: _positions(facts.rows[name]) for name in facts.models if _positions(facts.rows[name])}
     if by_position:
         yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
-    if len(facts.steps) > 1:
-        yield _over_steps(facts, "memory", "Peak memory", "GB", "native", zero=True)
+    if curves:
+        yield _over_steps(curves, "memory", "Peak memory", "GB", zero=True)
     for name in facts.models:
         if grid := facts.rows[name].get("passkey", {}).get("grid"):
             yield _passkey_figure(name, {int(n): {int(d): s for d, s in cells.items()} for n, cells in grid.items()})
@@ -374,19 +442,20 @@ def _positions(row: Mapping[str, Any]) -> dict[int, float]:
     return {int(b["end"]): float(b["perplexity"]) for b in row.get("ppl", {}).get("by_position", ())}
 
 
-def _over_steps(facts: RunFacts, key: str, title: str, unit: str, style: str, *, zero: bool = False) -> Figure:
-    points = [(s["step"], s[key]) for s in facts.steps if math.isfinite(s[key])]
-    values = [y for _, y in points] or [0.0]
-    x = linear_axis([step for step, _ in points] or [0.0, 1.0])
-    x = (
-        Axis(points[0][0], points[-1][0], tuple(t for t in x.ticks if points[0][0] <= t <= points[-1][0]))
-        if points
-        else x
-    )
+def _over_steps(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], key: str, title: str, unit: str, *, zero: bool = False
+) -> Figure:
+    series = [
+        Series(name, _style(name), [(s["step"], s[key]) for s in steps if math.isfinite(s[key])])
+        for name, steps in curves.items()
+    ]
+    points = [point for item in series for point in item.points] or [(0.0, 0.0), (1.0, 0.0)]
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    x = Axis(first, last, tuple(t for t in linear_axis([first, last]).ticks if first <= t <= last))
     svg = line_chart(
-        [Series(title, style, points)], x, linear_axis(values, zero=zero), x_label="step", y_label=f"{title}, {unit}"
+        series, x, linear_axis([y for _, y in points], zero=zero), x_label="step", y_label=f"{title}, {unit}"
     )
-    return Figure(f"{title}, {unit}", svg)
+    return Figure(f"{title}, {unit}", svg, [(item.name, item.style) for item in series] if len(series) > 1 else ())
 
 
 def _perplexity_figure(title: str, x_label: str, rows: Mapping[str, Mapping[int, float]]) -> Figure:
@@ -409,12 +478,13 @@ def _passkey_figure(name: str, grid: Mapping[int, Mapping[int, float]]) -> Figur
 
 
 def _style(name: str) -> str:
-    return name if name in MODELS else "other"
+    return name if name in MODELS else STYLES.get(name, "other")
 
 
 def settings(facts: RunFacts) -> list[tuple[str, str]]:
     """The configuration as (option, value), without what was left open."""
-    return [(str(key), _plain(value)) for key, value in facts.config.items() if value is not None]
+    idle = "objective" if facts.objectives else "compare"
+    return [(str(key), _plain(value)) for key, value in facts.config.items() if value is not None and key != idle]
 
 
 def provenance(facts: RunFacts) -> list[tuple[str, str]]:
@@ -467,7 +537,10 @@ def heading(facts: RunFacts) -> tuple[str, str]:
     method, objective = facts.config.get("method"), facts.config.get("objective")
     if method and isinstance(factor, int | float):
         parts.append(f"{method} scaling × {factor:g}")
-    parts += [f"objective: {objective}"] if objective else []
+    if facts.objectives:
+        parts.append(f"objectives: {', '.join(facts.objectives)}")
+    else:
+        parts += [f"objective: {objective}"] if objective else []
     return name, " · ".join(parts)
 
 
@@ -479,15 +552,22 @@ def to_markdown(facts: RunFacts) -> str:
     for table in shown:
         lines += [f"## {_md(table.title)}", "", *_md_table(table), ""]
         lines += [f"- {_md(note)}" for note in table.notes] + ([""] if table.notes else [])
+    for name, steps in facts.curves.items():
+        lines += [f"## Training, {_md(name)}", "", _md(_course(steps)), ""] if steps else []
     if facts.steps:
-        first, last = facts.steps[0], facts.steps[-1]
-        peak = max(s["memory"] for s in facts.steps)
-        lines += ["## Training", "", f"Loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step "
-                  f"{last['step']}; at most {peak:.2f} GB.", ""]  # fmt: skip
+        lines += ["## Training", "", _md(_course(facts.steps)), ""]
     for name, pairs in (("Run", provenance(facts)), ("Configuration", settings(facts))):
         if pairs:
             lines += [f"## {name}", "", *_md_table(Table(name, ["", "value"], pairs), left=True), ""]
     return "\n".join(lines)
+
+
+def _course(steps: Sequence[Mapping[str, float]]) -> str:
+    first, last, peak = steps[0], steps[-1], max(s["memory"] for s in steps)
+    return (
+        f"Loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}; "
+        f"at most {peak:.2f} GB."
+    )
 
 
 def _md_table(table: Table, *, left: bool = False) -> Iterator[str]:
@@ -566,10 +646,14 @@ _PAGE = """<!doctype html>
 """
 
 _STYLE = """
+.native{--line:var(--native)}.scaled{--line:var(--scaled)}.restored{--line:var(--restored)}.other{--line:var(--other)}
+.one{--line:var(--one)}.two{--line:var(--two)}.three{--line:var(--three)}.four{--line:var(--four)}
 :root{--page:#fcfcfb;--card:#fff;--ink:#1c1d21;--soft:#62656e;--rule:#e3e4e8;--tint:#f3f5f9;
---native:#6b7280;--scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0}
+--native:#6b7280;--scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0;
+--one:#1f5fd0;--two:#7a3fb0;--three:#0b7d6f;--four:#b8256f}
 @media (prefers-color-scheme:dark){:root{--page:#141518;--card:#1b1d21;--ink:#e8e9ec;--soft:#9a9ea8;--rule:#30333a;
---tint:#1f232b;--native:#a0a6b2;--scaled:#f0964a;--restored:#74a7ff;--other:#c094f0;--heat:#4c86ee}}
+--tint:#1f232b;--native:#a0a6b2;--scaled:#f0964a;--restored:#74a7ff;--other:#c094f0;--heat:#4c86ee;
+--one:#74a7ff;--two:#c094f0;--three:#4cc4b0;--four:#f27cb0}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);
@@ -590,8 +674,7 @@ thead th{color:var(--soft);font-weight:500;font-size:.85rem;border-bottom:1px so
 th:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
 tbody th{font-weight:500}
 tbody tr+tr>*{border-top:1px solid var(--rule)}
-tr.native th,tr.scaled th,tr.restored th{border-left:3px solid currentColor}
-tr.native th{color:var(--native)}tr.scaled th{color:var(--scaled)}tr.restored th{color:var(--restored)}
+tbody tr:not(.other) th{border-left:3px solid currentColor;color:var(--line)}
 tr.restored td,tr.restored th{font-weight:650}
 .notes{margin:.7rem 0 0;padding:0;list-style:none;color:var(--soft);font-size:.87rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
@@ -601,18 +684,15 @@ font-size:.92rem;font-weight:600}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem .8rem;font-weight:400;font-size:.85rem;color:var(--soft)}
 .key::before{content:"";display:inline-block;width:.85rem;height:3px;margin-right:.35rem;vertical-align:middle;
 border-radius:2px;background:currentColor}
-.key.native::before{color:var(--native)}.key.scaled::before{color:var(--scaled)}
-.key.restored::before{color:var(--restored)}.key.other::before{color:var(--other)}
+.key::before{color:var(--line)}
 svg{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}
 svg text{fill:var(--soft)}
 .grid{stroke:var(--rule)}.axis{stroke:var(--soft);stroke-opacity:.6}
 .middle{text-anchor:middle}.end{text-anchor:end}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.line.native{stroke:var(--native)}.line.scaled{stroke:var(--scaled)}
-.line.restored{stroke:var(--restored)}.line.other{stroke:var(--other)}
+.line{stroke:var(--line)}
 .dot{stroke:var(--card);stroke-width:1}
-.dot.native{fill:var(--native)}.dot.scaled{fill:var(--scaled)}
-.dot.restored{fill:var(--restored)}.dot.other{fill:var(--other)}
+.dot{fill:var(--line)}
 .cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.on-dark{fill:#fff}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:0 2rem;margin:0;font-size:.9rem}
 dl.run{grid-template-columns:1fr}
@@ -621,7 +701,8 @@ dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-va
 @media (max-width:30rem){main{padding:1.75rem 1rem 3rem}h1{font-size:1.6rem}.verdict{font-size:1rem;padding:.9rem 1rem}
 th,td{padding:.45rem .65rem}svg{font-size:15px}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--tint:#f4f4f4;--native:#6b7280;
---scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0}
+--scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0;--one:#1f5fd0;--two:#7a3fb0;--three:#0b7d6f;
+--four:#b8256f}
 body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}
 figure,tr,dl div{break-inside:avoid}h2{break-after:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 
 from mlx_linearard.charts import Series, heat_map, line_chart, linear_axis, log_axis, number, tokens
+from mlx_linearard.config import DistillConfig
 from mlx_linearard.errors import UserError, run_command
+from mlx_linearard.job import Listener
 from mlx_linearard.report import run as command
 from mlx_linearard.reporting import read_run, verdict, write_report
+from mlx_linearard.run import distill
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -159,6 +162,26 @@ def test_missing_parts_are_left_out(tmp_path: Path) -> None:
     (root / "metrics.jsonl").write_text((root / "metrics.jsonl").read_text() + '{"step": 31, "lo')
     (root / "config.yaml").unlink()
     assert Page(write_report(root).read_text()).tags.count("svg") == 2
+
+
+def test_a_run_under_way_has_a_report_on_request(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    root, found = tmp_path / "run", []
+
+    class Reader(Listener):
+        def step(self, record: Any, total: int) -> None:
+            assert command([str(root)]) == 0
+            found.append(((root / "report.md").read_text(), Page((root / "report.html").read_text())))
+
+    distill(DistillConfig(
+        model=str(model_dir), data=str(text_file), output=str(root), seq_len=32, grad_accum=1, steps=3, lora_rank=4,
+        eval_tokens=64,
+    ), Reader())  # fmt: skip
+    assert len(found) == 3
+    assert [f"at step {n};" in twin for n, (twin, _) in enumerate(found, 1)] == [True] * 3
+    for twin, page in found:
+        assert "no verdict yet" in twin and "| scaled |" in twin and "| restored |" not in twin
+        assert page.tags.count("svg") == (2 if "at step 1;" not in twin else 0)  # one point is no curve
+    assert "| restored |" in (root / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ from tiny import tiny_model
 import mlx_linearard
 from mlx_linearard.config import DistillConfig
 from mlx_linearard.distill import run as command
+from mlx_linearard.evaluate.__main__ import run as evaluate
 
 FLAGS = [
     "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "2e-3",
@@ -152,6 +154,34 @@ def test_a_dry_run_writes_nothing(model_dir: Path, text_file: Path, tmp_path: Pa
     assert command(flags(model_dir, text_file, tmp_path / "run", "--dry-run")) == 0
     assert "4 steps of 64 tokens" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_takes_the_evaluation_of_the_old_run_with_it(
+    model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert command(flags(model_dir, text_file, run)) == 0
+    assert evaluate(["--run", str(run), "--suite", "ppl", "--data", str(text_file), "--lengths", "64"]) == 0
+    assert list((run / "results.items").iterdir()) and "ppl" in (run / "results.json").read_text()
+    assert command(flags(model_dir, text_file, run, "--overwrite")) == 0
+    assert not (run / "results.items").exists() and "ppl" not in (run / "results.json").read_text()
+
+
+def test_a_busier_machine_resumes_with_the_sizes_it_began_with(
+    model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run leaves open follows the machine's speed, which is measured anew when it is resumed."""
+    run = tmp_path / "run"
+    assert command(flags(model_dir, text_file, run)) == 0
+    own = mlx_linearard.run.size_run
+
+    def smaller(config: DistillConfig, *rest):
+        return own(config if config.seq_len else dataclasses.replace(config, seq_len=16, grad_accum=1), *rest)
+
+    monkeypatch.setattr("mlx_linearard.run.size_run", smaller)
+    arguments = ["--model", str(model_dir), "--data", str(text_file), "--output", str(run)]
+    assert command([*arguments, "--lora-rank", "4", "--learning-rate", "2e-3", "--resume"]) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["seq_len"] == 32
 
 
 @pytest.mark.parametrize("form", ["mlx", "hf", "peft", "adapters"])

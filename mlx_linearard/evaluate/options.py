@@ -84,17 +84,31 @@ def named_directory(text: str, label: str | None = None) -> Directory:
 
 
 def run_directories(root: str) -> list[Directory]:
-    """native, scaled and restored of a finished run, restored first."""
+    """native, scaled and restored of a finished run, restored first; of a comparison, each objective's model."""
     run = RunDir(root)
-    if not run.model.is_dir() or not run.base.is_dir():
-        raise UserError(f"--run {root} holds no finished run: give the --output of a distillation that has ended")
-    try:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        native = config["model"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{run.config} does not name the model it started from: {one_line(error)}") from None
-    places = (("restored", run.model), ("scaled", run.base), ("native", native))
+    native, objectives = _origin(run.config) if run.config.exists() else ("", [])
+    runs = {name: RunDir(run.root / name) for name in objectives} or {"restored": run}
+    for own in runs.values():
+        if not own.model.is_dir() or not own.base.is_dir():
+            raise UserError(
+                f"--run {own.root} holds no finished run: give the --output of a distillation that has ended"
+            )
+    if not native:
+        raise UserError(f"{run.config} does not name the model it started from: give directories with --model")
+    places: list[tuple[str, Any]] = [(label, own.model) for label, own in runs.items()]
+    places += [("scaled", next(iter(runs.values())).base), ("native", native)]
     return [open_directory(place, label) for label, place in places]
+
+
+def _origin(path: Path) -> tuple[Any, list[str]]:
+    """(the model a run started from, the objectives of a comparison) from its config.yaml."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        return "", []
+    return config.get("model"), [name.strip() for name in str(config.get("compare") or "").split(",") if name.strip()]
 
 
 # ---------------------------------------------------------------------------------------------------
