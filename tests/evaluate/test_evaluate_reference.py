@@ -6,18 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from tiny import PROSE, tiny_model
 
+from mlx_linearard.data import python_prose, tokenize
+from mlx_linearard.default_model import default_model
 from mlx_linearard.evaluate.choice import Choice, LastWord
-from mlx_linearard.evaluate.ppl import Perplexity
+from mlx_linearard.evaluate.ppl import Perplexity, buckets
 from mlx_linearard.evaluate.session import run_suite
 from mlx_linearard.evaluate.subject import Subject, load_subject, open_directory
 
 pytestmark = pytest.mark.slow
 
 WORDS = PROSE.split()
+LONG = 2048  # tokens of the real model's text
 NEAR = 1e-3  # nats, on sums over a continuation, float32 in both
 SCALED = {"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
 
@@ -92,3 +96,44 @@ def test_perplexity_by_position_is_transformers(both: tuple[Subject, Any, Any]) 
     for bucket in kept["by_position"]:
         expected = math.exp(nll[:, bucket["start"] : bucket["end"]].mean())
         assert bucket["perplexity"] == pytest.approx(expected, rel=1e-4)  # the half per cent asked for, and to spare
+
+
+@pytest.fixture(scope="module")
+def smol() -> Subject:
+    """The real model: SmolLM2-135M-Instruct in float32."""
+    return load_subject(open_directory(default_model()), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def long_text(smol: Subject) -> np.ndarray:
+    """One window of prose that every Python carries, `LONG` tokens and the one behind them."""
+    return tokenize(python_prose(), smol.directory.tokenizer, limit=LONG + 1)
+
+
+def test_smollm2_by_position_is_transformers(smol: Subject, long_text: np.ndarray) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(smol.directory.path, dtype=torch.float32).eval()
+    tokens = torch.tensor(long_text.tolist())
+    with torch.no_grad():
+        hidden = model.model(tokens[None, :-1]).last_hidden_state[0]
+        parts = [  # logits of a few positions at a time: all of them would take a gigabyte
+            torch.nn.functional.cross_entropy(model.lm_head(h).double(), t, reduction="none")
+            for h, t in zip(hidden.split(256), tokens[1:].split(256), strict=True)
+        ]
+    nll = torch.cat(parts).numpy()
+    kept, _ = run_suite(smol, Perplexity(long_text, (LONG,), budget=LONG))
+    assert len(kept["by_position"]) == 5
+    for bucket in kept["by_position"]:
+        expected = math.exp(nll[bucket["start"] : bucket["end"]].mean())
+        assert bucket["perplexity"] == pytest.approx(expected, rel=0.005), bucket
+
+
+def test_smollm2_in_chunks_is_the_whole_prefill(smol: Subject, long_text: np.ndarray) -> None:
+    logits = smol.model(mx.array(long_text[:-1])[None])[0]  # one forward pass without a cache
+    chosen = mx.take_along_axis(logits, mx.array(long_text[1:])[:, None], axis=-1)[:, 0]
+    whole = np.array(mx.logsumexp(logits, axis=-1) - chosen, np.float64)
+    chunked = Subject(smol.directory, smol.model, 500).nll(long_text).astype(np.float64)
+    for start, end in buckets(LONG):
+        assert chunked[start:end].mean() == pytest.approx(whole[start:end].mean(), abs=1e-4)
+    assert np.abs(chunked - whole).max() < 1e-3  # nats, of any one token
