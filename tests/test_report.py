@@ -9,18 +9,20 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_linearard.charts import Series, heat_map, line_chart, linear_axis, log_axis, number, tokens
-from mlx_linearard.config import DistillConfig
+from mlx_linearard.config import OBJECTIVES, DistillConfig
 from mlx_linearard.errors import UserError, run_command
 from mlx_linearard.job import Listener
 from mlx_linearard.report import run as command
 from mlx_linearard.reporting import read_run, verdict, write_report
 from mlx_linearard.run import distill
+from mlx_linearard.weighing import HELD_OUT, weigh
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -59,6 +61,24 @@ def a_run(root: Path, **changes: Any) -> Path:
     (root / "config.yaml").write_text(
         "model: models/<b>Smol & Co</b>\nmethod: linear\nfactor: 4.0\nobjective: relation\n"
     )
+    return root
+
+
+def a_comparison(root: Path) -> Path:
+    """The directory of a finished --compare of all objectives."""
+    a_run(root)
+    results = json.loads((root / "results.json").read_text())
+    kl = {"native": 0.0, "scaled": 1.7, "relation": 0.4, "logits": 0.3, "relation+logits": 0.31, "ce": 0.6}
+    models = {name: {"kl": {str(i): mean * (1 + i % 5 / 5) for i in range(32)}} for name, mean in kl.items()}
+    training = {"tokens": 18432, "seconds": 300.0, "tokens_per_second": 61.0, "peak_memory_gb": 0.8}
+    rows = {name: a_row(kl[name], 30.0 + kl[name], training=training) for name in OBJECTIVES}
+    results["comparisons"][HELD_OUT] = weigh(models, OBJECTIVES)
+    (root / "results.json").write_text(json.dumps({**results, **rows, "restored": rows["relation"]}))
+    (root / "config.yaml").write_text(f"model: smol\nmethod: linear\nfactor: 4.0\ncompare: {','.join(OBJECTIVES)}\n")
+    for name in OBJECTIVES:
+        (root / name).mkdir()
+        shutil.copy(root / "metrics.jsonl", root / name / "metrics.jsonl")
+    (root / "metrics.jsonl").unlink()
     return root
 
 
@@ -105,6 +125,19 @@ def test_the_page_is_whole_in_itself_and_shows_everything(tmp_path: Path) -> Non
         assert part in page.text, part
     for need in ("prefers-color-scheme:dark", "@media print", "width=device-width"):
         assert need in text
+
+
+def test_the_page_of_a_comparison_shows_all_objectives(tmp_path: Path) -> None:
+    path = write_report(a_comparison(tmp_path / "out"))
+    text, page = path.read_text(), Page(path.read_text())
+    assert page.links == ["data:,"] and not re.search(r"url\(|@import|https?:", text)
+    for part in ("The objective logits won back most of what scaling cost, 82%", "objectives: relation, logits",
+                 "Against logits", "the best", "worse, p < 0.001", "Peak memory", "5 min and 0.80 GB",
+                 *(f"Training loss, {name}, nats" for name in OBJECTIVES)):  # fmt: skip
+        assert part in page.text, part
+    for style in ("one", "two", "three", "four"):
+        assert f'class="line {style}"' in text and f'<tr class="{style}">' in text
+    assert "<th scope=row>restored</th>" not in text  # the first objective's second name
 
 
 def test_text_from_a_run_is_escaped(tmp_path: Path) -> None:
@@ -289,8 +322,11 @@ def opened(page: Path, profile: Path, *more: str) -> tuple[list[str], list[str]]
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["1200", "500"])
 @pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
-def test_a_browser_opens_it_without_a_word(tmp_path: Path, width: str, scheme: str) -> None:
-    page = write_report(a_run(tmp_path / "run"))
+@pytest.mark.parametrize("made", [a_run, a_comparison])
+def test_a_browser_opens_it_without_a_word(
+    tmp_path: Path, made: Callable[[Path], Path], width: str, scheme: str
+) -> None:
+    page = write_report(made(tmp_path / "run"))
     picture = tmp_path / "page.png"
     more = [f"--window-size={width},1600", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}"]
     assert opened(page, tmp_path / "profile", *more) == ([], [])

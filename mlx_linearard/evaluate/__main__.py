@@ -64,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--model", metavar="[NAME=]DIR", help="the model in question: a directory or a hub repository")
     add("--against", metavar="[NAME=]DIR", nargs="+", default=[], help="models to compare it with")
-    add("--run", metavar="RUN", help="a finished run: its native, scaled and restored models, into its results.json")
+    add(
+        "--run",
+        metavar="RUN",
+        help="a finished run, or a comparison: its native, scaled and restored models, into its results.json",
+    )
     add("--reference", metavar="DIR", help="what fidelity compares with; else native, or the first of --against")
     add("--suite", metavar="A,B", required=True, help=f"which measurements: {', '.join(SUITES)}")
     add("--data", metavar="[SUITE=]SOURCE", action="append", default=[], help="text or items; see below")
