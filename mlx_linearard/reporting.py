@@ -690,7 +690,7 @@ svg text{fill:var(--soft)}
 .grid{stroke:var(--rule)}.axis{stroke:var(--soft);stroke-opacity:.6}
 .middle{text-anchor:middle}.end{text-anchor:end}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.line{stroke:var(--line)}
+.line{stroke:var(--line)}.line.three{stroke-dasharray:7 4}.line.four{stroke-dasharray:2 4}
 .dot{stroke:var(--card);stroke-width:1}
 .dot{fill:var(--line)}
 .cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.on-dark{fill:#fff}

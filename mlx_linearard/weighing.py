@@ -113,7 +113,7 @@ class Weighed:
         if behind:
             yield f"Behind it: {'; '.join(behind)}."
         if level:
-            yield f"Not told from it: {'; '.join(level)}."
+            yield f"Not to be told apart from it: {'; '.join(level)}."
 
     def _worth(self) -> Iterator[str]:
         """Whether matching relations paid; the best of all is the best of those with or of those without them."""
