@@ -85,10 +85,11 @@ class _Common:
 
     @classmethod
     def read(cls, path: Path) -> _Common:
-        try:
-            return cls(**read_json(path))
-        except TypeError:
-            raise UserError(f"{path} is not a comparison's: start again with --overwrite") from None
+        found = read_json(path)
+        names = [item.name for item in dataclasses.fields(cls)]
+        if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in names):
+            raise UserError(f"{path} is not a comparison's: start again with --overwrite")
+        return cls(*(found[name] for name in names))
 
     def write(self, path: Path) -> None:
         write_json(path, dataclasses.asdict(self))
@@ -162,12 +163,17 @@ class _Session:
         self.text = job.blocks.tokens, job.held_out
         self._agree(job)
         if not self.config.dry_run:
-            execute(job, self.listener, started, self._measured())
+            try:
+                execute(job, self.listener, started, self._measured())
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
             self._finish(name)
 
     def finished(self, name: str) -> bool:
-        common = self.common
-        return common is not None and common.finished.get(name) == self.config.steps
+        """Whether a run has come to its end, as long as it is asked to be, and is still there."""
+        common, run = self.common, self.child(name)
+        ended = common is not None and common.finished.get(name) == self.config.steps
+        return ended and all(path.exists() for path in (run.results, run.held_out, run.metrics, run.model))
 
     def _agree(self, job: Job) -> None:
         """The first run sets what the others must share; the directory is made when it is ready to start."""

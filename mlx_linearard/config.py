@@ -246,6 +246,8 @@ class DistillConfig:
             raise UserError("--steps and --tokens say the same thing twice: give one of them")
         if self.patience and not self.eval_every:
             raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
+        if self.compare and self.objective != "relation":
+            raise UserError("--compare and --objective both say what is distilled: give one of them")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
 

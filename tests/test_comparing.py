@@ -139,13 +139,10 @@ def test_a_report_in_the_middle_of_the_first_run(model_dir: Path, text_file: Pat
 
 def test_objectives_may_be_added_and_left_out(made: Path, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     root = shutil.copytree(made, tmp_path / "out")
-    shutil.rmtree(root / "ce")
+    shutil.rmtree(root / "ce")  # so that it is made again
     results = json.loads((root / "results.json").read_text())
     results["relation"]["choice/x"] = {"metrics": {"acc": {"value": 1.0, "stderr": None}}}
     (root / "results.json").write_text(json.dumps(results))
-    facts = json.loads((root / "comparison.json").read_text())
-    facts["finished"].pop("ce")
-    (root / "comparison.json").write_text(json.dumps(facts))
     listener = Stop(0, 0)
     arguments = flags(model_dir, text_file, root, "--resume", "--compare", "relation,ce")
     result = compare_objectives(parse(arguments), listener)
@@ -180,6 +177,7 @@ def test_a_dry_run_plans_each_and_writes_nothing(model_dir: Path, text_file: Pat
         (["--compare", "relation"], "--compare relation: must name two or more of relation, logits"),
         (["--compare", "relation,relation"], "each once"),
         (["--compare", "relation,kl"], "must name two or more"),
+        (["--compare", "relation,ce", "--objective", "ce"], "--compare and --objective both say"),
         (["--compare", "relation,ce"], "already holds a comparison: pass --resume"),
         (["--compare", "relation,ce", "--resume", "--lora-rank", "8"], "lora_rank was 4 and is 8"),
         (["--compare", "relation,ce", "--resume", "--seq-len", "16"], "seq_len was 32 and is 16"),
@@ -203,6 +201,17 @@ def test_mistakes_are_told_in_one_line_and_change_nothing(
     line = capsys.readouterr().err
     assert says in line and line.count("\n") == 1
     assert state() == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"identity": {}, "sizes": 3, "finished": {}}'])
+def test_what_is_no_comparison_is_said_to_be_none(
+    model_dir: Path, text_file: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "out"
+    root.mkdir()
+    (root / "comparison.json").write_text(text)
+    assert run_command(lambda: command(flags(model_dir, text_file, root, "--resume", "--compare", "ce,logits"))) == 2
+    assert "comparison.json is not" in (line := capsys.readouterr().err) and line.count("\n") == 1
 
 
 def test_one_run_is_not_asked_for_several(tmp_path: Path) -> None:
