@@ -108,7 +108,8 @@ class Weighed:
         level: list[str] = []
         for name in (name for name in self.done if name != best):
             test = self.against_best(KL, name)
-            text = f"{name}, {self.won_back(name):.0%}"
+            won = self.won_back(name)
+            text = f"{name}, {won:.0%}" if won > 0 else f"{name}, no closer to the native model than the scaled one"
             (behind if _sure(test) else level).append(f"{text} ({_how_sure(test)})")
         if behind:
             yield f"Behind it: {'; '.join(behind)}."

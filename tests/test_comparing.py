@@ -257,6 +257,7 @@ def weighed(**kl: tuple[float, float]) -> Weighed:
         ({"relation": (0.4, 0.02), "logits": (0.2, 0.02)}, "Behind it: relation, 75% (p < 0.001)"),
         ({"relation": (0.4, 0.02), "logits": (0.2, 0.02)}, "was not worth it here: logits is closer"),
         ({"relation": (0.1, 0.02), "ce": (0.9, 0.02)}, "was worth it here: relation is closer"),
+        ({"relation": (0.1, 0.02), "ce": (1.9, 0.02)}, "Behind it: ce, no closer to the native model than the scaled"),
         ({"relation": (0.3, 0.2), "logits": (0.3, 0.2)}, "Not to be told apart from it: "),
         ({"relation_logits": (0.3, 0.2), "logits": (0.3, 0.2)}, "no difference that can be told from chance"),
         ({"relation": (1.9, 0.1), "ce": (1.8, 0.1)}, "None of relation and ce helped"),
