@@ -353,7 +353,8 @@ def _objectives_table(facts: RunFacts) -> Table:
     pieces = facts.comparisons[HELD_OUT]["metrics"][KL][best]["n"]
     note = (
         f"All were trained on the same tokens from the same start. ± is one standard error over {pieces} pieces of "
-        "held-out text; each is compared with the best on the same pieces, by a bootstrap of the mean difference, each pair by itself."
+        "held-out text; each by itself is compared with the best on the same pieces, by a bootstrap of the mean "
+        "difference."
     )
     return Table("Objectives", heads, rows, [note])
 
