@@ -71,7 +71,7 @@ def found(folder: Path) -> list[Path]:
 
 def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
     """Put a checkpoint into `state`. UserError names what differs where it belongs to another run."""
-    facts = _facts(path)
+    facts = read_facts(path)
     saved = facts["identity"]
     different = [
         f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
@@ -92,7 +92,7 @@ def parameters(path: Path, state: TrainState) -> list[Leaves]:
     return _from(arrays, state.parameters, "parameters")
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
     """state.json, checked, with the guard's state and the best evaluation made of it."""
     facts = read_json(path / FACTS)
     try:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,10 @@ TOKENIZER_FILES = (
 # mlx-lm's adapter directory.
 ADAPTERS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+
+
+# What tempfile makes of the names below: .NAME.xxxxxxxx, .NAME.old.xxxxxxxx, .NAME.xxxxxxxx.suffix.
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)(?P<old>\.old)?\.[a-z0-9_]{8}(\.\w+)?")
 
 
 class RunDir:
@@ -191,6 +196,22 @@ def _swap(temporary: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.replace(target)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left of new files and directories in `folder`.
+
+    Where it was killed while a whole directory took another's place, and neither is there, the old one comes back.
+    """
+    for path in sorted(folder.glob(".*")):
+        if not (found := _TEMPORARY.fullmatch(path.name)):
+            continue
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif found["old"] and any(path.iterdir()) and not (folder / found["name"]).exists():
+            path.replace(folder / found["name"])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

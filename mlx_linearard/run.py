@@ -28,7 +28,7 @@ from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
 from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
-from .files import RunDir, disk_errors, existing_parent, read_config, read_json, write_json
+from .files import RunDir, disk_errors, existing_parent, read_config, read_json, sweep, write_json
 from .job import Job, Listener
 from .machine import measure as measure_machine
 from .objective import Objective, resolve_objective
@@ -233,6 +233,7 @@ def execute(job: Job, listener: Listener, started: float, before: tuple[Fidelity
     Raises KeyboardInterrupt after saving, where somebody asked to stop.
     """
     state = TrainState.start(job.pair, job.schedule)
+    sweep(job.run.checkpoints)
     saved = checkpoint.found(job.run.checkpoints) if job.config.resume else []
     if saved:  # a run that was stopped before its first checkpoint begins again
         checkpoint.load(saved[-1], state, job.identity)
@@ -278,6 +279,7 @@ def _open_run(job: Job, state: TrainState) -> None:
         )  # fmt: skip
         run.config.write_text(to_yaml(resolved), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
+        sweep(run.root)
         for file in (run.metrics, run.evaluations):
             _truncate(file, state.step)
     write_base(job.pair, run.base)

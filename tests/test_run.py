@@ -126,30 +126,6 @@ def test_a_checkpoint_of_another_run_is_refused(model_dir: Path, text_file: Path
     assert outcome.returncode == 2 and "lora_scale was 2.0 and is 3.0" in outcome.stderr
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """SIGKILL at seeded instants, some before the first checkpoint, some inside a save; then to the end."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ["--steps", "60", "--save-every", "1"]
-    assert command(flags(model_dir, text_file, whole, *more)) == 0
-    arguments = flags(model_dir, text_file, broken, *more)
-    metrics = broken / "metrics.jsonl"
-    for steps, delay in ((0, 0.0), (9, 0.013), (21, 0.004), (33, 0.021)):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_linearard.distill", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-            time.sleep(0.002)
-        time.sleep(delay)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-        arguments = [*flags(model_dir, text_file, broken, *more), "--resume"]
-    assert command(arguments) == 0
-    assert same(parameters(whole), parameters(broken))
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 61))
-
-
 def test_a_dry_run_writes_nothing(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     assert command(flags(model_dir, text_file, tmp_path / "run", "--dry-run")) == 0
     assert "4 steps of 64 tokens" in capsys.readouterr().out
