@@ -398,7 +398,7 @@ class Ruler:
         tokens = subject.directory.encode(sample.prompt)
         answer = subject.directory.decode(subject.greedy(tokens, TASKS[task][1], tick))
         points = 100 * score(task, answer, sample.outputs)
-        names = (f"{task}@{length}", f"average@{length}")
+        names = (f"average@{length}", f"{task}@{length}")
         return {"id": item.id, "samples": dict.fromkeys(names, points), "answer": answer,
                 "outputs": list(sample.outputs), "prompt_tokens": len(tokens)}  # fmt: skip
 
