@@ -230,7 +230,16 @@ class DistillConfig:
         choices=DTYPES,
     )
     workspace: int = option(256, "MB that tiles of scores may take", check=_positive, metavar="MB")
+    memory_limit: int | None = option(
+        None,
+        "MB of arrays beyond which mlx waits for work to finish and frees its cache",
+        check=_positive,
+        metavar="MB",
+    )
     cache_limit: int | None = option(None, "MB that mlx may keep for reuse", check=_not_negative, metavar="MB")
+    wired_limit: int | None = option(
+        None, "MB that stay in memory whatever else runs (Apple GPUs)", check=_positive, metavar="MB"
+    )
     resume: bool = option(False, "go on from the last checkpoint in --output")
     overwrite: bool = option(False, "replace a run that --output already holds")
     dry_run: bool = option(False, "print the plan (data, steps, memory) and stop")

@@ -30,6 +30,7 @@ from .evaluate.fidelity import Fidelity, measure
 from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
 from .files import RunDir, disk_errors, existing_parent, read_config, read_json, sweep, write_json
 from .job import Job, Listener
+from .limits import set_limits
 from .machine import measure as measure_machine
 from .objective import Objective, resolve_objective
 from .pair import Pair, load_pair
@@ -44,8 +45,8 @@ VERIFY_TOKENS = 64
 # Options that may differ when a run is resumed; all others make another run of it.
 FREE_ON_RESUME = {
     "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
-    "cache_limit", "resume", "overwrite", "dry_run", "compare", "model", "data", "valid_data", "data_tokens",
-    "keep", "patience", "keep_checkpoints",
+    "memory_limit", "cache_limit", "wired_limit", "resume", "overwrite", "dry_run", "compare", "model",
+    "data", "valid_data", "data_tokens", "keep", "patience", "keep_checkpoints",
 }  # fmt: skip
 
 
@@ -91,8 +92,7 @@ def prepare(config: DistillConfig, listener: Listener, text: Text | None = None)
     _check_output(config, run)
     if config.resume:
         config = with_sizes(config, read_sizes(run))
-    if config.cache_limit is not None:
-        mx.set_cache_limit(config.cache_limit << 20)
+    set_limits(config)
     job = _prepare(config, run, listener, text)
     for line in job.sizing.lines(job.machine):
         listener.say(line)
