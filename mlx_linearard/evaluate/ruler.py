@@ -389,6 +389,8 @@ class Ruler:
         most = _most(task, source)
         sample = build(fill(lambda n: build(n).prompt, count, length - budget, f"{task} at {length}", most=most))
         if (tokens := count(sample.prompt) + budget) < NEAR * length:
+            if most is None:  # there is more text, but a line of it is more than what is missing
+                raise UserError(f"{task} at {length}: its lines are too long to fill that; give longer --lengths")
             raise UserError(f"{task} at {length}: all its text makes {tokens} tokens; give more, or shorter --lengths")
         return sample
 

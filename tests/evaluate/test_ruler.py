@@ -161,6 +161,9 @@ def test_what_cannot_be_made_is_said(ruler: Ruler, directory: Directory, tmp_pat
         Ruler(ruler.prose, (9000,), ("vt",)).items(directory, 8192)
     with pytest.raises(UserError, match="cwe at 500: its question alone takes"):
         Ruler(ruler.prose, (500,), ("cwe",)).items(directory, 8192)
+    with pytest.raises(UserError, match=r"niah_multikey_3 at \d+: its lines are too long to fill that; give longer"):
+        for length in range(500, 800, 7):
+            ruler.sample(directory, "niah_multikey_3", length, 0)
     few = QuestionSet({0: {"text": "one two"}}, [{"query": "q", "outputs": ["one"], "docs": [0]}])
     with pytest.raises(UserError, match="qa_1 at 3000: all its text makes"):
         Ruler(ruler.prose, (3000,), ("qa_1",), {"qa_1": few}).items(directory, 8192)
