@@ -28,7 +28,7 @@ from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
 from .exporting import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
-from .files import RunDir, disk_errors, existing_parent, read_config, read_json, sweep, write_json
+from .files import RunDir, disk_errors, existing_parent, new_file, read_config, read_json, sweep, write_json
 from .job import Job, Listener
 from .limits import set_limits
 from .machine import measure as measure_machine
@@ -277,7 +277,8 @@ def _open_run(job: Job, state: TrainState) -> None:
             tokens=None, eval_tokens=job.sizing.eval_tokens,
             model=str(job.pair.path),
         )  # fmt: skip
-        run.config.write_text(to_yaml(resolved), encoding="utf-8")
+        with new_file(run.config) as file:
+            file.write_text(to_yaml(resolved), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
         sweep(run.root)
         for file in (run.metrics, run.evaluations):
@@ -294,7 +295,8 @@ def _truncate(path: Path, step: int) -> None:
         with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with new_file(path) as file:
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def _first_measure(job: Job, listener: Listener, before: tuple[Fidelity, Fidelity] | None) -> tuple[Fidelity, Fidelity]:

@@ -245,3 +245,27 @@ def test_a_write_that_fails_midway_is_told_with_what_it_needs(
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-0000000", "step-0000002", "step-0000004"}
     assert checkpoint.found(run / "checkpoints")[-1].name == "step-0000004"
     assert mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True)).steps == 8
+
+
+def test_a_kill_while_a_run_is_opened_again_loses_no_line(
+    model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.yaml and metrics.jsonl are replaced whole: killed at the replacement, the old ones are there."""
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        mlx_linearard.distill(small(model_dir, text_file, run, save_every=2), StopsAt(5))
+    real = Path.replace
+    for name in ("config.yaml", "metrics.jsonl"):
+        before = (run / name).read_text()
+
+        def killed(source: Path, target: Path, name: str = name) -> Path:
+            if Path(target).name == name:
+                raise Killed
+            return real(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "replace", killed)
+            mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True))
+        assert (run / name).read_text() == before
+    mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True))
+    assert [m["step"] for m in metrics(run)] == list(range(1, 9))
