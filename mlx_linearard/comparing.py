@@ -24,7 +24,7 @@ from .evaluate.fidelity import Fidelity
 from .evaluate.store import COMPARISONS, merged_dict, read_results
 from .files import RunDir, disk_errors, read_json, write_json
 from .reporting import write_report
-from .run import FREE_ON_RESUME, Job, Listener, Text, execute, prepare, probe, read_before
+from .run import FREE_ON_RESUME, Job, Listener, Text, execute, plan_only, prepare, probe, read_before
 from .weighing import HELD_OUT, weigh
 
 RESTORED = "restored"
@@ -159,6 +159,9 @@ class _Session:
             self.config, compare=None, objective=name, output=str(run.root),
             resume=self.config.resume and run.config.exists(),
         )  # fmt: skip
+        if self.config.dry_run and self.common is None:
+            plan_only(config, self.listener)
+            return
         job = prepare(config, self.listener, self.text)
         self.text = job.blocks.tokens, job.held_out
         self._agree(job)

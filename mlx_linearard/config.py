@@ -242,7 +242,8 @@ class DistillConfig:
     )
     resume: bool = option(False, "go on from the last checkpoint in --output")
     overwrite: bool = option(False, "replace a run that --output already holds")
-    dry_run: bool = option(False, "print the plan (data, steps, memory) and stop")
+    dry_run: bool = option(False, "print the plan (data, steps, memory) and stop, without loading the weights")
+    force: bool = option(False, "run although the plan needs more memory than the machine has")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -383,6 +384,6 @@ def one_word(value: Any) -> str:
 def to_yaml(config: DistillConfig) -> str:
     """The configuration as a YAML file that `--config` reads back to the same."""
     body = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    for passing in ("resume", "overwrite", "dry_run"):
+    for passing in ("resume", "overwrite", "dry_run", "force"):
         body.pop(passing)
     return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)

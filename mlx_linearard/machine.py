@@ -24,6 +24,12 @@ class Machine:
     gpu: bool
     memory: int  # bytes
     gflops: float  # of a square matrix product in the working dtype
+    limit: int = 0  # bytes that a run may take; 0: as much as `memory`
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a run may take."""
+        return self.limit or self.memory
 
     @property
     def hint(self) -> str | None:
@@ -65,13 +71,20 @@ def measure(dtype: mx.Dtype = mx.float32) -> Machine:
     mx.eval(a, a @ a)
     best = min(_timed(a) for _ in range(3))
     info: dict[str, Any] = mx.device_info()
-    return Machine(describe(), gpu, int(info.get("memory_size", 0)) or _system_memory(), 2 * size**3 / best / 1e9)
+    memory = _device_memory(info) if gpu else _system_memory()
+    working_set = int(info.get("max_recommended_working_set_size", 0)) if gpu else 0  # Apple GPUs
+    return Machine(describe(), gpu, memory, 2 * size**3 / best / 1e9, working_set)
 
 
 def _timed(a: mx.array) -> float:
     start = time.perf_counter()
     mx.eval(a @ a)
     return time.perf_counter() - start
+
+
+def _device_memory(info: dict[str, Any]) -> int:
+    """The GPU's memory in bytes; mlx's backends name it differently. That of the system where none is told."""
+    return int(info.get("memory_size", 0) or info.get("total_memory", 0)) or _system_memory()
 
 
 def _system_memory() -> int:

@@ -1,12 +1,36 @@
-"""How much memory a run will need, from a model's config alone, before anything is loaded."""
+"""How much memory a training step takes at its fullest, from sizes alone, before anything is loaded.
+
+mlx's peak is a sum over what lives at one moment. For a step that moment is one of these:
+
+    relations    a layer's relation losses run tile by tile, over both models' q, k and v
+    feed-forward a layer's student half has been recomputed, and its gradient is in the feed-forward part
+    attention    that gradient runs through attention, tile by tile
+    projections  that gradient runs through the q, k, v projections and their adapters
+    logits       the logits of a chunk of positions are compared
+    update       AdamW's old and new state exist together
+
+Each adds to what a step keeps all the while: the frozen weights, the adapters and the optimizer's state, the
+student's hidden state before every layer, and each supervised layer's gradients in q, k and v. The counts of
+arrays were confirmed on mlx's counter with one size varied at a time (mlx 0.32.4, CPU, float32); they include
+what mlx's queue of some ten operations has not yet released.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+
+from .attention import plan as attention_tiles
+from .relation import plan as relation_tiles
+
 FLOAT32 = 4
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+# CUDA only: mlx runs ahead of the device by batches of operations whose arrays are not released yet.
+CUDA_AHEAD = 200_000_000  # bytes: ten batches of the 20 MB that tiles.py asks for
 
 
 @dataclass(frozen=True)
@@ -18,7 +42,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    ffn: int  # the widest feed-forward part that a token passes; of a mixture, its chosen experts together
     vocabulary: int
     tied: bool
 
@@ -26,13 +50,15 @@ class Shape:
     def of(cls, config: dict[str, Any]) -> Shape:
         """The sizes in `config`; missing ones as transformers derives them."""
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        dense = int(config.get("intermediate_size") or 4 * width)
+        experts = int(config.get("num_experts_per_tok") or 1) * int(config.get("moe_intermediate_size") or dense)
         return cls(
             width=width,
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or width // heads),
-            ffn=int(config.get("intermediate_size") or 4 * width),
+            ffn=max(dense, experts),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
         )
@@ -43,71 +69,174 @@ class Shape:
         attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.ffn)
 
-    @property
-    def weights(self) -> int:
-        """All weights, embedding and head included; norms are nothing beside them."""
-        return self.block_weights + self.vocabulary * self.width * (1 if self.tied else 2)
+    def heads_of(self, relations: str) -> list[int]:
+        """The number of heads of each relation of `relations`."""
+        return [self.heads if name == "q" else self.kv_heads for name in relations]
 
-    def qkv_outputs(self) -> tuple[int, int, int]:
-        """Output widths of the q, k and v projections."""
-        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, as far as its memory is concerned."""
+
+    shape: Shape
+    weights: int  # bytes of the frozen weights in memory
+    trained: int  # bytes of what is trained, all layers together; float32
+    rank: int  # of a layer's adapters together; 0 without any
+    size: int  # bytes of an activation
+    layers: int  # that run
+    supervised: int  # layers whose relations are matched
+    relations: str
+    logits: str | None  # "kl", "ce" or None: then nothing behind the last layer's q, k, v is computed
+    batch: int
+    seq_len: int
+    grad_accum: int
+    workspace: int  # bytes
+    gpu: bool
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a forward pass."""
+        return self.batch * self.seq_len
+
+    @property
+    def qkv(self) -> int:
+        """Widths of q, k and v together."""
+        return (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+
+    @property
+    def related(self) -> int:
+        """Widths of the vectors whose relations are matched, together."""
+        return sum(self.shape.heads_of(self.relations)) * self.shape.head_dim if self.supervised else 0
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by purpose, at the fullest moment of a step."""
 
-    weights: int
-    adapters: int  # with gradients and the optimizer's two moments
-    hidden: int  # each layer's input, kept for the backward pass
-    layer: int  # what one layer needs while it is recomputed
-    tiles: int  # scores and logits, bounded by the workspace
+    weights: int  # frozen, one copy
+    adapters: int  # as loaded, now, before the last update; and their gradients
+    optimizer: int  # two moments, now and before the last update
+    activations: int  # what layers keep for the backward pass, and what the fullest layer holds
+    workspace: int  # tiles of scores, or chunks of logits
+    moment: str  # when that is
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.hidden + self.layer + self.tiles
+        return self.weights + self.adapters + self.optimizer + self.activations + self.workspace
 
     def line(self) -> str:
         """The plan in one line, in MB."""
-        parts = ", ".join(f"{name} {getattr(self, name) / 1e6:.0f}" for name in self.__dataclass_fields__)
-        return f"about {self.total / 1e9:.2f} GB of memory (MB: {parts})"
+        names = ("weights", "adapters", "optimizer", "activations", "workspace")
+        parts = ", ".join(f"{name} {getattr(self, name) / 1e6:.0f}" for name in names)
+        return f"memory: {self.total / 1e9:.2f} GB (MB: {parts})"
 
 
-def plan_memory(
-    config: dict[str, Any],
-    *,
-    tokens: int,
-    seq_len: int,
-    dtype: str,
-    fine_tune_type: str,
-    rank: int,
-    logits: bool,
-    workspace_bytes: int,
-) -> MemoryPlan:
-    """Estimate a step's peak for `tokens` = batch size x block length a forward pass."""
-    shape, size = Shape.of(config), BYTES.get(dtype, 2)
-    scores = 3 * FLOAT32 * shape.heads * tokens * seq_len
-    head = 6 * FLOAT32 * tokens * shape.vocabulary if logits else 0
-    return MemoryPlan(
-        weights=_weight_bytes(config, shape, size),
-        adapters=4 * FLOAT32 * _trainable(shape, fine_tune_type, rank),
-        hidden=shape.layers * tokens * shape.width * size,
-        layer=tokens * (4 * shape.ffn + 10 * shape.width) * size,
-        tiles=min(workspace_bytes, max(scores, head)),
+def plan_memory(step: Step) -> MemoryPlan:
+    """The fullest moment of `step`. Right to some 10 % of mlx's own peak, run-time libraries not counted."""
+    return max([*_backward(step), _update(step)], key=lambda plan: plan.total)
+
+
+def longest(step: Step, limit: int, most: int) -> int:
+    """The longest sequence, at most `most` tokens, whose plan stays within `limit` bytes; 0 where none does."""
+    fits, above = 0, most + 1
+    while above - fits > 1:
+        length = (fits + above) // 2
+        if plan_memory(dataclasses.replace(step, seq_len=length)).total <= limit:
+            fits = length
+        else:
+            above = length
+    return fits
+
+
+def _backward(step: Step) -> Iterator[MemoryPlan]:
+    """The moments before the update.
+
+    While gradients come, from the last layer to the first, hidden states go: the larger of the two counts.
+    The adapters exist three times (as they were loaded, now, and before the last update, to which the guard
+    may return), the moments twice. With gradient accumulation the sum so far is another copy.
+    """
+    kept = step.layers * step.tokens * step.shape.width + step.supervised * step.tokens * step.related
+    coming = max(0, step.trained - kept * step.size)
+    adapters = (3 + (step.grad_accum > 1)) * step.trained + coming
+    ahead = CUDA_AHEAD if step.gpu and not mx.metal.is_available() else 0
+    for moment, activations, workspace in _moments(step):
+        yield MemoryPlan(
+            step.weights, adapters, 4 * step.trained, kept * step.size + activations, workspace + ahead, moment
+        )
+
+
+def _update(step: Step) -> MemoryPlan:
+    """The update: gradients and clipped gradients, old and new weights and moments, and what the guard keeps."""
+    return MemoryPlan(step.weights, (3 + 1 + 2) * step.trained, 6 * step.trained, 0, 0, "update")
+
+
+def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
+    """(moment, bytes of activations, bytes of workspace) of the fullest layer."""
+    shape, tokens = step.shape, step.tokens
+    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    arriving = step.related  # gradients in q, k, v, multiplied by what arrives from behind
+    adapted = tokens * step.rank * FLOAT32  # x A: float32, as the adapters are
+    if step.supervised:
+        # Both models' q, k and v, the gradients, the hidden states.
+        live = tokens * (3 * step.related + 2 * shape.width) * step.size
+        yield "relations", live, _relation_workspace(step)
+    if step.logits or step.layers > 1:
+        # gate, up, their activation and product, and the gradients of all four; the residual stream and its
+        # norms; q, k, v before and after RoPE and what attention made of them.
+        held = 8 * shape.ffn + 7 * shape.width + 7 * q + 4 * k + arriving
+        yield "feed-forward", tokens * held * step.size + 3 * adapted, 0
+        held = 4 * shape.width + 3 * (q + 2 * k) + arriving
+        yield "attention", tokens * held * step.size, _attention_workspace(step)
+    # The input's gradient from three projections and three adapters, being added up.
+    held = 9 * shape.width + 6 * (q + 2 * k) + arriving
+    yield "projections", tokens * held * step.size + 7 * adapted, 0
+    if step.logits:
+        yield "logits", 3 * tokens * shape.width * step.size, _logits_workspace(step)
+
+
+def _relation_workspace(step: Step) -> int:
+    """The tiles of the largest relation; one relation is done before the next begins.
+
+    A head of a tile holds, of a row: scores of both models, their exponentials and differences (7 of T
+    columns) and two of a block's columns; on a GPU 9.5; the rows themselves; the sums of E^T X, old and new.
+    """
+    shape, length, dims = step.shape, step.seq_len, 2 * step.shape.head_dim
+    cast, most = step.size != FLOAT32, 0
+    for heads in set(shape.heads_of(step.relations)):
+        tiles, once = relation_tiles(
+            step.batch, heads, length, shape.head_dim, shape.head_dim, step.workspace, cast, step.gpu, True
+        )
+        rows, columns = min(tiles.rows, length), min(tiles.columns, length)
+        scores = 9.5 * rows * length if step.gpu else 7 * rows * length + 2 * rows * columns
+        copies = (length if once else 3 * columns if cast else 0) * dims
+        held = scores + 3 * rows * dims + copies + 3 * length * shape.head_dim
+        most = max(most, int(FLOAT32 * tiles.batch * tiles.heads * held))
+    return most
+
+
+def _attention_workspace(step: Step) -> int:
+    """The tiles of attention's backward pass, nothing where mlx's kernel does the work (half precision on CUDA).
+
+    A head of a tile holds scores, P, dP and dS, the stacked rows of q, dO and O, the running dK and dV, and
+    dQ in parts and put together. Finished gradients of other heads are q, k and v once more.
+    """
+    shape, length, dims = step.shape, step.seq_len, 2 * step.shape.head_dim
+    if step.gpu and not mx.metal.is_available() and step.size < FLOAT32 and shape.head_dim % 8 == 0:
+        return 0
+    group = shape.heads // shape.kv_heads
+    tiles = attention_tiles(
+        step.batch, shape.kv_heads, group, length, length, shape.head_dim, shape.head_dim, step.workspace, step.gpu
     )
+    rows, columns = min(tiles.rows, length), min(tiles.columns, length)
+    held = 4 * group * rows * columns * (2 if step.gpu else 1) + 3 * group * rows * dims
+    held += 2 * length * dims + 2 * group * length * shape.head_dim
+    return FLOAT32 * tiles.batch * tiles.heads * held + step.tokens * step.qkv * step.size
 
 
-def _weight_bytes(config: dict[str, Any], shape: Shape, size: int) -> int:
-    quantization = config.get("quantization")
-    if not isinstance(quantization, dict):
-        return shape.weights * size
-    bits = quantization["bits"] + 2 * 8 * size / quantization["group_size"]  # a scale and a bias a group
-    return int(shape.weights * bits / 8)
-
-
-def _trainable(shape: Shape, fine_tune_type: str, rank: int) -> int:
-    outputs = shape.qkv_outputs()
-    if fine_tune_type == "full":
-        return shape.layers * shape.width * sum(outputs)
-    magnitudes = sum(outputs) if fine_tune_type == "dora" else 0
-    return shape.layers * (sum(rank * (shape.width + n) for n in outputs) + magnitudes)
+def _logits_workspace(step: Step) -> int:
+    """Chunks of logits: of several, two or three are alive at a time (20 arrays for the KL, 7 for cross-entropy)."""
+    several, single = {"kl": (20, 11), "ce": (7, 4)}[step.logits or "kl"]
+    reckoned = {"kl": 20, "ce": 10}[step.logits or "kl"]  # by which vocabulary.py chooses its chunks
+    chunk = max(1, step.workspace // (reckoned * step.shape.vocabulary * FLOAT32))
+    arrays = several if chunk < step.tokens else single
+    return min(chunk, step.tokens) * arrays * step.shape.vocabulary * FLOAT32

@@ -19,6 +19,7 @@ from .attention import attention_in_training, attention_no_grad
 from .errors import UserError
 from .pair import Leaves, Pair, holding
 from .relation import relation_kl_with_grad
+from .tiles import in_order
 from .vocabulary import cross_entropy, logits_kl
 from .walk import Call, attention_of, enter, head, run_layer
 
@@ -184,8 +185,10 @@ class _PairedLayer:
         return [next_t, next_s, losses, *gradients]
 
     def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
-        losses, gradients = [], []
+        losses, gradients = list[mx.array](), list[mx.array]()
         for student, teacher in zip(qkv_s, qkv_t, strict=True):
+            # One relation behind the other, or their tiles would be alive at once.
+            student, teacher = in_order([student, teacher], [*losses[-1:], *gradients[-1:]])
             loss, gradient = relation_kl_with_grad(
                 student, teacher, scale_student=scale, scale_teacher=scale,
                 workspace_bytes=self.objective.workspace_bytes,

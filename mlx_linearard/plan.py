@@ -10,7 +10,7 @@ from . import rope
 from .config import DistillConfig
 from .errors import UserError
 from .machine import Machine
-from .memory import MemoryPlan, Shape, plan_memory
+from .memory import Shape
 
 STEP_TOKENS = 8192  # of the measured recipe
 STEP_COUNT = 144
@@ -49,7 +49,6 @@ class Sizing:
     seconds: float  # estimated, for training and both measurements
     model: str
     window: tuple[int, int]  # native, extended
-    memory: MemoryPlan
 
     @property
     def tokens_per_step(self) -> int:
@@ -63,12 +62,6 @@ class Sizing:
             f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
             f"{self.seq_len}) on {machine.name}: about {duration(self.seconds)}"
         )
-        yield self.memory.line()
-        if self.memory.total > machine.memory:
-            yield (
-                f"warning: this machine has {machine.memory / 1e9:.0f} GB; a shorter --seq-len, a smaller --batch-size "
-                "or a quantized model needs less"
-            )
         if machine.hint:
             yield f"hint: {machine.hint}"
 
@@ -81,11 +74,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, dtype: str) -> Sizing:
-    """Choose what the configuration leaves open, and check what it says against the native window.
-
-    `dtype` is that of the frozen weights in memory.
-    """
+def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) -> Sizing:
+    """Choose what the configuration leaves open, and check what it says against the native window."""
     native_window = rope.native_window(native)
     demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
     seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
@@ -107,12 +97,6 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, dt
         seq_len, config.batch_size, accum, steps, eval_tokens, lengths,
         work / speed,
         config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
-        plan_memory(
-            native, tokens=seq_len * config.batch_size, seq_len=seq_len, dtype=dtype,
-            fine_tune_type=config.fine_tune_type, rank=config.lora_rank,
-            logits="logits" in config.objective or config.objective == "ce",
-            workspace_bytes=config.workspace << 20,
-        ),
     )  # fmt: skip
 
 

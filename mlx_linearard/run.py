@@ -18,12 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.utils import load_tokenizer
 
 from . import __version__, checkpoint
 from .config import DistillConfig, read_yaml, to_yaml
 from .convert.hf import resolve
-from .convert.safe import check_config
-from .data import Blocks, python_prose, read_documents, split, tokenize, windows
+from .data import Blocks, Tokenizer, python_prose, read_documents, split, tokenize, windows
 from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
@@ -32,9 +32,9 @@ from .files import RunDir, disk_errors, existing_parent, new_file, read_config, 
 from .job import Job, Listener
 from .limits import set_limits
 from .machine import measure as measure_machine
-from .objective import Objective, resolve_objective
-from .pair import Pair, load_pair
-from .plan import Sizing, size_run
+from .outline import Outline, objective_of, outline
+from .pair import load_pair
+from .plan import Sizing
 from .reporting import write_report
 from .tiles import on_gpu
 from .trainer import Schedule, TrainState
@@ -45,7 +45,7 @@ VERIFY_TOKENS = 64
 # Options that may differ when a run is resumed; all others make another run of it.
 FREE_ON_RESUME = {
     "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
-    "memory_limit", "cache_limit", "wired_limit", "resume", "overwrite", "dry_run", "compare", "model",
+    "memory_limit", "cache_limit", "wired_limit", "resume", "overwrite", "dry_run", "force", "compare", "model",
     "data", "valid_data", "data_tokens", "keep", "patience", "keep_checkpoints",
 }  # fmt: skip
 
@@ -77,10 +77,24 @@ def distill(config: DistillConfig, listener: Listener | None = None) -> Result |
     started = time.perf_counter()
     if config.compare:
         raise UserError("--compare asks for several runs: call compare_objectives, which makes them")
-    job = prepare(config, listener)
     if config.dry_run:
+        plan_only(config, listener)
         return None
-    return execute(job, listener, started)
+    return execute(prepare(config, listener), listener, started)
+
+
+def plan_only(config: DistillConfig, listener: Listener) -> None:
+    """Check all that can be checked without the weights, and tell the plan; the start of the text is read."""
+    _, config, found = _outlined(config, listener)
+    few = dataclasses.replace(config, data_tokens=min(config.data_tokens, _enough(config, found.sizing)))
+    tokenizer = load_tokenizer(found.path, eos_token_ids=found.native.get("eos_token_id"))
+    text = _tokens(few, tokenizer, found.sizing, listener)
+    _blocks(config, found.sizing, text[0])
+
+
+def _enough(config: DistillConfig, sizing: Sizing) -> int:
+    """Tokens of text that make a batch and a held-out window, with the fifth that is held out."""
+    return 10 * (sizing.seq_len * config.batch_size + max(sizing.eval_lengths) + 1)
 
 
 def prepare(config: DistillConfig, listener: Listener, text: Text | None = None) -> Job:
@@ -88,15 +102,26 @@ def prepare(config: DistillConfig, listener: Listener, text: Text | None = None)
 
     Raises UserError for a user's mistake.
     """
+    run, config, found = _outlined(config, listener)
+    return _load(config, run, found, listener, text)
+
+
+def _outlined(config: DistillConfig, listener: Listener) -> tuple[RunDir, DistillConfig, Outline]:
+    """The run's directory, its options with the sizes of a resumed run, and its outline, told; UserError where it
+    cannot be, or does not fit the machine."""
     run = RunDir(config.output)
     _check_output(config, run)
     if config.resume:
         config = with_sizes(config, read_sizes(run))
     set_limits(config)
-    job = _prepare(config, run, listener, text)
-    for line in job.sizing.lines(job.machine):
+    path = resolve(config.model) if config.model else default_model(progress=listener.say)
+    dtype = "float16" if config.dtype == "auto" else config.dtype
+    machine = measure_machine(getattr(mx, dtype) if on_gpu() else mx.float32)
+    found = outline(config, path, machine)
+    for line in found.lines():
         listener.say(line)
-    return job
+    found.check(config)
+    return run, config, found
 
 
 def read_sizes(run: RunDir) -> dict[str, Any]:
@@ -147,57 +172,44 @@ def probe(target: Path) -> None:
         raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
 
 
-def _prepare(config: DistillConfig, run: RunDir, listener: Listener, text: Text | None) -> Job:
-    path = resolve(config.model) if config.model else default_model(progress=listener.say)
-    native = check_config(path)
-    dtype = _dtype(config)
-    machine = measure_machine(getattr(mx, dtype or "float16") if on_gpu() else mx.float32)
-    sizing = size_run(config, native, machine, dtype or str(native.get("torch_dtype") or "bfloat16"))
+def _load(config: DistillConfig, run: RunDir, found: Outline, listener: Listener, text: Text | None) -> Job:
+    path, sizing = found.path, found.sizing
     pair = load_pair(
         path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
         lora_rank=config.lora_rank, lora_scale=config.lora_scale, lora_dropout=config.lora_dropout,
-        adapt_layers=lambda model: range(_objective(config, model).last_layer(len(model.layers)) + 1),
-        dtype=dtype, seed=config.seed,
+        adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
+        dtype=found.dtype, seed=config.seed,
     )  # fmt: skip
-    objective = _objective(config, pair.student)
-    train_tokens, held_out = text or _tokens(config, pair, sizing, listener)
-    blocks = Blocks(train_tokens, sizing.seq_len, config.seed)
-    if blocks.count < config.batch_size:
-        raise UserError(
-            f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
-            f"{config.batch_size}: give more text with --data"
-        )
+    objective = objective_of(config, pair.student)
+    train_tokens, held_out = text or _tokens(config, pair.tokenizer, sizing, listener)
+    blocks = _blocks(config, sizing, train_tokens)
     schedule = Schedule(
         sizing.steps, config.batch_size, sizing.grad_accum, config.learning_rate, config.warmup,
         config.weight_decay, config.clip, config.seed,
     )  # fmt: skip
     return Job(
-        config, pair, objective, schedule, blocks, held_out, run, sizing, machine,
+        config, pair, objective, schedule, blocks, held_out, run, sizing, found.machine,
         _identity(config, sizing, path, train_tokens),
     )  # fmt: skip
 
 
-def _objective(config: DistillConfig, model: Any) -> Objective:
-    return resolve_objective(
-        model, config.objective, layers=config.layers, relations=config.relations,
-        normalization=config.normalization, relation_weight=config.relation_weight,
-        logits_weight=config.logits_weight, workspace_bytes=config.workspace << 20,
-    )  # fmt: skip
+def _blocks(config: DistillConfig, sizing: Sizing, tokens: np.ndarray) -> Blocks:
+    """Training blocks; UserError where they are fewer than a batch."""
+    blocks = Blocks(tokens, sizing.seq_len, config.seed)
+    if blocks.count < config.batch_size:
+        raise UserError(
+            f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
+            f"{config.batch_size}: give more text with --data"
+        )
+    return blocks
 
 
-def _dtype(config: DistillConfig) -> str | None:
-    """The working dtype; None keeps the file's own."""
-    if config.dtype != "auto":
-        return config.dtype
-    return None if on_gpu() else "float32"
-
-
-def _tokens(config: DistillConfig, pair: Pair, sizing: Sizing, listener: Listener) -> Text:
+def _tokens(config: DistillConfig, tokenizer: Tokenizer, sizing: Sizing, listener: Listener) -> Text:
     documents = read_documents(config.data) if config.data else python_prose()
     listener.say(f"reading {config.data or 'the prose of this Python'}")
-    stream = tokenize(documents, pair.tokenizer, limit=config.data_tokens)
+    stream = tokenize(documents, tokenizer, limit=config.data_tokens)
     if config.valid_data:
-        held = tokenize(read_documents(config.valid_data), pair.tokenizer, limit=config.data_tokens)
+        held = tokenize(read_documents(config.valid_data), tokenizer, limit=config.data_tokens)
     else:
         stream, held = split(stream, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
     cut = {n: windows(held, n, max(1, sizing.eval_tokens // n)) for n in sizing.eval_lengths}

@@ -1,0 +1,160 @@
+"""The memory plan against mlx's measured peak, for six configurations.
+
+    python examples/benchmarks/memory_plan.py                                  # SmolLM2-135M and a made-up model
+    python examples/benchmarks/memory_plan.py --model DIR --lengths 1024,4096 --dtype bfloat16
+
+The made-up model has random weights, 16 layers of width 1024, 8 query heads and 2 key heads of 128, and a
+vocabulary of 32000; a 4-bit copy of it is the sixth configuration. Each configuration makes three training
+steps in a process of its own: only the third holds all that a step may hold (the weights as they were loaded,
+those before the last update, and those now). Peak memory is mlx's own counter. Exit status 1 where a plan is
+off by more than 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ALLOWED = 0.15
+STEPS = 3
+WIDE: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816,
+    "num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
+    "rms_norm_eps": 1e-5, "vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def main() -> int:
+    options = arguments()
+    if options.child:
+        child(json.loads(options.child))
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [measured(work) for work in configurations(options, Path(scratch))]
+    return report(rows, Path(options.out))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="the directory of SmolLM2-135M-Instruct (default: cache or hub)")
+    parser.add_argument("--lengths", default="512,1024", help="two lengths, the shorter first")
+    parser.add_argument("--dtype", default="auto", help="of the weights in memory")
+    parser.add_argument("--objective", default="relation", help="relation, logits, relation+logits or ce")
+    parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
+    parser.add_argument("--out", default="examples/benchmarks/results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Two models, two lengths, last and all layers, a 4-bit base."""
+    from mlx_linearard.default_model import default_model
+
+    smol = Path(options.model) if options.model else default_model()
+    wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-230m", None), ("wide-4bit", 4)))
+    short, long = (int(n) for n in options.lengths.split(","))
+    chosen = [(smol, short, "last"), (smol, long, "last"), (smol, long, "all"),
+              (wide, long, "last"), (wide, short, "all"), (small, short, "last")]  # fmt: skip
+    return [
+        {"path": str(path), "seq_len": length, "layers": layers, "dtype": options.dtype, "workspace": options.workspace,
+         "objective": options.objective}
+        for path, length, layers in chosen
+    ]  # fmt: skip
+
+
+def random_model(folder: Path, tokenizer_from: Path, bits: int | None) -> Path:
+    """A model directory with random weights in bfloat16, quantized where `bits` says so."""
+    import mlx.core as mx
+    from mlx_lm.models import llama
+    from mlx_lm.utils import quantize_model, save_model
+
+    config = dict(WIDE)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    if bits:
+        model, config = quantize_model(model, config, group_size=64, bits=bits)
+    folder.mkdir()
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in tokenizer_from.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def measured(work: dict[str, Any]) -> dict[str, Any]:
+    """One configuration in a process of its own."""
+    process = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(work)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    row = json.loads(process.stdout.splitlines()[-1])
+    print(f"{row['model']:<24} T={row['length']:<6} {row['layers']:<5} planned {row['planned_mb']:>8.1f} MB, "
+          f"measured {row['measured_mb']:>8.1f} MB: {row['ratio']:.3f}  ({row['moment']})", flush=True)  # fmt: skip
+    return row
+
+
+def child(work: dict[str, Any]) -> None:
+    """Plan, then train, and print both as a JSON line."""
+    import mlx.core as mx
+
+    from mlx_linearard.config import DistillConfig
+    from mlx_linearard.machine import Machine, describe
+    from mlx_linearard.outline import objective_of, outline
+    from mlx_linearard.pair import load_pair
+    from mlx_linearard.tiles import on_gpu
+    from mlx_linearard.trainer import Schedule, TrainState, train_step
+
+    path = Path(work.pop("path"))
+    config = DistillConfig(model=str(path), grad_accum=1, **work)
+    found = outline(config, path, Machine(describe(), on_gpu(), 1 << 40, 1.0))
+    plan = found.memory
+    pair = load_pair(
+        path, method=config.method, factor=config.factor, lora_rank=config.lora_rank, dtype=found.dtype,
+        adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
+    )  # fmt: skip
+    objective = objective_of(config, pair.student)
+    schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
+    state = TrainState.start(pair, schedule)
+    peak = 0
+    for _ in range(STEPS):
+        tokens = mx.random.randint(0, 1000, (1, found.sizing.seq_len + 1))
+        mx.eval(tokens)
+        peak = max(peak, train_step(pair, objective, schedule, state, [tokens]).peak_memory)
+    parts = ("weights", "adapters", "optimizer", "activations", "workspace")
+    print(json.dumps({
+        "machine": describe(), "mlx": mx.__version__, "model": path.name, "dtype": found.dtype or "file's",
+        "objective": config.objective, "length": config.seq_len, "layers": config.layers,
+        "workspace_limit_mb": config.workspace, "planned_mb": round(plan.total / 1e6, 1),
+        "measured_mb": round(peak / 1e6, 1), "ratio": round(plan.total / peak, 4), "moment": plan.moment,
+        **{f"{name}_mb": round(getattr(plan, name) / 1e6, 1) for name in parts},
+    }))  # fmt: skip
+
+
+def report(rows: list[dict[str, Any]], folder: Path) -> int:
+    """Write a CSV named after the machine; 1 where a plan is off by too much."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"memory-plan-{slug(rows[0]['machine'])}.csv"
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {file}")
+    off = [row for row in rows if abs(row["ratio"] - 1) > ALLOWED]
+    for row in off:
+        print(f"off by {row['ratio'] - 1:+.0%}: {row['model']} T={row['length']} {row['layers']}", file=sys.stderr)
+    return 1 if off else 0
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-").replace("--", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
