@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--series", default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
+    parser.add_argument("--memory-limit", type=int, default=None, metavar="MB", help="as distill's, for every series")
     parser.add_argument("--dtype", default=None, help="of the weights in memory")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -114,7 +115,7 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
     work = {
         "model": str(model), "shape": options.shape or model.name, "series": name, "steps": options.steps,
         "lengths": [int(n) for n in options.lengths.split(",")], "workspace": options.workspace << 20,
-        "dtype": options.dtype,
+        "dtype": options.dtype, "memory_limit": options.memory_limit,
     }  # fmt: skip
     process = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(work)],
@@ -134,6 +135,8 @@ def child(work: dict[str, Any]) -> None:
 
     from mlx_linearard.machine import describe
 
+    if work["memory_limit"]:
+        mx.set_memory_limit(work["memory_limit"] << 20)
     measure = rival(work) if work["series"] == "mlx-lm" else ours(work)
     weights = mx.get_active_memory()
     for length in work["lengths"]:
@@ -143,6 +146,7 @@ def child(work: dict[str, Any]) -> None:
             "machine": describe(), "mlx": mx.__version__, "model": work["shape"], "series": work["series"],
             "length": length, "peak_mb": round(peak / 1e6, 1), "weights_mb": round(weights / 1e6, 1),
             "tokens_per_second": round(speed, 1), "workspace_mb": work["workspace"] >> 20,
+            "memory_limit_mb": work["memory_limit"] or "",
         }  # fmt: skip
         print(json.dumps(row), flush=True)
         print(
