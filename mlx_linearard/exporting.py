@@ -162,7 +162,7 @@ def export(
     run = RunDir(run_dir)
     if run.comparison.exists():
         raise UserError(f"{run.root} holds a comparison: give one of its runs, as in --run {run.root / 'logits'}")
-    if not run.model.is_dir() or not run.adapters.is_dir():
+    if not all(folder.is_dir() for folder in (run.model, run.adapters, run.base)):
         raise UserError(f"{run.root} holds no finished run: give the --output of a distillation that has ended")
     if quantize and format != "mlx":
         raise UserError(f"--quantize goes with --format mlx, not {format}")

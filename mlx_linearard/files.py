@@ -97,6 +97,8 @@ def disk_errors(target: str | Path, need: int | None = None) -> Iterator[None]:
             raise UserError(_no_space(target, need)) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
             raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from None
+        if error.errno in (errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG) and _beside(error, Path(target)):
+            raise UserError(f"cannot make {target} ({error.strerror}): choose another place") from None
         raise
     except RuntimeError as error:  # mlx reports a failed write of safetensors this way
         if "write" in str(error).lower() and "fail" in str(error).lower():
@@ -117,6 +119,14 @@ def _no_space(target: str | Path, need: int | None) -> str:
 def _free(target: str | Path) -> int:
     """Bytes free on the disk that holds, or would hold, `target`."""
     return shutil.disk_usage(existing_parent(Path(target))).free
+
+
+def _beside(error: OSError, target: Path) -> bool:
+    """Whether an error is about `target`, a temporary file beside it, or a folder above it."""
+    if not isinstance(error.filename, str):
+        return False
+    failed = Path(error.filename).absolute()
+    return failed.parent == target.absolute().parent or failed in target.absolute().parents
 
 
 def existing_parent(path: Path) -> Path:

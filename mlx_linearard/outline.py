@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,11 @@ def _weights(shape: Shape) -> int:
     return shape.block_weights + shape.vocabulary * shape.width * (1 if shape.tied else 2)
 
 
-def outline(config: DistillConfig, path: Path, machine: Machine) -> Outline:
+def outline(config: DistillConfig, path: Path, measure: Callable[[], Machine]) -> Outline:
     """Check all that can be checked of the model without its weights, and plan the run; takes seconds.
 
-    Raises UserError for what is wrong with the directory (headers, index, shapes, tokenizer), the method, the
-    objective, the layers or the sizes.
+    `measure` tells of the machine; it is asked once the model is in order. Raises UserError for what is wrong with
+    the directory (headers, index, shapes, tokenizer), the method, the objective, the layers or the sizes.
     """
     checked = check_model_dir(path)
     try:
@@ -108,7 +108,7 @@ def outline(config: DistillConfig, path: Path, machine: Machine) -> Outline:
         raise UserError(str(error)) from None
     model = build(checked.config, len(checked.stored), path)
     objective = objective_of(config, model)
-    dtype = working_dtype(config)
+    dtype, machine = working_dtype(config), measure()
     sizing = size_run(config, checked.config, machine)
     return Outline(
         path, checked.config, dtype, machine, sizing, _step(config, checked, model, objective, dtype, sizing)

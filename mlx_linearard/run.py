@@ -116,8 +116,7 @@ def _outlined(config: DistillConfig, listener: Listener) -> tuple[RunDir, Distil
     set_limits(config)
     path = resolve(config.model) if config.model else default_model(progress=listener.say)
     dtype = "float16" if config.dtype == "auto" else config.dtype
-    machine = measure_machine(getattr(mx, dtype) if on_gpu() else mx.float32)
-    found = outline(config, path, machine)
+    found = outline(config, path, lambda: measure_machine(getattr(mx, dtype) if on_gpu() else mx.float32))
     for line in found.lines():
         listener.say(line)
     found.check(config)

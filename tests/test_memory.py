@@ -32,7 +32,7 @@ STEP = Step(
 
 
 def planned(folder: Path, **options: object) -> Outline:
-    return outline(DistillConfig(model=str(folder), lora_rank=8, **options), folder, MACHINE)
+    return outline(DistillConfig(model=str(folder), lora_rank=8, **options), folder, lambda: MACHINE)
 
 
 def peak(folder: Path, found: Outline, **options: object) -> int:

@@ -113,7 +113,7 @@ def child(work: dict[str, Any]) -> None:
 
     path = Path(work.pop("path"))
     config = DistillConfig(model=str(path), grad_accum=1, **work)
-    found = outline(config, path, Machine(describe(), on_gpu(), 1 << 40, 1.0))
+    found = outline(config, path, lambda: Machine(describe(), on_gpu(), 1 << 40, 1.0))
     plan = found.memory
     pair = load_pair(
         path, method=config.method, factor=config.factor, lora_rank=config.lora_rank, dtype=found.dtype,
