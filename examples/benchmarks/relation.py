@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
                 row["note"] = f"skipped: beyond --longest-dense {args.longest_dense}"
             else:
                 try:
-                    seconds, extra = measure(function, inputs, args.repeats if length <= 8192 else min(args.repeats, 1), held)
+                    repeats = args.repeats if length <= 8192 else min(args.repeats, 1)
+                    seconds, extra = measure(function, inputs, repeats, held)
                     row |= {"seconds": round(seconds, 5), "extra_mib": round(extra, 1)}
                 except (RuntimeError, MemoryError) as error:
                     row["note"] = f"failed: {str(error).splitlines()[0][:80]}"
