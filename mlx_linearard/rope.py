@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+LONGEST = 1 << 31  # tokens: no window can be as long
 METHODS = ("linear", "ntk", "yarn", "llama3")
 
 FULL = "full_attention"
@@ -114,7 +115,7 @@ def native_window(config: Mapping[str, Any]) -> int:
     8192 it was pre-trained with inside its scaling. ValueError where the config does not say.
     """
     window = config.get("max_position_embeddings")
-    if isinstance(window, bool) or not isinstance(window, int | float) or window < 1 or window != int(window):
+    if isinstance(window, bool) or not isinstance(window, int | float) or not 1 <= window < LONGEST or window % 1:
         raise ValueError(f"the config's max_position_embeddings must be a positive integer, not {window!r}")
     return int(window)
 
@@ -157,6 +158,8 @@ def scale_rope(config: Mapping[str, Any], method: str, factor: float) -> dict[st
     if reason := disagreement(result):
         raise ValueError(f"{name} cannot be scaled: {reason}")
     window = native_window(result)
+    if window * factor >= LONGEST:
+        raise ValueError(f"a window of {window} tokens times {factor:g} is more than can be indexed")
     full, sliding = _read(result, kind)
     _refuse_overwriting(full, method)
     if method == "ntk":
@@ -191,10 +194,11 @@ def rotary_dims(config: Mapping[str, Any]) -> int:
     if head_dim is None:
         if not heads or not config.get("hidden_size"):
             raise ValueError("the config names neither head_dim nor hidden_size and num_attention_heads")
-        head_dim = int(config["hidden_size"]) // int(heads)
+        head_dim = _positive("hidden_size", config["hidden_size"]) // _positive("num_attention_heads", heads)
     kind = FAMILIES.get(str(config.get("model_type")), Family())
     partial = _partial(config, kind)
-    return int(int(head_dim) * (1.0 if partial is None else partial))
+    dims = int(_positive("head_dim", head_dim))
+    return int(dims * (1.0 if partial is None else partial))
 
 
 def attention_factor(config: Mapping[str, Any]) -> float:

@@ -167,7 +167,7 @@ CASES: list[tuple[str, list[str]]] = [
     *(("distill", with_model(name)) for name in BROKEN_MODELS),
     *(("distill", [*DISTILL, "--dry-run", "--model", f"{{}}/{name}"]) for name in ("m-stub", "m-scaled", "m-wide")),
     *(("distill", [*DISTILL, *more]) for more in (
-        ["--factor", "1"], ["--factor", "x"], ["--factor", "inf"], ["--method", "cubic"], ["--method", "llama3x"],
+        ["--factor", "1"], ["--factor", "x"], ["--factor", "inf"], ["--factor", "1e300"], ["--method", "cubic"], ["--method", "llama3x"],
         ["--layers", "first"], ["--layers", "7"], ["--relations", "qx"], ["--objective", "mse"],
         ["--seq-len", "129"], ["--seq-len", "0"], ["--seq-len", "1e3"], ["--batch-size", "-1"],
         ["--batch-size", "5000"], ["--steps", "0"], ["--tokens", "9"], ["--learning-rate", "nan"],
@@ -223,7 +223,8 @@ CASES: list[tuple[str, list[str]]] = [
     *(("evaluate.__main__", words) for words in (
         [], ["--suite", "ppl"], [*EVALUATE, "--suite", "mmlu"], [*EVALUATE, "--suite", ","],
         [*EVALUATE, "--model", "{}/nowhere"], [*EVALUATE, "--model", "{}/m-truncated"],
-        [*EVALUATE, "--model", "{}/m-no-tokenizer"], [*EVALUATE, "--model", "{}/m-config-list"],
+        [*EVALUATE, "--model", "{}/m-no-tokenizer"], [*EVALUATE, "--model", "{}/m-window-text"],
+        [*EVALUATE, "--model", "{}/m-no-window"], [*EVALUATE, "--model", "{}/m-config-list"],
         [*EVALUATE, "--data", "{}/empty.txt"], [*EVALUATE, "--data", "ppl={}/nowhere"],
         [*EVALUATE, "--data", "ppl={}/binary.txt"], [*EVALUATE, "--lengths", "1"], [*EVALUATE, "--lengths", "4096"],
         [*EVALUATE, "--tokens", "0"], [*EVALUATE, "--tokens", "x"], [*EVALUATE, "--stride", "-1"],

@@ -45,7 +45,10 @@ class Directory:
 
     @property
     def window(self) -> int:
-        return native_window(self.config)
+        try:
+            return native_window(self.config)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
     @property
     def starts_with_bos(self) -> bool:
