@@ -134,8 +134,16 @@ def load_pair(
     adapter = Adapter(fine_tune_type, lora_rank, lora_scale, lora_dropout, qkv_keys(student), chosen)
     mx.random.seed(seed)
     adapt(student, adapter)
-    tokenizer = load_tokenizer(path, eos_token_ids=native.get("eos_token_id"))
+    tokenizer = tokenizer_of(path, native)
     return Pair(path, teacher, student, tokenizer, native, scaled, adapter)
+
+
+def tokenizer_of(path: Path, config: dict[str, Any]) -> Any:
+    """The tokenizer of a model directory; UserError where transformers cannot make one of its files."""
+    try:
+        return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # it reads config.json too, and raises what its validators raise
+        raise UserError(f"the tokenizer of {path} cannot be loaded: {one_line(error)[:200]}") from None
 
 
 def load_frozen(path: Path, config: dict[str, Any], dtype: str | None = None) -> Any:

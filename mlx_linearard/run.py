@@ -18,7 +18,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.utils import load_tokenizer
 
 from . import __version__, checkpoint
 from .config import DistillConfig, read_yaml, to_yaml
@@ -33,7 +32,7 @@ from .job import Job, Listener
 from .limits import set_limits
 from .machine import measure as measure_machine
 from .outline import Outline, objective_of, outline
-from .pair import load_pair
+from .pair import load_pair, tokenizer_of
 from .plan import Sizing
 from .reporting import write_report
 from .tiles import on_gpu
@@ -87,8 +86,7 @@ def plan_only(config: DistillConfig, listener: Listener) -> None:
     """Check all that can be checked without the weights, and tell the plan; the start of the text is read."""
     _, config, found = _outlined(config, listener)
     few = dataclasses.replace(config, data_tokens=min(config.data_tokens, _enough(config, found.sizing)))
-    tokenizer = load_tokenizer(found.path, eos_token_ids=found.native.get("eos_token_id"))
-    text = _tokens(few, tokenizer, found.sizing, listener)
+    text = _tokens(few, tokenizer_of(found.path, found.native), found.sizing, listener)
     _blocks(config, found.sizing, text[0])
 
 

@@ -167,7 +167,8 @@ CASES: list[tuple[str, list[str]]] = [
     *(("distill", with_model(name)) for name in BROKEN_MODELS),
     *(("distill", [*DISTILL, "--dry-run", "--model", f"{{}}/{name}"]) for name in ("m-stub", "m-scaled", "m-wide")),
     *(("distill", [*DISTILL, *more]) for more in (
-        ["--factor", "1"], ["--factor", "x"], ["--factor", "inf"], ["--factor", "1e300"], ["--method", "cubic"], ["--method", "llama3x"],
+        ["--factor", "1"], ["--factor", "x"], ["--factor", "inf"],
+        ["--factor", "1e300"], ["--method", "cubic"], ["--method", "llama3x"],
         ["--layers", "first"], ["--layers", "7"], ["--relations", "qx"], ["--objective", "mse"],
         ["--seq-len", "129"], ["--seq-len", "0"], ["--seq-len", "1e3"], ["--batch-size", "-1"],
         ["--batch-size", "5000"], ["--steps", "0"], ["--tokens", "9"], ["--learning-rate", "nan"],

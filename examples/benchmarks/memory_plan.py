@@ -59,7 +59,7 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
     from mlx_linearard.default_model import default_model
 
     smol = Path(options.model) if options.model else default_model()
-    wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-230m", None), ("wide-4bit", 4)))
+    wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-246m", None), ("wide-4bit", 4)))
     short, long = (int(n) for n in options.lengths.split(","))
     chosen = [(smol, short, "last"), (smol, long, "last"), (smol, long, "all"),
               (wide, long, "last"), (wide, short, "all"), (small, short, "last")]  # fmt: skip

@@ -16,12 +16,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from mlx_lm.utils import load_tokenizer
 
 from ..convert.hf import resolve
 from ..convert.safe import check_config, check_model_dir, check_tokenizer, shards
 from ..errors import UserError
-from ..pair import load_frozen
+from ..pair import load_frozen, tokenizer_of
 from ..rope import native_window
 from ..tiles import on_gpu
 from ..vocabulary import token_nll
@@ -87,8 +86,7 @@ def open_directory(source: str | Path, label: str | None = None) -> Directory:
     path = resolve(source)
     config = check_config(path)
     check_tokenizer(path)
-    tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    return Directory(label or path.resolve().name, path, config, tokenizer)
+    return Directory(label or path.resolve().name, path, config, tokenizer_of(path, config))
 
 
 def same_tokenizer(directories: Sequence[Directory]) -> None:
