@@ -96,7 +96,7 @@ def attention_no_grad(
     queries, keys, values = (mx.stop_gradient(a) for a in (queries, keys, values))
     if not on_gpu() or call.mask is not None or window is not None:
         return call.forward(queries, keys, values)[0]
-    if _has_linear_kernel(queries, values):
+    if _mlx_is_linear(queries, values):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
     return call.fused_rows(queries, keys, values, workspace)
 
@@ -115,17 +115,20 @@ def attention_in_training(
     That is CUDA in half precision, where the kernel's gradient is about as exact as the dtype (an error of
     0.5 % in bfloat16, against 0.2 % of `attention`) and comes many times faster.
     """
-    fused = on_gpu() and _has_linear_kernel(queries, values) and not isinstance(mask, mx.array)
+    fused = on_gpu() and _mlx_is_linear(queries, values) and not isinstance(mask, mx.array)
     if fused:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
     return attention(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
 
 
-def _has_linear_kernel(queries: mx.array, values: mx.array) -> bool:
-    """Whether mlx's kernel is known to hold no scores, traced or not: measured on CUDA in half precision."""
-    dim = queries.shape[-1]
+def has_linear_kernel(dim: int, dim_v: int, *, half: bool) -> bool:
+    """Whether mlx's kernel is known to hold no scores on a GPU, traced or not: measured on CUDA in half precision."""
+    return not mx.metal.is_available() and half and dim == dim_v and dim <= 128 and dim % 8 == 0
+
+
+def _mlx_is_linear(queries: mx.array, values: mx.array) -> bool:
     half = queries.dtype in (mx.float16, mx.bfloat16)
-    return not mx.metal.is_available() and half and dim == values.shape[-1] and dim <= 128 and dim % 8 == 0
+    return has_linear_kernel(queries.shape[-1], values.shape[-1], half=half)
 
 
 @dataclass(frozen=True)

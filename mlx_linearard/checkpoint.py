@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,19 @@ def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
     """Put a checkpoint into `state`. UserError names what differs where it belongs to another run."""
     facts = read_facts(path)
     saved = facts["identity"]
-    different = [
-        f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
-        for name in sorted(saved.keys() | identity.keys())
-        if saved.get(name) != identity.get(name)
-    ]
-    if different:
-        raise UserError(f"{path} belongs to another run: {'; '.join(different)}")
+    if different := differences(saved, identity, saved.keys() | identity.keys()):
+        raise UserError(f"{path} belongs to another run: {different}")
     _fill(path, state, _arrays(path))
     state.step, state.guard, state.best = facts["step"], facts["guard"], facts["best"]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """'a was 1 and is 2; ...' for each of `names` that differs; empty where none does."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    )
 
 
 def parameters(path: Path, state: TrainState) -> list[Leaves]:

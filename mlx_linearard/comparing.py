@@ -7,7 +7,6 @@ rows are native, scaled and each objective's restored model; `restored` repeats 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -18,13 +17,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from .config import OBJECTIVES, DistillConfig, read_yaml, to_yaml
+from .checkpoint import differences
+from .config import OBJECTIVES, DistillConfig, objectives_of, read_yaml, to_yaml
+from .data import hash_of
 from .errors import UserError
 from .evaluate.fidelity import Fidelity
 from .evaluate.store import COMPARISONS, merged_dict, read_results
 from .files import RunDir, disk_errors, read_json, write_json
+from .plan import steps_of
 from .reporting import write_report
-from .run import FREE_ON_RESUME, Job, Listener, Text, execute, plan_only, prepare, probe, read_before
+from .run import FREE_ON_RESUME, Job, Listener, Text, check_place, execute, plan_only, prepare, read_before
 from .weighing import HELD_OUT, weigh
 
 RESTORED = "restored"
@@ -55,11 +57,6 @@ def compare_objectives(config: DistillConfig, listener: Listener | None = None) 
         return None
     session.write_config()
     return Comparison(session.place, session.names, session.gather(), time.perf_counter() - started)
-
-
-def objectives_of(compare: str) -> tuple[str, ...]:
-    """The objectives of `--compare a,b`, in order."""
-    return tuple(part.strip() for part in compare.split(","))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -98,29 +95,22 @@ class _Common:
         """`config` with sizes where it leaves them open, and --tokens as steps."""
         sizes: dict[str, Any] = {name: getattr(config, name) or size for name, size in self.sizes.items()}
         if config.tokens:
-            sizes["steps"] = max(1, config.tokens // (sizes["seq_len"] * config.batch_size * sizes["grad_accum"]))
+            sizes["steps"] = steps_of(config.tokens, sizes["seq_len"] * config.batch_size * sizes["grad_accum"])
         return dataclasses.replace(config, tokens=None, **sizes)
 
     def check(self, now: Mapping[str, Any]) -> None:
         """UserError that names what differs from the runs there are; what `now` does not say is not looked at."""
-        different = [
-            f"{name} was {self.identity.get(name)!r} and is {value!r}"
-            for name, value in sorted(now.items()) if self.identity.get(name) != value
-        ]  # fmt: skip
-        if different:
+        if different := differences(self.identity, now, now):
             raise UserError(
-                f"--resume: the runs of this comparison would differ: {'; '.join(different)}; give the options it "
+                f"--resume: the runs of this comparison would differ: {different}; give the options it "
                 "began with, or another --output"
             )
 
 
 def _identity(job: Job) -> dict[str, Any]:
     """What a job must share with the others: all that a checkpoint asks for but the objective, and held-out text."""
-    hashed = hashlib.sha256()
-    for windows in job.held_out.values():
-        hashed.update(windows.tobytes())
     same = {name: value for name, value in job.identity.items() if name != "objective"}
-    return json.loads(json.dumps({**same, "held_out": hashed.hexdigest()[:16]}))
+    return json.loads(json.dumps({**same, "held_out": hash_of(*job.held_out.values())}))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -132,7 +122,7 @@ class _Session:
 
     def __init__(self, config: DistillConfig, listener: Listener):
         self.config, self.listener = config, listener
-        self.names = objectives_of(config.compare or "")
+        self.names = objectives_of(config.compare)
         self.place = RunDir(config.output)
         _check_place(config, self.place)
         self.text: Text | None = None
@@ -220,21 +210,10 @@ class _Session:
 
 
 def _check_place(config: DistillConfig, place: RunDir) -> None:
-    root, holds = place.root, place.comparison.exists()
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--output {root} is a file: choose a directory")
-    if config.resume and not holds:
-        raise UserError(f"--resume: {root} holds no comparison to go on with")
-    if holds and not (config.resume or config.overwrite):
-        raise UserError(
-            f"--output {root} already holds a comparison: pass --resume to go on with it, --overwrite to replace it"
-        )
-    if root.is_dir() and any(root.iterdir()) and not holds:
-        raise UserError(f"--output {root} exists and is not a comparison: choose another directory")
+    root = place.root
+    check_place(config, root, "comparison", holds=place.comparison.exists(), missing="comparison to go on with")
     if config.overwrite and config.model and Path(config.model).resolve().is_relative_to(root.resolve()):
         raise UserError(f"--overwrite would remove --model {config.model}: choose another --output")
-    if not config.dry_run:
-        probe(root)
 
 
 def _open(place: RunDir, common: _Common) -> None:

@@ -62,6 +62,11 @@ def _relations(value: str) -> str | None:
     return "must name relations among q, k and v, each once, such as qkv or qk"
 
 
+def objectives_of(compare: Any) -> tuple[str, ...]:
+    """The objectives of `--compare a,b`, or of that line of a config.yaml, in order; () for none."""
+    return tuple(filter(None, (part.strip() for part in str(compare or "").split(","))))
+
+
 def _several_objectives(value: str) -> str | None:
     names = [part.strip() for part in value.split(",")]
     if len(names) > 1 and len(set(names)) == len(names) and set(names) <= set(OBJECTIVES):

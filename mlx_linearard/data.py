@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import json
 import lzma
@@ -148,6 +149,14 @@ def tokenize(documents: Iterable[str], tokenizer: Tokenizer, *, limit: int) -> n
         if have >= limit:
             break
     return np.concatenate(pieces)[:limit] if pieces else np.zeros(0, np.int32)
+
+
+def hash_of(*tokens: np.ndarray) -> str:
+    """A short hash of token arrays, one behind another."""
+    digest = hashlib.sha256()
+    for array in tokens:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

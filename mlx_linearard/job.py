@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from . import checkpoint
 from .config import DistillConfig
-from .data import Blocks
+from .data import Blocks, hash_of
 from .evaluate.fidelity import Fidelity, measure
 from .files import RunDir
 from .machine import Machine
@@ -62,7 +61,7 @@ class Job:
     @property
     def compared_on(self) -> str:
         """A hash of the windows on which states are compared."""
-        return hashlib.sha256(self.held_out[self.reference].tobytes()).hexdigest()[:16]
+        return hash_of(self.held_out[self.reference])
 
     def score(self, row: Fidelity) -> float:
         """A student's row as one number; lower is better."""

@@ -24,13 +24,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from .attention import has_linear_kernel
 from .attention import plan as attention_tiles
+from .relation import held_by_head
 from .relation import plan as relation_tiles
+from .tiles import AHEAD_MB, FLOAT32
+from .vocabulary import CE_ARRAYS, KL_ARRAYS, chunk_size
 
-FLOAT32 = 4
-
-# CUDA only: mlx runs ahead of the device by batches of operations whose arrays are not released yet.
-CUDA_AHEAD = 200_000_000  # bytes: ten batches of the 20 MB that tiles.py asks for
+# CUDA only, in bytes: mlx runs ahead of the device by ten batches of operations whose arrays are not released yet.
+CUDA_AHEAD = 10 * AHEAD_MB * 10**6
 
 
 @dataclass(frozen=True)
@@ -195,21 +197,12 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
 
 
 def _relation_workspace(step: Step) -> int:
-    """The tiles of the largest relation; one relation is done before the next begins.
-
-    A head of a tile holds, of a row: scores of both models, their exponentials and differences (7 of T
-    columns) and two of a block's columns; on a GPU 9.5; the rows themselves; the sums of E^T X, old and new.
-    """
-    shape, length, dims = step.shape, step.seq_len, 2 * step.shape.head_dim
+    """The tiles of the largest relation; one relation is done before the next begins."""
+    shape, length, dim = step.shape, step.seq_len, step.shape.head_dim
     cast, most = step.size != FLOAT32, 0
     for heads in set(shape.heads_of(step.relations)):
-        tiles, once = relation_tiles(
-            step.batch, heads, length, shape.head_dim, shape.head_dim, step.workspace, cast, step.gpu, True
-        )
-        rows, columns = min(tiles.rows, length), min(tiles.columns, length)
-        scores = 9.5 * rows * length if step.gpu else 7 * rows * length + 2 * rows * columns
-        copies = (length if once else 3 * columns if cast else 0) * dims
-        held = scores + 3 * rows * dims + copies + 3 * length * shape.head_dim
+        tiles, once = relation_tiles(step.batch, heads, length, dim, dim, step.workspace, cast, step.gpu, True)
+        held = held_by_head(min(tiles.rows, length), tiles.columns, length, dim, dim, cast, once, step.gpu)
         most = max(most, int(FLOAT32 * tiles.batch * tiles.heads * held))
     return most
 
@@ -221,7 +214,7 @@ def _attention_workspace(step: Step) -> int:
     dQ in parts and put together. Finished gradients of other heads are q, k and v once more.
     """
     shape, length, dims = step.shape, step.seq_len, 2 * step.shape.head_dim
-    if step.gpu and not mx.metal.is_available() and step.size < FLOAT32 and shape.head_dim % 8 == 0:
+    if step.gpu and has_linear_kernel(shape.head_dim, shape.head_dim, half=step.size < FLOAT32):
         return 0
     group = shape.heads // shape.kv_heads
     tiles = attention_tiles(
@@ -235,8 +228,7 @@ def _attention_workspace(step: Step) -> int:
 
 def _logits_workspace(step: Step) -> int:
     """Chunks of logits: of several, two or three are alive at a time (20 arrays for the KL, 7 for cross-entropy)."""
-    several, single = {"kl": (20, 11), "ce": (7, 4)}[step.logits or "kl"]
-    reckoned = {"kl": 20, "ce": 10}[step.logits or "kl"]  # by which vocabulary.py chooses its chunks
-    chunk = max(1, step.workspace // (reckoned * step.shape.vocabulary * FLOAT32))
+    several, single, reckoned = {"kl": (20, 11, KL_ARRAYS), "ce": (7, 4, CE_ARRAYS)}[step.logits or "kl"]
+    chunk = chunk_size(step.workspace, reckoned, step.shape.vocabulary)
     arrays = several if chunk < step.tokens else single
     return min(chunk, step.tokens) * arrays * step.shape.vocabulary * FLOAT32

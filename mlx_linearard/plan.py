@@ -87,7 +87,7 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) ->
     accum = config.grad_accum or (demo.grad_accum if demo else max(1, STEP_TOKENS // (seq_len * config.batch_size)))
     per_step = seq_len * config.batch_size * accum
     steps = (
-        config.steps or (config.tokens and max(1, config.tokens // per_step)) or (demo.steps if demo else STEP_COUNT)
+        config.steps or (config.tokens and steps_of(config.tokens, per_step)) or (demo.steps if demo else STEP_COUNT)
     )
     lengths = eval_lengths(config, seq_len, native_window, machine)
     eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
@@ -98,6 +98,11 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) ->
         work / speed,
         config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
     )  # fmt: skip
+
+
+def steps_of(tokens: int, per_step: int) -> int:
+    """Steps that `tokens` training tokens make; at least one."""
+    return max(1, tokens // per_step)
 
 
 def _is_demo(config: DistillConfig) -> bool:

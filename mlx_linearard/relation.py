@@ -362,27 +362,34 @@ def _split(sums: list[mx.array], start: int, columns: int) -> tuple[mx.array, li
 def plan(
     batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int, cast: bool, gpu: bool, causal: bool
 ) -> tuple[Tiles, bool]:
-    """The tiles of one call, and whether a group of heads is cast to float32 once rather than block by block.
-
-    The workspace holds, for each head of a group: its finished gradient, its float32 copy where it is cast
-    once, the running sums of E^T X (old and new), the float32 copies of a block of X and Y, and the tiles of
-    rows: on the CPU one with S, R and their exponentials; on a GPU two, being done and being launched, of S, R, E
-    and the terms of the KL each, and what is not yet released of a third (measured: up to 9.3 arrays together).
-    """
+    """The tiles of one call, and whether a group of heads is cast to float32 once rather than block by block."""
     budget, dims = usable(workspace, gpu) / FLOAT32, dim_s + dim_t
     cast_once = cast and 4 * length * dims < budget
 
     def held(rows: int, columns: int) -> float:
-        """float32 numbers for one head."""
-        tile = 9.5 * rows * length if gpu else 7 * rows * length + 2 * rows * min(columns, length)
-        copies = (length if cast_once else 3 * min(columns, length) if cast else 0) * dims
-        return tile + 3 * rows * dims + copies + 3 * length * dim_s
+        return held_by_head(rows, columns, length, dim_s, dim_t, cast, cast_once, gpu)
 
     one_block = gpu and (cast_once or not cast)
     width = length if one_block else 8192 if gpu else 2048
     sizes = [(rows, rows * ceil_div(width, rows)) for rows in row_sizes(length, gpu)]
     tiles = fitting(batch, heads, length, length, sizes, held, budget, gpu)
     return replace(tiles, grow=one_block and causal), cast_once
+
+
+def held_by_head(
+    rows: int, columns: int, length: int, dim_s: int, dim_t: int, cast: bool, cast_once: bool, gpu: bool
+) -> float:
+    """float32 numbers that the workspace holds for each head of a group, with tiles of `rows` and `columns`.
+
+    Its finished gradient, its float32 copy where it is cast once, the running sums of E^T X (old and new), the
+    float32 copies of a block of X and Y, and the tiles of rows: on the CPU one with S, R and their exponentials;
+    on a GPU two, being done and being launched, of S, R, E and the terms of the KL each, and what is not yet
+    released of a third (measured: up to 9.3 arrays together).
+    """
+    dims, columns = dim_s + dim_t, min(columns, length)
+    tile = 9.5 * rows * length if gpu else 7 * rows * length + 2 * rows * columns
+    copies = (length if cast_once else 3 * columns if cast else 0) * dims
+    return tile + 3 * rows * dims + copies + 3 * length * dim_s
 
 
 def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reduction: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
+from .config import objectives_of
 from .errors import UserError, one_line
 from .evaluate.compare import NOISE, p_in_words
 from .evaluate.store import NOT_MODELS
@@ -103,7 +104,7 @@ def read_run(root: str | Path) -> RunFacts:
     if not any(path.exists() for path in (run.config, run.metrics, run.results)):
         raise UserError(f"{root} holds no run: neither {run.config.name}, {run.metrics.name} nor {run.results.name}")
     config = _yaml(run.config)
-    objectives = tuple(part.strip() for part in str(config.get("compare") or "").split(",") if part.strip())
+    objectives = objectives_of(config.get("compare"))
     runs = {name: RunDir(run.root / name) for name in objectives}
     results = next(filter(None, (_object(path) for path in (run.results, run.before, *_befores(runs)))), {})
     rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in NOT_MODELS}

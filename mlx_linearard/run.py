@@ -22,7 +22,7 @@ import numpy as np
 from . import __version__, checkpoint
 from .config import DistillConfig, read_yaml, to_yaml
 from .convert.hf import resolve
-from .data import Blocks, Tokenizer, python_prose, read_documents, split, tokenize, windows
+from .data import Blocks, Tokenizer, hash_of, python_prose, read_documents, split, tokenize, windows
 from .default_model import default_model
 from .errors import UserError
 from .evaluate.fidelity import Fidelity, measure
@@ -139,24 +139,29 @@ def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig
 
 
 def _check_output(config: DistillConfig, run: RunDir) -> None:
-    if run.root.exists() and not run.root.is_dir():
-        raise UserError(f"--output {run.root} is a file: choose a directory")
     if run.comparison.exists():
         raise UserError(f"--output {run.root} holds a comparison: give --compare as well, or choose another directory")
     holds = run.config.exists() or run.checkpoints.exists()
+    check_place(config, run.root, "run", holds=holds, missing="checkpoint to go on from")
+
+
+def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, missing: str) -> None:
+    """UserError where `root` is no place for a `kind`. `holds`: whether it has one; `missing`: what --resume needs."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--output {root} is a file: choose a directory")
     if config.resume and not holds:
-        raise UserError(f"--resume: {run.root} holds no checkpoint to go on from")
+        raise UserError(f"--resume: {root} holds no {missing}")
     if holds and not (config.resume or config.overwrite):
         raise UserError(
-            f"--output {run.root} already holds a run: pass --resume to go on with it, --overwrite to replace it"
+            f"--output {root} already holds a {kind}: pass --resume to go on with it, --overwrite to replace it"
         )
-    if run.root.is_dir() and any(run.root.iterdir()) and not holds:
-        raise UserError(f"--output {run.root} exists and is not a run: choose another directory")
+    if root.is_dir() and any(root.iterdir()) and not holds:
+        raise UserError(f"--output {root} exists and is not a {kind}: choose another directory")
     if not config.dry_run:
-        probe(run.root)
+        _probe(root)
 
 
-def probe(target: Path) -> None:
+def _probe(target: Path) -> None:
     """UserError where `target` cannot be made or written; leaves nothing behind."""
     parent = existing_parent(target)
     if not parent.is_dir():
@@ -228,7 +233,7 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndar
         "seq_len": sizing.seq_len,
         "grad_accum": sizing.grad_accum,
         "model": hashlib.sha256(model).hexdigest()[:16],
-        "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
+        "data": hash_of(tokens),
     }
 
 

@@ -18,12 +18,12 @@ import mlx.core as mx
 
 WORKSPACE_BYTES = 256 * 2**20
 FLOAT32 = 4
-AHEAD_MB = "20"  # what a batch of operations may read on CUDA
+AHEAD_MB = 20  # what a batch of operations may read on CUDA
 GRAIN = 8  # rows of a growing tile come in multiples of this
 MASKED = -1e30  # a finite minus infinity: exp() of it is 0, differences of it are 0 and never NaN
 
 if not mx.metal.is_available():  # read when the GPU is first used; a value that the user gave stays
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", AHEAD_MB)
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(AHEAD_MB))
 
 
 @dataclass(frozen=True)

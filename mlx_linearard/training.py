@@ -64,16 +64,15 @@ def _skipped(job: Job, state: TrainState, record: StepRecord, listener: Listener
 
 def _milestone(job: Job, state: TrainState, listener: Listener) -> bool:
     """What is due after a step: an evaluation, a checkpoint. Whether --patience has run out."""
-    config, best = job.config, state.best
-    assert best is not None
-    improved = False
-    if config.eval_every and state.step % config.eval_every == 0 and best.evaluated != state.step:
+    config, improved = job.config, False
+    assert state.best is not None
+    if config.eval_every and state.step % config.eval_every == 0 and state.best.evaluated != state.step:
         improved = _evaluate(job, state, listener)
     due = state.step == 0 or (config.save_every and state.step % config.save_every == 0)
     if improved or (due and not checkpoint.path_of(job.run.checkpoints, state.step).exists()):
         job.save(state)
     best = state.best
-    if not config.patience or best is None or best.misses < config.patience:
+    if not config.patience or best.misses < config.patience:
         return False
     listener.say(f"stopping after step {state.step}: {best.misses} evaluations since step {best.step} were no better")
     return True

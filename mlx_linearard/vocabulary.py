@@ -17,6 +17,9 @@ from .tiles import FLOAT32, check_workspace, first, in_order, times
 Head = Callable[[mx.array], mx.array]
 REDUCTIONS = ("mean", "sum")
 
+# float32 arrays over the vocabulary that a chunk's positions hold, those of the two or three chunks in flight together.
+KL_ARRAYS, CE_ARRAYS, COMPARED_ARRAYS, NLL_ARRAYS = 20, 10, 15, 8
+
 
 class Comparison(NamedTuple):
     """What `compare_logits` finds at each position: float32, float32 and bool, each (B, T)."""
@@ -55,7 +58,7 @@ def logits_kl(
     """
     _check_positions(student_hidden, teacher_hidden=teacher_hidden, mask=mask)
     _check_options(reduction, temperature)
-    positions = _Positions.of(student_hidden, student_head, 20, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, KL_ARRAYS, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
@@ -88,7 +91,7 @@ def cross_entropy(
     """
     _check_positions(hidden, targets=targets, mask=mask)
     _check_options(reduction)
-    positions = _Positions.of(hidden, head, 10, workspace_bytes)
+    positions = _Positions.of(hidden, head, CE_ARRAYS, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
@@ -112,7 +115,8 @@ def token_nll(hidden: mx.array, head: Head, targets: mx.array, *, workspace_byte
     def of_chunk(hidden, targets):
         return [_nll(head(hidden), targets)]
 
-    return _Positions.of(hidden, head, 8, workspace_bytes).each(of_chunk, [mx.float32], hidden, targets)[0]
+    positions = _Positions.of(hidden, head, NLL_ARRAYS, workspace_bytes)
+    return positions.each(of_chunk, [mx.float32], hidden, targets)[0]
 
 
 def compare_logits(
@@ -141,9 +145,14 @@ def compare_logits(
 
     inputs = [student_hidden, teacher_hidden] + ([] if targets is None else [targets])
     dtypes = [mx.float32, mx.bool_] + ([] if targets is None else [mx.float32])
-    positions = _Positions.of(student_hidden, student_head, 15, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, COMPARED_ARRAYS, workspace_bytes)
     kl, same, *nll = positions.each(of_chunk, dtypes, *inputs)
     return Comparison(nll[0] if nll else None, kl, same)
+
+
+def chunk_size(workspace: int, held: int, vocabulary: int) -> int:
+    """The positions of which `held` float32 arrays over the vocabulary fit `workspace` bytes; at least one."""
+    return max(1, workspace // (held * vocabulary * FLOAT32))
 
 
 class _Positions(NamedTuple):
@@ -155,14 +164,13 @@ class _Positions(NamedTuple):
 
     @classmethod
     def of(cls, hidden: mx.array, head: Head, held: int, workspace_bytes: int | None) -> _Positions:
-        """Chunks of which `held` float32 arrays over the vocabulary fit the workspace, those of the two or
-        three chunks in flight together."""
+        """Chunks of which `held` float32 arrays over the vocabulary fit the workspace."""
         batch, length = hidden.shape[:2]
         if batch * length == 0:
             raise ValueError(f"there are no positions in hidden states of shape {tuple(hidden.shape)}")
         vocabulary = head(hidden[:1, :1]).shape[-1]  # known from the graph, nothing is computed
-        chunk = check_workspace(workspace_bytes) // (held * vocabulary * FLOAT32)
-        return cls(batch, length, max(1, min(chunk, batch * length)))
+        chunk = chunk_size(check_workspace(workspace_bytes), held, vocabulary)
+        return cls(batch, length, min(chunk, batch * length))
 
     def weights(self, mask: mx.array | None, reduction: str) -> mx.array:
         """(B, T) float32: the factor of each position in the loss."""

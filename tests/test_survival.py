@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
 from mlx_linearard import checkpoint
+from mlx_linearard.config import DistillConfig
 from mlx_linearard.distill import run as command
 from mlx_linearard.errors import UserError
 from mlx_linearard.files import new_directory, new_file, sweep
@@ -225,13 +227,19 @@ def test_what_a_kill_left_is_swept_up(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "replaced" / "old").exists()
 
 
+def stopped_at_five(model_dir: Path, text_file: Path, tmp_path: Path) -> tuple[Path, DistillConfig]:
+    """A run of eight steps that ended without saving the fifth, with a checkpoint every two; how to go on with it."""
+    config = small(model_dir, text_file, tmp_path / "run", save_every=2)
+    with pytest.raises(Stopped):
+        mlx_linearard.distill(config, StopsAt(5))
+    return tmp_path / "run", dataclasses.replace(config, resume=True)
+
+
 def test_a_write_that_fails_midway_is_told_with_what_it_needs(
     model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As mlx tells of a disk that fills up while it writes."""
-    run = tmp_path / "run"
-    with pytest.raises(Stopped):
-        mlx_linearard.distill(small(model_dir, text_file, run, save_every=2), StopsAt(5))
+    run, again = stopped_at_five(model_dir, text_file, tmp_path)
 
     def fails(name: str, arrays: dict) -> None:
         Path(name).write_bytes(b"part")
@@ -240,20 +248,18 @@ def test_a_write_that_fails_midway_is_told_with_what_it_needs(
 
     monkeypatch.setattr(mx, "save_safetensors", fails)
     with pytest.raises(UserError, match=r"no space left.*0.0 MB free, \d+\.\d MB needed"):
-        mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True))
+        mlx_linearard.distill(again)
     monkeypatch.undo()
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-0000000", "step-0000002", "step-0000004"}
     assert checkpoint.found(run / "checkpoints")[-1].name == "step-0000004"
-    assert mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True)).steps == 8
+    assert mlx_linearard.distill(again).steps == 8
 
 
 def test_a_kill_while_a_run_is_opened_again_loses_no_line(
     model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """config.yaml and metrics.jsonl are replaced whole: killed at the replacement, the old ones are there."""
-    run = tmp_path / "run"
-    with pytest.raises(Stopped):
-        mlx_linearard.distill(small(model_dir, text_file, run, save_every=2), StopsAt(5))
+    run, again = stopped_at_five(model_dir, text_file, tmp_path)
     real = Path.replace
     for name in ("config.yaml", "metrics.jsonl"):
         before = (run / name).read_text()
@@ -265,7 +271,7 @@ def test_a_kill_while_a_run_is_opened_again_loses_no_line(
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Path, "replace", killed)
-            mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True))
+            mlx_linearard.distill(again)
         assert (run / name).read_text() == before
-    mlx_linearard.distill(small(model_dir, text_file, run, save_every=2, resume=True))
+    mlx_linearard.distill(again)
     assert [m["step"] for m in metrics(run)] == list(range(1, 9))

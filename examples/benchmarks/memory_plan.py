@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from step import slug
+
 ALLOWED = 0.15
 STEPS = 3
 WIDE: dict[str, Any] = {
@@ -150,10 +152,6 @@ def report(rows: list[dict[str, Any]], folder: Path) -> int:
     for row in off:
         print(f"off by {row['ratio'] - 1:+.0%}: {row['model']} T={row['length']} {row['layers']}", file=sys.stderr)
     return 1 if off else 0
-
-
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-").replace("--", "-")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..config import objectives_of
 from ..data import HUB_PREFIX, read_documents, tokenize
 from ..errors import UserError, one_line
 from ..files import RunDir
@@ -86,7 +87,7 @@ def named_directory(text: str, label: str | None = None) -> Directory:
 def run_directories(root: str) -> list[Directory]:
     """native, scaled and restored of a finished run, restored first; of a comparison, each objective's model."""
     run = RunDir(root)
-    native, objectives = _origin(run.config) if run.config.exists() else ("", [])
+    native, objectives = _origin(run.config) if run.config.exists() else ("", ())
     runs = {name: RunDir(run.root / name) for name in objectives} or {"restored": run}
     for own in runs.values():
         if not own.model.is_dir() or not own.base.is_dir():
@@ -100,15 +101,15 @@ def run_directories(root: str) -> list[Directory]:
     return [open_directory(place, label) for label, place in places]
 
 
-def _origin(path: Path) -> tuple[Any, list[str]]:
+def _origin(path: Path) -> tuple[Any, tuple[str, ...]]:
     """(the model a run started from, the objectives of a comparison) from its config.yaml."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(config, dict):
-        return "", []
-    return config.get("model"), [name.strip() for name in str(config.get("compare") or "").split(",") if name.strip()]
+        return "", ()
+    return config.get("model"), objectives_of(config.get("compare"))
 
 
 # ---------------------------------------------------------------------------------------------------
