@@ -26,10 +26,13 @@ import mlx.core as mx
 
 from .attention import has_linear_kernel
 from .attention import plan as attention_tiles
+from .feedforward import held as held_by_feed_forward
+from .feedforward import width_of
 from .relation import held_by_head
 from .relation import plan as relation_tiles
 from .tiles import AHEAD_MB, FLOAT32
-from .vocabulary import CE_ARRAYS, KL_ARRAYS, chunk_size
+from .vocabulary import CE_ARRAYS, KL_ARRAYS
+from .vocabulary import chunk_size as logits_chunk
 
 # CUDA only, in bytes: mlx runs ahead of the device by ten batches of operations whose arrays are not released yet.
 CUDA_AHEAD = 10 * AHEAD_MB * 10**6
@@ -52,15 +55,13 @@ class Shape:
     def of(cls, config: dict[str, Any]) -> Shape:
         """The sizes in `config`; missing ones as transformers derives them."""
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        dense = int(config.get("intermediate_size") or 4 * width)
-        experts = int(config.get("num_experts_per_tok") or 1) * int(config.get("moe_intermediate_size") or dense)
         return cls(
             width=width,
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or width // heads),
-            ffn=max(dense, experts),
+            ffn=width_of(config),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
         )
@@ -183,10 +184,10 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
         live = tokens * (3 * step.related + 2 * shape.width) * step.size
         yield "relations", live, _relation_workspace(step)
     if step.logits or step.layers > 1:
-        # gate, up, their activation and product, and the gradients of all four; the residual stream and its
-        # norms; q, k, v before and after RoPE and what attention made of them.
-        held = 8 * shape.ffn + 7 * shape.width + 7 * q + 4 * k + arriving
-        yield "feed-forward", tokens * held * step.size + 3 * adapted, 0
+        # The residual stream and its norms; q, k, v before and after RoPE and what attention made of them.
+        held = 7 * shape.width + 7 * q + 4 * k + arriving
+        wide = held_by_feed_forward(tokens, shape.ffn, step.size, step.workspace)
+        yield "feed-forward", tokens * held * step.size + 3 * adapted, wide
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
         yield "attention", tokens * held * step.size, _attention_workspace(step)
     # The input's gradient from three projections and three adapters, being added up.
@@ -229,6 +230,6 @@ def _attention_workspace(step: Step) -> int:
 def _logits_workspace(step: Step) -> int:
     """Chunks of logits: of several, two or three are alive at a time (20 arrays for the KL, 7 for cross-entropy)."""
     several, single, reckoned = {"kl": (20, 11, KL_ARRAYS), "ce": (7, 4, CE_ARRAYS)}[step.logits or "kl"]
-    chunk = chunk_size(step.workspace, reckoned, step.shape.vocabulary)
+    chunk = logits_chunk(step.workspace, reckoned, step.shape.vocabulary)
     arrays = several if chunk < step.tokens else single
     return min(chunk, step.tokens) * arrays * step.shape.vocabulary * FLOAT32

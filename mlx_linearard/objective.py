@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from .attention import attention_in_training, attention_no_grad
 from .errors import UserError
+from .feedforward import in_chunks, width_of
 from .pair import Leaves, Pair, holding
 from .relation import relation_kl_with_grad
 from .tiles import in_order
@@ -224,7 +225,7 @@ class _PairedLayer:
             )
 
         layer = self.pair.teacher.layers[self.index]
-        next_hidden = run_layer(layer, hidden, self.call_t, attend)
+        next_hidden = run_layer(layer, hidden, self.call_t, attend, self._in_chunks)
         return next_hidden, seen, scales[0] if scales else 1.0
 
     def _student(self, names: list[str], hidden: mx.array, *leaves: mx.array) -> list[mx.array]:
@@ -243,8 +244,11 @@ class _PairedLayer:
         if self.dropout_seed is not None:
             mx.random.seed(self.dropout_seed)  # the same dropout in both passes
         with holding(layer, dict(zip(names, leaves, strict=True))):
-            next_hidden = run_layer(layer, hidden, self.call_s, attend)
+            next_hidden = run_layer(layer, hidden, self.call_s, attend, self._in_chunks)
         return [next_hidden, *(seen if self.supervised else [])]
+
+    def _in_chunks(self, feed_forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        return in_chunks(feed_forward, width_of(self.pair.native_config), self.objective.workspace_bytes)
 
     def _backward(
         self, names: list[str], primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
@@ -271,14 +275,18 @@ def _nothing(queries: mx.array, values: mx.array) -> mx.array:
     return mx.zeros((*queries.shape[:3], values.shape[-1]), queries.dtype)
 
 
-def forward_hidden(model: nn.Module, inputs: mx.array, *, workspace_bytes: int) -> mx.array:
-    """The hidden state behind all layers, (B, T, width), without a gradient and layer by layer in memory."""
+def forward_hidden(model: nn.Module, inputs: mx.array, *, feed_forward: int, workspace_bytes: int) -> mx.array:
+    """The hidden state behind all layers, (B, T, width), without a gradient and layer by layer in memory.
+
+    `feed_forward` is the width of a position in the layers' feed-forward parts (`feedforward.width_of`).
+    """
     hidden, calls = enter(model, inputs)
+    wrap = partial(in_chunks, width=feed_forward, workspace=workspace_bytes)
 
     def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
         return attention_no_grad(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
 
     for layer, call in zip(model.layers, calls, strict=True):
-        hidden = run_layer(layer, hidden, call, attend)
+        hidden = run_layer(layer, hidden, call, attend, wrap)
         mx.eval(hidden)
     return hidden

@@ -250,7 +250,12 @@ class _Rows:
         if self.valid is not None:
             valid = self.valid[:, None, self.rows, None].astype(mx.float32)
         s, r = self._scores()
-        pairs = _by_lse(s, r, valid) if on_gpu() else _by_exponentials(s, r, valid)
+        if not on_gpu():
+            pairs = _by_exponentials(s, r, valid)
+        elif self.call.dtype == mx.float32:
+            pairs = _by_lse(_centred(s), _centred(r), valid)
+        else:
+            pairs = _by_lse(s, r, valid)
         kl = reduce(mx.add, [terms.sum(axis=-1) for terms, _ in pairs])
         return kl.sum(), [error for _, error in pairs]
 
@@ -314,6 +319,13 @@ def _by_lse(s: list[mx.array], r: list[mx.array], valid: mx.array) -> list[tuple
     """(KL terms, E) of each block, with the fewest passes over memory: the costly operation of a GPU."""
     lse_s, lse_t = (reduce(mx.logaddexp, [mx.logsumexp(b, -1, keepdims=True) for b in v]) for v in (s, r))
     return [_fused_from_lse(a, b, lse_s, lse_t, valid) for a, b in zip(s, r, strict=True)]
+
+
+def _centred(scores: list[mx.array]) -> list[mx.array]:
+    """Scores less their row's maximum, in place. The log-sum-exp is small then, and so is its rounding, which is an
+    error of p_s and of p_t alone, not of their difference E; half-precision results round by far more."""
+    top = reduce(mx.maximum, [s.max(axis=-1, keepdims=True) for s in scores])
+    return [s - top for s in scores]
 
 
 def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array, mx.array]:

@@ -19,7 +19,9 @@ import mlx.nn as nn
 from .errors import UserError
 
 SEAM = "scaled_dot_product_attention"  # the name every mlx-lm attention calls in its own module's namespace
+FEED_FORWARD = ("mlp", "block_sparse_moe")  # what mlx-lm's layers call their position-wise part; it takes one array
 Attend = Callable[..., mx.array]
+Wrap = Callable[[Callable[[mx.array], mx.array]], Callable[[mx.array], mx.array]]
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,41 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def run_layer(layer: nn.Module, hidden: mx.array, call: Call, attend: Attend) -> mx.array:
-    """layer(hidden) with `attend(q, k, v, *, scale, mask)` in place of attention, for this one call.
+def run_layer(
+    layer: nn.Module, hidden: mx.array, call: Call, attend: Attend, wrap: Wrap = lambda part: part
+) -> mx.array:
+    """layer(hidden) with `attend(q, k, v, *, scale, mask)` in place of attention, for this one call, and with
+    `wrap(feed_forward)` in place of its feed-forward part.
 
-    A layer without the seam (a state-space layer, say) runs as it is.
+    A layer without the seam (a state-space layer, say) keeps what it has in place of attention.
     """
+    with _attending(layer, attend), _wrapped(layer, wrap):
+        return layer(hidden, *call.arguments, **call.keywords)
+
+
+@contextlib.contextmanager
+def _attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
     found = attention_of(layer)
     if found is None:
-        return layer(hidden, *call.arguments, **call.keywords)
+        yield
+        return
     namespace = type(found[1]).__call__.__globals__
     own = namespace[SEAM]
     namespace[SEAM] = _adapt(attend)
     try:
-        return layer(hidden, *call.arguments, **call.keywords)
+        yield
     finally:
         namespace[SEAM] = own
+
+
+@contextlib.contextmanager
+def _wrapped(layer: nn.Module, wrap: Wrap) -> Iterator[None]:
+    own = {name: layer[name] for name in FEED_FORWARD if name in layer}
+    dict.update(layer, {name: wrap(part) for name, part in own.items()})
+    try:
+        yield
+    finally:
+        dict.update(layer, own)
 
 
 def _adapt(attend: Attend) -> Attend:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..data import windows
 from ..errors import UserError
+from ..feedforward import width_of
 from ..objective import forward_hidden
 from ..pair import Pair
 from ..vocabulary import compare_logits, token_nll
@@ -127,9 +128,10 @@ def _add(
 ) -> None:
     tokens = mx.array(window)[None]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    hidden_s = forward_hidden(pair.student, inputs, workspace_bytes=workspace)
+    width = width_of(pair.native_config)
+    hidden_s = forward_hidden(pair.student, inputs, feed_forward=width, workspace_bytes=workspace)
     if native or compared:
-        hidden_t = forward_hidden(pair.teacher, inputs, workspace_bytes=workspace)
+        hidden_t = forward_hidden(pair.teacher, inputs, feed_forward=width, workspace_bytes=workspace)
     if native:
         nll = token_nll(hidden_t, head(pair.teacher), targets, workspace_bytes=workspace)
         itself_kl = {"kl": np.zeros(nll.shape), "agreement": np.ones(nll.shape)} if compared else {}
