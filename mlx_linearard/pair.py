@@ -19,7 +19,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from . import rope
 from .convert.safe import check_model_dir
 from .errors import UserError, one_line
-from .trees import named_arrays, named_modules
+from .trees import named_arrays, named_modules, slot
 from .walk import attention_of
 
 # The projections that make q, k and v, as mlx-lm's attentions name them; the last four are fused.
@@ -81,13 +81,15 @@ class Pair:
 
 def put(layer: nn.Module, leaves: Leaves) -> None:
     """Set a layer's arrays by their paths."""
-    layer.update(tree_unflatten(list(leaves.items())))
+    for path, array in leaves.items():
+        container, key = slot(layer, path)
+        container[key] = array
 
 
 @contextmanager
 def holding(layer: nn.Module, leaves: Leaves) -> Iterator[None]:
     """The layer with other arrays in place, for as long as the block runs."""
-    own = dict(named_arrays(layer.trainable_parameters()))
+    own = {path: container[key] for path in leaves for container, key in [slot(layer, path)]}
     try:
         put(layer, leaves)
         yield

@@ -157,6 +157,7 @@ class _Relation:
     reduction: str
     dtype: mx.Dtype
     tiles: Tiles
+    cast: bool  # not both in float32
     cast_once: bool
     positions: mx.array  # (T,) int32
 
@@ -179,6 +180,7 @@ class _Relation:
             reduction=reduction,
             dtype=student.dtype,
             tiles=tiles,
+            cast=cast,
             cast_once=cast_once,
             positions=mx.arange(length),
         )
@@ -250,12 +252,7 @@ class _Rows:
         if self.valid is not None:
             valid = self.valid[:, None, self.rows, None].astype(mx.float32)
         s, r = self._scores()
-        if not on_gpu():
-            pairs = _by_exponentials(s, r, valid)
-        elif self.call.dtype == mx.float32:
-            pairs = _by_lse(_centred(s), _centred(r), valid)
-        else:
-            pairs = _by_lse(s, r, valid)
+        pairs = _by_lse(s, r, valid) if on_gpu() and self.call.cast else _by_exponentials(s, r, valid)
         kl = reduce(mx.add, [terms.sum(axis=-1) for terms, _ in pairs])
         return kl.sum(), [error for _, error in pairs]
 
@@ -299,13 +296,17 @@ class _Rows:
 
 
 def _by_exponentials(s: list[mx.array], r: list[mx.array], valid: mx.array) -> list[tuple[mx.array, mx.array]]:
-    """(KL terms, E) of each block, with one exponential an element: the costly operation of a CPU."""
+    """(KL terms, E) of each block, with one exponential an element, the costly operation of a CPU.
+
+    Rows are divided by their own sums, so that p_s and p_t are as exact as the dense definition's.
+    """
     differences = [a - b for a, b in zip(s, r, strict=True)]
     u_s, z_s, top_s = _exponentials(s)
     u_t, z_t, top_t = _exponentials(r)
     shift = (top_s + mx.log(z_s)) - (top_t + mx.log(z_t))  # lse_s - lse_t
     w_s, w_t = valid / z_s, valid / z_t
-    return [_terms(a * w_s, b * w_t, d - shift) for a, b, d in zip(u_s, u_t, differences, strict=True)]
+    stage = _fused_from_exponentials if on_gpu() else _from_exponentials
+    return [stage(a, b, d, w_s, w_t, shift) for a, b, d in zip(u_s, u_t, differences, strict=True)]
 
 
 def _exponentials(scores: list[mx.array]) -> tuple[list[mx.array], mx.array, mx.array]:
@@ -316,16 +317,13 @@ def _exponentials(scores: list[mx.array]) -> tuple[list[mx.array], mx.array, mx.
 
 
 def _by_lse(s: list[mx.array], r: list[mx.array], valid: mx.array) -> list[tuple[mx.array, mx.array]]:
-    """(KL terms, E) of each block, with the fewest passes over memory: the costly operation of a GPU."""
+    """(KL terms, E) of each block, with the fewest passes over memory, the costly operation of a GPU.
+
+    The rounding of the log-sum-exps is an error of p_s and p_t each, not of E: some 2e-6 of the gradient, which
+    half-precision results round away.
+    """
     lse_s, lse_t = (reduce(mx.logaddexp, [mx.logsumexp(b, -1, keepdims=True) for b in v]) for v in (s, r))
     return [_fused_from_lse(a, b, lse_s, lse_t, valid) for a, b in zip(s, r, strict=True)]
-
-
-def _centred(scores: list[mx.array]) -> list[mx.array]:
-    """Scores less their row's maximum, in place. The log-sum-exp is small then, and so is its rounding, which is an
-    error of p_s and of p_t alone, not of their difference E; half-precision results round by far more."""
-    top = reduce(mx.maximum, [s.max(axis=-1, keepdims=True) for s in scores])
-    return [s - top for s in scores]
 
 
 def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array, mx.array]:
@@ -336,6 +334,10 @@ def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array,
 
 # The elementwise stages. A GPU reads and writes a tile once for each of the fused ones; compiling for the CPU
 # would need a C++ compiler at run time and gain little. A stage with one output can work in place.
+
+
+def _from_exponentials(u_s, u_t, difference, w_s, w_t, shift):
+    return _terms(u_s * w_s, u_t * w_t, difference - shift)
 
 
 def _from_lse(s, r, lse_s, lse_t, valid):
@@ -355,8 +357,8 @@ def _sum(row_part, column_part, factor):
     return (row_part + column_part) * factor
 
 
-_fused_from_lse, _fused_scaled, _fused_causal, _fused_sum = (
-    mx.compile(stage, shapeless=True) for stage in (_from_lse, _scaled, _causal, _sum)
+_fused_from_exponentials, _fused_from_lse, _fused_scaled, _fused_causal, _fused_sum = (
+    mx.compile(stage, shapeless=True) for stage in (_from_exponentials, _from_lse, _scaled, _causal, _sum)
 )
 
 
@@ -396,10 +398,10 @@ def held_by_head(
     Its finished gradient, its float32 copy where it is cast once, the running sums of E^T X (old and new), the
     float32 copies of a block of X and Y, and the tiles of rows: on the CPU one with S, R and their exponentials;
     on a GPU two, being done and being launched, of S, R, E and the terms of the KL each, and what is not yet
-    released of a third (measured: up to 9.3 arrays together).
+    released of a third (measured: up to 9.3 arrays together); in float32 also of S - R.
     """
     dims, columns = dim_s + dim_t, min(columns, length)
-    tile = 9.5 * rows * length if gpu else 7 * rows * length + 2 * rows * columns
+    tile = (9.5 if cast else 12) * rows * length if gpu else 7 * rows * length + 2 * rows * columns
     copies = (length if cast_once else 3 * columns if cast else 0) * dims
     return tile + 3 * rows * dims + copies + 3 * length * dim_s
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 WORKSPACE_BYTES = 256 * 2**20
 FLOAT32 = 4
 AHEAD_MB = 5  # what a batch of operations may read on CUDA
-TIMES_AT_ONCE = 1 << 22  # numbers that `times` holds in float32
+TIMES_AT_ONCE = 1 << 20  # numbers that `times` holds in float32
 GRAIN = 8  # rows of a growing tile come in multiples of this
 MASKED = -1e30  # a finite minus infinity: exp() of it is 0, differences of it are 0 and never NaN
 
@@ -146,15 +146,13 @@ def times(gradient: mx.array, cotangent: mx.array) -> mx.array:
     """cotangent * gradient, rounded once to the gradient's dtype; in parts, for the product is float32."""
     if gradient.size <= TIMES_AT_ONCE or gradient.dtype == mx.float32:
         return (gradient.astype(mx.float32) * cotangent).astype(gradient.dtype)
-    flat, last = gradient.reshape(-1), list[mx.array]()
+    flat = gradient.reshape(-1)
     (zero,) = in_order([mx.array(0, gradient.dtype)], [flat])  # or the result would exist while `gradient` is computed
     result = mx.broadcast_to(zero, flat.shape)
     for start in range(0, flat.size, TIMES_AT_ONCE):
-        # Ordered by the parts, not by `result`, which is written in place where nothing else reads it.
-        (part,) = in_order([flat], last)
-        part = part[start : start + TIMES_AT_ONCE].astype(mx.float32) * cotangent
-        last = [part.astype(gradient.dtype)]
-        result[start : start + TIMES_AT_ONCE] = last[0]
+        # Each part waits for the one before by being written to the same array, in place as nothing else reads it.
+        part = flat[start : start + TIMES_AT_ONCE].astype(mx.float32) * cotangent
+        result[start : start + TIMES_AT_ONCE] = part.astype(gradient.dtype)
     return result.reshape(gradient.shape)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from .data import Blocks
 from .guard import Guard
 from .objective import Objective, objective_loss
 from .pair import Leaves, Pair
+from .tiles import on_gpu
 from .trees import named_arrays
 
 
@@ -73,6 +75,10 @@ class TrainState:
     good: Snapshot  # what the last good loss was computed with, before the update that followed
     guard: Guard = field(default_factory=Guard)
     best: Best | None = None
+
+    def __post_init__(self) -> None:
+        # On a GPU thousands of small operations would cost more than the gradients' own computation.
+        self.update = mx.compile(partial(_updated, self.optimizer)) if on_gpu() else partial(_updated, self.optimizer)
 
     @classmethod
     def start(cls, pair: Pair, schedule: Schedule) -> TrainState:
@@ -139,7 +145,7 @@ def train_step(
     started = time.perf_counter()
     mx.reset_peak_memory()
     losses, parts, gradients = _accumulate(pair, objective, schedule, state, batches)
-    norm = gradient_norm(gradients)
+    norm = (_compiled_norm if on_gpu() else gradient_norm)(gradients)
     rate = schedule.rate(state.step) * state.guard.factor
     loss = _number(losses)
     skipped = state.guard.complaint(loss, _number(norm)) or _update(state, gradients, norm, rate, schedule.clip)
@@ -182,7 +188,7 @@ def _accumulate(
         now = (loss, parts, gradients)
         total = now if total is None else tree_map(mx.add, total, now)
         mx.eval(total)
-    return tree_map(lambda x: x / len(batches), total)
+    return total if len(batches) == 1 else tree_map(lambda x: x / len(batches), total)
 
 
 def gradient_norm(gradients: list[Leaves]) -> mx.array:
@@ -191,22 +197,35 @@ def gradient_norm(gradients: list[Leaves]) -> mx.array:
     return mx.sqrt(sum(squares[1:], squares[0]))
 
 
+_compiled_norm = mx.compile(gradient_norm)
+
+
 def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float) -> str | None:
     """Make the update; where it would not be finite leave all as it was and return the complaint."""
     before = state.snapshot()
-    if clip:
-        scale = mx.minimum(1.0, clip / (norm + 1e-12))
-        gradients = tree_map(lambda g: g * scale.astype(g.dtype), gradients)
-    state.optimizer.learning_rate = mx.array(rate)
-    updated = state.optimizer.apply_gradients({"layers": gradients}, {"layers": state.parameters})
-    arrays = [array for _, array in named_arrays([updated, state.optimizer.state])]
-    finite = mx.all(mx.stack([mx.isfinite(array).all() for array in arrays]))
-    mx.eval(updated, state.optimizer.state, finite)
+    scale = mx.minimum(1.0, clip / (norm + 1e-12)) if clip else mx.array(1.0)
+    now = {**before.optimizer, "learning_rate": mx.array(rate)}
+    parameters, optimizer, finite = state.update(state.parameters, now, gradients, scale)
+    mx.eval(parameters, optimizer, finite)
     if not finite.item():
         state.restore(before)
         return "weights not finite after the update"
-    state.parameters, state.good = updated["layers"], before
+    state.parameters, state.optimizer.state, state.good = parameters, optimizer, before
     return None
+
+
+def _updated(
+    optimizer: optim.AdamW, parameters: list[Leaves], state: Any, gradients: list[Leaves], scale: mx.array
+) -> tuple[list[Leaves], Any, mx.array]:
+    """Parameters and optimizer's state after an update by scale * gradients, and whether all of them are finite.
+
+    It depends on its arguments alone; what it leaves in `optimizer` is without meaning.
+    """
+    optimizer.state = _copy(state)
+    gradients = tree_map(lambda g: g * scale.astype(g.dtype), gradients)
+    updated = optimizer.apply_gradients({"layers": gradients}, {"layers": parameters})["layers"]
+    arrays = [array for _, array in named_arrays([updated, optimizer.state])]
+    return updated, optimizer.state, mx.all(mx.stack([mx.isfinite(array).all() for array in arrays]))
 
 
 def train(

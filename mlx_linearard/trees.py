@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -17,3 +18,22 @@ def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
 def named_modules(tree: Any) -> list[tuple[str, nn.Module]]:
     """The modules of a tree of modules with their dotted paths."""
     return list(tree_flatten(tree, is_leaf=nn.Module.is_module))  # type: ignore[arg-type]
+
+
+def walk_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A module and those inside it with their dotted paths, parents first; lazily, for who seeks one of the first."""
+    yield path, module
+    for name, value in module.items():
+        parts = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for index, part in parts:
+            if isinstance(part, nn.Module):
+                steps = [path, name, "" if index is None else str(index)]
+                yield from walk_modules(part, ".".join(step for step in steps if step))
+
+
+def slot(tree: Any, path: str) -> tuple[Any, Any]:
+    """The container and the key under which a tree of dicts, lists and modules holds what is at a dotted path."""
+    *way, last = path.split(".")
+    for step in way:
+        tree = tree[int(step) if isinstance(tree, list) else step]
+    return tree, int(last) if isinstance(tree, list) else last

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import UserError
+from .trees import walk_modules
 
 SEAM = "scaled_dot_product_attention"  # the name every mlx-lm attention calls in its own module's namespace
 FEED_FORWARD = ("mlp", "block_sparse_moe")  # what mlx-lm's layers call their position-wise part; it takes one array
@@ -103,7 +104,7 @@ def head(model: Any) -> Callable[[mx.array], mx.array]:
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
     """(path in the layer, module) of the attention whose code names the seam, or None where a layer has none."""
-    for path, module in layer.named_modules():
+    for path, module in walk_modules(layer):
         code = getattr(type(module).__call__, "__code__", None)
         if code is not None and SEAM in code.co_names and SEAM in type(module).__call__.__globals__:
             return path, module
