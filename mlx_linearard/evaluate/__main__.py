@@ -63,7 +63,14 @@ def parser() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     add = made.add_argument
     add("--model", metavar="[NAME=]DIR", help="the model in question: a directory or a hub repository")
-    add("--against", metavar="[NAME=]DIR", nargs="+", default=[], help="models to compare it with")
+    add(
+        "--against",
+        metavar="[NAME=]DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="models to compare it with; those named native and scaled are what the others are held against",
+    )
     add(
         "--run",
         metavar="RUN",
