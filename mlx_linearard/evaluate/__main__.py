@@ -16,6 +16,7 @@ from ..config import DTYPES, make_parser
 from ..errors import UserError, run_command
 from ..files import RunDir
 from ..plan import duration
+from ..reporting import headline, read_run, write_report
 from .compare import NOISE
 from .options import (
     SUITES,
@@ -149,12 +150,13 @@ class Progress:
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}
-        self.last = time.monotonic()
+        self.last = self.seen = time.monotonic()  # a line was printed; anything was heard of
         self.live = sys.stderr.isatty()
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now = time.monotonic()
-        begun = self.started.setdefault(label, now)
+        begun = self.started.setdefault(label, self.seen)  # what is told first has taken its time already
+        self.seen = now
         left = (now - begun) / max(done, 1) * (total - done)
         if self.live:
             print(f"\r\x1b[K{self._line(label, done, total, left)}", end="\n" if done == total else "", file=sys.stderr)
@@ -197,7 +199,8 @@ def tests(results: Mapping[str, Any], suites: Sequence[str]) -> Iterator[str]:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body."""
-    job = evaluation_of(parser().parse_args(arguments))
+    given = parser().parse_args(arguments)
+    job = evaluation_of(given)
     try:
         results = evaluate(job, progress=Progress())
     except KeyboardInterrupt:
@@ -212,6 +215,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if any(NOISE in line for line in lines):
             print(f'"{NOISE}": a difference this large often comes from chance alone (p of 0.05 or more).')
     print(f"\nWritten to {job.out}; at most {mx.get_peak_memory() / 1e9:.2f} GB were in use")
+    if given.run and job.out == RunDir(given.run).results:
+        report = write_report(given.run)
+        print(f"{' '.join(headline(read_run(given.run)))}\nThe report is {report}")
     return 0
 
 

@@ -13,9 +13,10 @@ from tiny import tiny_model
 
 from mlx_linearard.errors import UserError, run_command
 from mlx_linearard.evaluate import hub
-from mlx_linearard.evaluate.__main__ import run
+from mlx_linearard.evaluate.__main__ import Progress, run
 from mlx_linearard.evaluate.choice import Choice
 from mlx_linearard.evaluate.store import ItemLog, merge_results
+from mlx_linearard.plan import duration
 
 ITEMS = [
     {"query": f"Question {i}:", "choices": ["the best of times", "the worst", f"number {i}"], "gold": i % 3}
@@ -307,3 +308,38 @@ def test_a_number_that_is_none_is_told(model_dir: Path, text_file: Path, tmp_pat
     ]
     assert "--lengths 6²: must be whole numbers" in complaint([*arguments, "--lengths", "6²"], capsys)
     assert "x= names no directory" in complaint([*arguments, "--against", "x="], capsys)
+
+
+def test_progress_knows_what_is_left_from_the_first_line_on(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mlx_linearard.evaluate.__main__.time.monotonic", lambda: clock[0])
+    progress = Progress()
+    for label, now, done in (
+        ("ppl, a", 60.0, 100),
+        ("ppl, a", 90.0, 150),
+        ("ppl, a", 120.0, 200),
+        ("ppl, b", 240.0, 50),
+    ):
+        clock[0] = now
+        progress(label, done, 200)
+    told = capsys.readouterr().err.splitlines()
+    left = (60, 30, 0, 360)
+    assert [line.split(", ")[-1] for line in told] == [f"{duration(s)} left" if s else "done" for s in left]
+
+
+def test_the_report_of_a_run_follows_its_evaluation(
+    model_dir: Path, other_dir: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    root = tmp_path / "run"
+    for name in ("model", "base"):
+        shutil.copytree(other_dir, root / name)
+    (root / "config.yaml").write_text(f"model: {model_dir}\n")
+    row = {"perplexity": {"32": 9.0}, "agreement": 0.5}
+    rows = {name: {**row, "kl": kl} for name, kl in (("native", 0.0), ("scaled", 1.0), ("restored", 0.1))}
+    (root / "results.json").write_text(json.dumps(rows))
+    assert (
+        run(["--run", str(root), "--suite", "ppl", "--data", str(text_file), "--lengths", "64", "--tokens", "64"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "Training restored the model" in told and f"The report is {root / 'report.html'}" in told
+    assert "Perplexity on the evaluation text" in (root / "report.html").read_text()
