@@ -34,11 +34,13 @@ class Headline:
 
 @dataclass(frozen=True)
 class Finding:
-    """A headline number that is below what counts as restored. `sure`: by more than chance."""
+    """A headline number that is below what counts as restored. `sure`: by more than chance; `share`: of native."""
 
     headline: Headline
     words: str
     sure: bool
+    share: float
+    beyond: bool
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _share(value: float) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{value:.1f} of 100"
+    return f"{value:.1f}%"
 
 
 def lost(rows: Rows, comparisons: Mapping[str, Any], name: str, window: int | None) -> list[Finding]:
@@ -92,8 +94,19 @@ def lost(rows: Rows, comparisons: Mapping[str, Any], name: str, window: int | No
                 f"{headline.title}: {headline.show(own['value'])} against {headline.show(native['value'])} native{at}"
             )
             test = {} if beyond else _test(comparisons, headline, name, NATIVE)
-            found.append(Finding(headline, words, _sure(test, own, native)))
+            share = own["value"] / native["value"]
+            found.append(Finding(headline, words, _sure(test, own, native), share, beyond))
     return found
+
+
+def worst(found: Sequence[Finding]) -> list[Finding]:
+    """Of each suite the length at which least is left, inside the native window and beyond it."""
+    least: dict[tuple[str, bool], Finding] = {}
+    for one in found:
+        key = one.headline.suite, one.beyond
+        if key not in least or one.share < least[key].share:
+            least[key] = one
+    return list(least.values())
 
 
 def _inside(rows: Rows, headline: Headline, window: int | None) -> str | None:

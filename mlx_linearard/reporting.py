@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -23,7 +23,7 @@ from .errors import UserError, one_line
 from .evaluate.compare import NOISE, compare, p_in_words
 from .evaluate.store import NOT_MODELS
 from .files import RunDir, new_file, read_json
-from .findings import COPYING, KEPT, Finding, Note, lost, no_better, unmeasured
+from .findings import COPYING, KEPT, Finding, Note, headlines, lost, no_better, unmeasured, worst
 from .plan import duration
 from .weighing import HELD_OUT, KL, METRICS, NOT_NEEDED, Weighed, listed, training
 
@@ -274,7 +274,7 @@ def _outcome(facts: RunFacts, scaled: float, restored: float) -> str:
     """What the KL says, and what the suites say against it."""
     change = f"KL to the native model: {scaled:.3g} nats a token scaled, {restored:.3g} restored"
     share = 1 - restored / scaled if scaled else 0.0
-    gone = [found.words for found in _lost(facts, "restored") if found.sure]
+    gone = [found.words for found in worst(_lost(facts, "restored", sure=True))]
     text = _predictions(facts, scaled, share, bool(gone))
     besides = f"; not restored: {'; '.join(gone)}" if gone else ""
     return f"{text} ({change}){besides}."
@@ -303,13 +303,13 @@ def _copying(facts: RunFacts) -> bool:
     return all(any(suite in facts.rows.get(name, {}) for suite in COPYING) for name in ("native", "restored"))
 
 
-def _lost(facts: RunFacts, name: str) -> list[Finding]:
-    return lost(facts.rows, facts.comparisons, name, facts.window)
+def _lost(facts: RunFacts, name: str, *, sure: bool) -> list[Finding]:
+    return [found for found in lost(facts.rows, facts.comparisons, name, facts.window) if found.sure == sure]
 
 
 def _not_restored(facts: RunFacts) -> Iterator[str]:
     """Of a comparison: what the suites say that an objective did not restore."""
-    gone = {name: [found.words for found in _lost(facts, name) if found.sure] for name in facts.weighed.done}
+    gone = {name: [one.words for one in worst(_lost(facts, name, sure=True))] for name in facts.weighed.done}
     if told := [f"with {name}, {'; '.join(words)}" for name, words in gone.items() if words]:
         yield f"Not restored: {'. '.join(told)}."
 
@@ -321,7 +321,7 @@ def notes(facts: RunFacts) -> list[Note]:
         return []
     found = [Note(sentence) for sentence in verdict(facts) if facts.objectives and sentence not in headline(facts)]
     for name in names:
-        if unsure := [one.words for one in _lost(facts, name) if not one.sure]:
+        if unsure := [one.words for one in worst(_lost(facts, name, sure=False))]:
             found.append(Note(f"Lower in {name}, on too few samples to tell it from chance: {'; '.join(unsure)}."))
         if same := no_better(facts.rows, facts.comparisons, name):
             titles = listed([one.title for one in same])
@@ -336,7 +336,8 @@ def _compare_command(facts: RunFacts) -> str:
     config = shlex.quote(str(RunDir(facts.root).config))
     own = str(facts.config.get("objective") or "relation")
     others = [name for name in ("relation", "logits") if name != own]
-    return f"mlx_linearard.distill --config {config} --compare {','.join([own, *others])} --output DIR"
+    freed = "" if own == "relation" else " --objective relation"  # the file's objective would be one beside --compare
+    return f"mlx_linearard.distill --config {config}{freed} --compare {','.join([own, *others])} --output DIR"
 
 
 def headline(facts: RunFacts) -> list[str]:
@@ -353,7 +354,9 @@ def _perplexities(facts: RunFacts) -> Iterator[str]:
     if window:
         long = next(((found, n[-1]) for found in (own, _suite_rows(facts)) if (n := _shared(found, window))), None)
         if long is None:
-            text += f"; nothing was measured beyond the native window of {window} tokens"
+            beyond = any((found.length or 0) > window for found in headlines(facts.rows.get("restored", {})))
+            text += f"; {'it' if beyond else 'nothing'} was {'not ' if beyond else ''}measured beyond the native window"
+            text += f" of {window} tokens"
         else:
             text += f"; at {long[1]}, beyond the native window of {window}, it is {_three(*long)}{_caveat(*long)}"
     yield text + "."
@@ -506,6 +509,7 @@ def _suite_table(facts: RunFacts, suite: str, *, noted: bool) -> Table:
     """Values with standard errors; of the restored model also what is kept, what is won back, and the tests."""
     entries = {name: facts.rows[name][suite]["metrics"] for name in facts.models if suite in facts.rows[name]}
     metrics = list(dict.fromkeys(metric for found in entries.values() for metric in found))
+    metrics = [metric for metric in metrics if not _twice(metric, metrics)]
     compared = {metric: _compared(facts, suite, metric) for metric in metrics}
     extra = list(dict.fromkeys(head for found in compared.values() for head in found))
     rows = [
@@ -519,6 +523,11 @@ def _suite_table(facts: RunFacts, suite: str, *, noted: bool) -> Table:
     title = SUITE_TITLES.get(suite) or f"Multiple choice: {suite.partition('/')[2] or suite}"
     of = facts.restored if facts.objectives else "the restored model"
     return Table(title, ["", *entries, *extra], rows, [TESTS.format(of=of)] if noted else [])
+
+
+def _twice(metric: str, metrics: Sequence[str]) -> bool:
+    """Whether a metric over all lengths is that of the only length there is."""
+    return sum(other.startswith(f"{metric}@") for other in metrics) == 1
 
 
 def _value(entry: Mapping[str, Any] | None) -> str:
@@ -557,15 +566,18 @@ def figures(facts: RunFacts) -> Iterator[Figure]:
         if by_length:
             yield _perplexity_figure("Perplexity by length", "tokens", by_length)
             break
-    for positions in (_suite_positions, _held_out_positions):
-        if by_position := {name: found for name in facts.models if (found := positions(facts, name))}:
-            yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
-            break
+    by_position = max((_by_position(facts, of) for of in (_suite_positions, _held_out_positions)), key=len)
+    if by_position:
+        yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
     if curves:
         yield _over_steps(curves, "memory", "Peak memory", "GB", zero=True)
     for name in facts.models:
         if grid := facts.rows[name].get("passkey", {}).get("grid"):
             yield _passkey_figure(name, {int(n): {int(d): s for d, s in cells.items()} for n, cells in grid.items()})
+
+
+def _by_position(facts: RunFacts, of: Callable[[RunFacts, str], dict[int, float]]) -> dict[str, dict[int, float]]:
+    return {name: found for name in facts.models if (found := of(facts, name))}
 
 
 def _suite_positions(facts: RunFacts, name: str) -> dict[int, float]:
@@ -763,7 +775,7 @@ def _html_notes(told: Sequence[Note]) -> str:
     if not told:
         return ""
     lines = (
-        f"<li>{escape(note.text)}{f' <code>{escape(note.command)}</code>' if note.command else ''}</li>"
+        f"<li>{escape(note.text)}{f'<pre tabindex=0>{escape(note.command)}</pre>' if note.command else ''}</li>"
         for note in told
     )  # fmt: skip
     return f"<ul class=care>{''.join(lines)}</ul>"
@@ -831,10 +843,10 @@ section{margin-top:2.5rem}
 .verdict{margin-top:1.75rem;padding:1.1rem 1.3rem;border-left:4px solid var(--restored);border-radius:0 8px 8px 0;
 background:var(--tint);font-size:1.08rem}
 .verdict p{margin:0;max-width:46rem}
-.care{margin:1rem 0 0;padding:0 0 0 1.1rem;font-size:.95rem;color:var(--soft);max-width:48rem}
-.care li{margin:.3rem 0}
-code{font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;color:var(--ink);background:var(--tint);
-padding:.1em .35em;border-radius:4px;overflow-wrap:anywhere}
+.care{margin:1rem 0 0;padding:0 0 0 1.1rem;font-size:.95rem;color:var(--soft);max-width:60rem}
+.care li{margin:.4rem 0}
+pre{margin:.3rem 0 .5rem;padding:.4rem .6rem;border-radius:6px;background:var(--tint);color:var(--ink);overflow-x:auto;
+font:.8rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px;background:var(--card)}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}
 th,td{padding:.5rem .9rem;text-align:right;white-space:nowrap}
@@ -861,7 +873,7 @@ svg text{fill:var(--soft)}
 .line{stroke:var(--line)}.line.three{stroke-dasharray:7 4}.line.four{stroke-dasharray:2 4}
 .dot{stroke:var(--card);stroke-width:1}
 .dot{fill:var(--line)}
-.cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.on-dark{fill:#fff}
+.cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.cell-text{fill:var(--ink)}svg text.on-dark{fill:#fff}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:0 2rem;margin:0;font-size:.9rem}
 dl.run{grid-template-columns:1fr}
 dl div{display:flex;justify-content:space-between;gap:1rem;padding:.3rem 0;border-bottom:1px solid var(--rule)}
@@ -871,6 +883,6 @@ th,td{padding:.45rem .65rem}svg{font-size:15px}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--tint:#f4f4f4;--native:#6b7280;
 --scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0;--one:#1f5fd0;--two:#7a3fb0;--three:#0b7d6f;
 --four:#b8256f}
-body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}
+body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}pre{white-space:pre-wrap}
 figure,tr,dl div{break-inside:avoid}h2{break-after:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

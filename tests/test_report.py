@@ -282,11 +282,11 @@ def test_a_model_that_lost_copying_is_not_called_restored(tmp_path: Path) -> Non
     assert first.startswith(
         "Training won back 92% of what scaling cost in predicting the next token, but did not restore"
     )
-    assert "not restored: RULER at 4096 tokens: 0.0 of 100 against 30.3 of 100 native" in first
+    assert "not restored: RULER at 4096 tokens: 0.0% against 30.3% native" in first
     assert "Training restored the model" not in first + second
     assert facts.root == tmp_path / "run" and not any("finds what stands" in note.text for note in notes(facts))
     write_report(facts.root)
-    assert "RULER at 4096 tokens: 0.0 of 100" in Page((facts.root / "report.html").read_text()).text
+    assert "RULER at 4096 tokens: 0.0%" in Page((facts.root / "report.html").read_text()).text
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_beyond_the_native_window_native_inside_it_is_the_measure(tmp_path: Path
     }
     facts = read_run(a_run(tmp_path / "run", **rows))
     assert "not restored: the pass key at 16384 tokens: 10% against 90% native at 8192" in verdict(facts)[0]
-    assert "8192 tokens: 88%" not in verdict(facts)[0]
+    assert "8192 tokens: 88%" not in verdict(facts)[0] and "it was not measured beyond" in verdict(facts)[1]
 
 
 def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path)
     commands = {str(note.command).split("--suite ")[-1] for note in notes(facts)}
     assert commands >= {"passkey,ruler --data TEXT",
                         "choice,lambada --data choice=hf:hellaswag --data lambada=hf:lambada"}  # fmt: skip
-    assert any("--compare relation,logits" in str(note.command) for note in notes(facts))
+    assert any("config.yaml' --compare relation,logits" in str(note.command) for note in notes(facts))
     write_report(root)
     page, twin = (root / "report.html").read_text(), (root / "report.md").read_text()
     assert f"--run &#x27;{root}&#x27; --suite passkey,ruler" in page and f"--run '{root}' --suite passkey" in twin
@@ -392,7 +392,7 @@ def test_a_comparison_says_what_an_objective_did_not_restore(tmp_path: Path) -> 
         results[name]["ruler"] = {"metrics": {"average@4096": measured(value)}}
     (root / "results.json").write_text(json.dumps(results))
     text = " ".join(headline(read_run(root)))
-    assert "Not restored: with relation, RULER at 4096 tokens: 0.0 of 100" in text and "with logits, RULER" not in text
+    assert "Not restored: with relation, RULER at 4096 tokens: 0.0%" in text and "with logits, RULER" not in text
     write_report(root)
     page = Page((root / "report.html").read_text()).text
     assert "won back most" in page and "Training took" in page and "--suite choice,lambada" in page

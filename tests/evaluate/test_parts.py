@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -120,29 +121,37 @@ def test_a_log_holds_any_text(tmp_path: Path) -> None:
     assert list(log.read().values()) == records and log.path.read_text().endswith("}\n")
 
 
-def test_a_killed_evaluation_measures_nothing_twice(models: list[Path], tmp_path: Path) -> None:
-    """SIGKILL in the middle, twice; the numbers are those of a run that nobody stopped."""
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_stopped_process_measures_nothing_twice(
+    models: list[Path], tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    """The numbers are those of a run that nobody stopped, and each item was measured once."""
     items = tmp_path / "few.jsonl"
     items.write_text("".join(json.dumps(item) + "\n" for item in ITEMS * 10))
-    command = [sys.executable, "-m", "mlx_linearard.evaluate", "--model", f"a={models[0]}", "--suite", "choice",
-               "--data", str(items), "--out"]  # fmt: skip
+    arguments = ["--model", f"a={models[0]}", "--suite", "choice", "--data", str(items), "--out"]
+    command = [sys.executable, "-m", "mlx_linearard.evaluate", *arguments]
     broken, whole = tmp_path / "broken.json", tmp_path / "whole.json"
-    measured: list[str] = []
-    for _ in range(2):
-        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(measured)
-        while process.poll() is None and len(measured) < before + 20:
-            time.sleep(0.005)
-            measured = [line for log in tmp_path.glob("broken.items/*") for line in log.read_text().split("\n") if line]
-        process.kill()
-        assert process.wait() == -9 and not broken.exists()
-    assert run([*command[3:], str(broken)]) == 0
-    (log,) = tmp_path.glob("broken.items/*")
-    lines = log.read_text().splitlines()
+    errors = tmp_path / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=stderr)
+    while process.poll() is None and len(measured := _lines(tmp_path)) < 20:
+        time.sleep(0.005)
+    process.send_signal(sent)
+    assert process.wait() == status and not broken.exists()
+    if sent == signal.SIGINT:
+        told = errors.read_text()
+        assert "goes on from there" in told and told.endswith("stopped\n") and "Traceback" not in told
+    assert run([*arguments, str(broken)]) == 0
+    lines = _lines(tmp_path)
     assert lines[: len(measured) - 1] == measured[:-1]  # the last line may have been cut
     assert [json.loads(line)["id"] for line in lines] == [str(i) for i in range(120)]
-    assert run([*command[3:], str(whole)]) == 0
+    assert run([*arguments, str(whole)]) == 0
     assert read(whole)["a"]["choice/few"]["metrics"] == read(broken)["a"]["choice/few"]["metrics"]
+
+
+def _lines(folder: Path) -> list[str]:
+    """The lines of the log of broken.json."""
+    return [line for log in folder.glob("broken.items/*") for line in log.read_text().split("\n") if line]
 
 
 # ---------------------------------------------------------------------------------------------------
