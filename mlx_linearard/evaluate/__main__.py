@@ -53,7 +53,9 @@ examples:
   mlx_linearard.evaluate --run RUN --suite ppl,fidelity --data book.txt
   mlx_linearard.evaluate --model RUN/model --against native=NATIVE --suite choice --data choice=piqa.jsonl
 
-A run that was stopped goes on where it was when it is started again in the same words. lm-evaluation-harness
+A run that was stopped goes on where it was when it is started again in the same words. Further lengths, depths,
+samples and tasks add to what is measured, and models measured one at a time are compared with those that
+the same results file has of the same text. lm-evaluation-harness
 runs on any of these directories as well: mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 
