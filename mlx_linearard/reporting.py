@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -19,11 +20,12 @@ import yaml
 from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
 from .config import objectives_of
 from .errors import UserError, one_line
-from .evaluate.compare import NOISE, p_in_words
+from .evaluate.compare import NOISE, compare, p_in_words
 from .evaluate.store import NOT_MODELS
 from .files import RunDir, new_file, read_json
+from .findings import COPYING, KEPT, Finding, Note, headlines, lost, no_better, unmeasured, worst
 from .plan import duration
-from .weighing import HELD_OUT, KL, NOT_NEEDED, Weighed, training
+from .weighing import HELD_OUT, KL, METRICS, NOT_NEEDED, Weighed, listed, training
 
 MODELS = ("native", "scaled", "restored")  # the order of rows and lines; other models follow
 SUITE_TITLES = {
@@ -34,7 +36,8 @@ TESTS = (
     "± is one standard error; “of native” and “won back” are of {of}. Tests are paired by item: "
     "McNemar's exact test of decisions, a bootstrap of means; “inside the noise” is p of 0.05 or more."
 )
-HELPED, RESTORED = 0.25, 0.8  # shares of the KL
+HELPED, RESTORED = 0.25, KEPT  # shares of the KL
+PREDICTING = " in predicting the next token"  # all that KL and perplexity see
 STYLES = {"relation": "one", "logits": "two", "relation+logits": "three", "ce": "four"}  # classes of the objectives
 WIDE = 8.0  # largest over smallest value above which an axis is logarithmic
 
@@ -43,11 +46,15 @@ WIDE = 8.0  # largest over smallest value above which an axis is logarithmic
 # What a run directory holds
 
 
+Pieces = Mapping[str, Mapping[str, float]]
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """A run directory's numbers, checked. Rows are by model; each may lack anything.
 
     objectives: of a comparison, whose runs' steps are in `curves`, by objective; `restored` is then the first's.
+    pieces: by model, what held_out.json has: metric -> LENGTH/WINDOW/PIECE -> number.
     """
 
     root: Path
@@ -59,6 +66,7 @@ class RunFacts:
     steps: Sequence[Mapping[str, float]] = ()
     objectives: Sequence[str] = ()
     curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -83,6 +91,17 @@ class RunFacts:
     def suite_perplexity(self, model: str) -> dict[int, float]:
         """Perplexity by length of the suite `ppl`, whose text may be another."""
         return _by_length(self.rows.get(model, {}).get("ppl", {}).get("by_length", {}))
+
+    @property
+    def window(self) -> int | None:
+        """The native window, where the run says it."""
+        found = self.run.get("native_window")
+        return found if isinstance(found, int) else None
+
+    @property
+    def kl(self) -> Mapping[str, Any]:
+        """KL by model over pieces of held-out text, with its paired tests; {} where there are none."""
+        return compare({name: found[KL] for name, found in self.pieces.items() if KL in found}, METRICS[KL])
 
     def number(self, model: str, key: str) -> float | None:
         value = self.rows.get(model, {}).get(key)
@@ -112,8 +131,33 @@ def read_run(root: str | Path) -> RunFacts:
     _check_comparisons(run.results, parts["comparisons"])
     curves = {name: _steps(own.metrics) for name, own in runs.items()}
     return RunFacts(
-        run.root, rows, config=config, steps=_steps(run.metrics), objectives=objectives, curves=curves, **parts
-    )
+        run.root, rows, config=config, steps=_steps(run.metrics), objectives=objectives, curves=curves,
+        pieces=_pieces(run, runs), **parts,
+    )  # fmt: skip
+
+
+def _pieces(run: RunDir, runs: Mapping[str, RunDir]) -> dict[str, Pieces]:
+    """held_out.json; of a comparison native and scaled of its first run that has them, and each objective's model."""
+    found = dict(_held_out(run.held_out))
+    for name, own in runs.items():
+        rows = _held_out(own.held_out)
+        found = {**rows, **found}
+        if "restored" in rows:
+            found[name] = rows["restored"]
+    if runs:
+        found.pop("restored", None)
+    return found
+
+
+def _held_out(path: Path) -> Mapping[str, Pieces]:
+    found = _object(path)
+    for name, metrics in found.items():
+        for metric, pieces in _mapping(path, name, metrics).items():
+            for piece, value in _mapping(path, f"{name}.{metric}", pieces).items():
+                if len(piece.split("/")) != 3 or not all(part.isdecimal() for part in piece.split("/")):
+                    raise UserError(f"{path}: {name}.{metric} has {piece!r} where LENGTH/WINDOW/PIECE belongs")
+                _finite(path, f"{name}.{metric}.{piece}", value)
+    return found
 
 
 def _befores(runs: Mapping[str, RunDir]) -> list[Path]:
@@ -140,7 +184,7 @@ def _row(path: Path, name: str, value: Any) -> Mapping[str, Any]:
         if row.get(key) is not None:
             _finite(path, f"{name}.{key}", row[key])
     for length, perplexity in _mapping(path, f"{name}.perplexity", row.get("perplexity", {})).items():
-        if not length.isdigit():
+        if not length.isdecimal():
             raise UserError(f"{path}: {name}.perplexity has {length!r} where a length belongs")
         _finite(path, f"{name}.perplexity.{length}", perplexity)
     for suite, entry in row.items():
@@ -219,38 +263,100 @@ def verdict(facts: RunFacts) -> list[str]:
     """Plain sentences from the numbers: what training won back, and perplexity short and long; or which objective
     did most of it, and whether that can be told from chance."""
     if facts.objectives:
-        return list(facts.weighed.sentences())
+        return [*facts.weighed.sentences(), *_not_restored(facts)]
     scaled, restored = facts.number("scaled", "kl"), facts.number("restored", "kl")
     if scaled is None or restored is None:
         return ["The run has not been measured to its end, so there is no verdict yet."]
-    return [_outcome(scaled, restored), *_perplexities(facts)]
+    return [_outcome(facts, scaled, restored), *_perplexities(facts)]
 
 
-def _outcome(scaled: float, restored: float) -> str:
+def _outcome(facts: RunFacts, scaled: float, restored: float) -> str:
+    """What the KL says, and what the suites say against it."""
     change = f"KL to the native model: {scaled:.3g} nats a token scaled, {restored:.3g} restored"
+    share = 1 - restored / scaled if scaled else 0.0
+    gone = [found.words for found in worst(_lost(facts, "restored", sure=True))]
+    text = _predictions(facts, scaled, share, bool(gone))
+    besides = f"; not restored: {'; '.join(gone)}" if gone else ""
+    return f"{text} ({change}){besides}."
+
+
+def _predictions(facts: RunFacts, scaled: float, share: float, gone: bool) -> str:
     if scaled < NOT_NEEDED:
-        return f"The simple scaled model is already as good as the native one, so training was not needed ({change})."
-    share = 1 - restored / scaled
+        where = PREDICTING if gone else ""
+        return f"The simple scaled model is already as good as the native one{where}, so training was not needed"
     if share <= 0:
-        return f"Training did not help: the simple scaled model is at least as good ({change})."
+        return "Training did not help: the simple scaled model is at least as good"
+    if any(t["b"] == "scaled" and t["outcome"] == NOISE for t in facts.kl.get("restored", {}).get("tests", ())):
+        return "Training made no difference to the simple scaled model that can be told from chance"
     won = f"{_percent(share)} of what scaling cost"
     if share < HELPED:
-        return f"Training helped little: it won back {won} ({change})."
+        return f"Training helped little: it won back {won}"
     if share < RESTORED:
-        return f"Training helped, but did not restore the model: it won back {won} ({change})."
-    return f"Training restored the model: it won back {won} ({change})."
+        return f"Training helped, but did not restore the model: it won back {won}"
+    if gone:
+        return f"Training won back {won}{PREDICTING}, but did not restore the model"
+    return f"Training restored the model: it won back {won}" + ("" if _copying(facts) else PREDICTING)
+
+
+def _copying(facts: RunFacts) -> bool:
+    """Whether it was measured what the models find in a long text."""
+    return all(any(suite in facts.rows.get(name, {}) for suite in COPYING) for name in ("native", "restored"))
+
+
+def _lost(facts: RunFacts, name: str, *, sure: bool) -> list[Finding]:
+    return [found for found in lost(facts.rows, facts.comparisons, name, facts.window) if found.sure == sure]
+
+
+def _not_restored(facts: RunFacts) -> Iterator[str]:
+    """Of a comparison: what the suites say that an objective did not restore."""
+    gone = {name: [one.words for one in worst(_lost(facts, name, sure=True))] for name in facts.weighed.done}
+    if told := [f"with {name}, {'; '.join(words)}" for name, words in gone.items() if words]:
+        yield f"Not restored: {'. '.join(told)}."
+
+
+def notes(facts: RunFacts) -> list[Note]:
+    """What stands below the verdict: what may be chance, what scaling alone does as well, what was not measured."""
+    names = facts.weighed.done if facts.objectives else ["restored"]
+    if not all(name in facts.rows for name in ("native", *names)) or not names:
+        return []
+    found = [Note(sentence) for sentence in verdict(facts) if facts.objectives and sentence not in headline(facts)]
+    for name in names:
+        if unsure := [one.words for one in worst(_lost(facts, name, sure=False))]:
+            found.append(Note(f"Lower in {name}, on too few samples to tell it from chance: {'; '.join(unsure)}."))
+        if same := no_better(facts.rows, facts.comparisons, name):
+            titles = listed([one.title for one in same])
+            found.append(Note(f"{name.capitalize()} is no better than the simple scaled model in {titles}."))
+    found += unmeasured(facts.rows, names, facts.window, facts.root)
+    if not facts.objectives:
+        found.append(Note("Whether a simpler objective does as well was not measured.", _compare_command(facts)))
+    return found
+
+
+def _compare_command(facts: RunFacts) -> str:
+    config = shlex.quote(str(RunDir(facts.root).config))
+    own = str(facts.config.get("objective") or "relation")
+    others = [name for name in ("relation", "logits") if name != own]
+    freed = "" if own == "relation" else " --objective relation"  # the file's objective would be one beside --compare
+    return f"mlx_linearard.distill --config {config}{freed} --compare {','.join([own, *others])} --output DIR"
+
+
+def headline(facts: RunFacts) -> list[str]:
+    """The two sentences of the verdict; all others of a comparison are `notes`."""
+    return [*facts.weighed.headline(), *_not_restored(facts)] if facts.objectives else verdict(facts)
 
 
 def _perplexities(facts: RunFacts) -> Iterator[str]:
     own = {name: facts.perplexity(name) for name in MODELS}
     if not (shared := _shared(own)):
         return
-    window = facts.run.get("native_window")
+    window = facts.window
     text = f"Perplexity at {shared[0]} tokens is {_three(own, shared[0])}{_caveat(own, shared[0])}"
-    if isinstance(window, int):
+    if window:
         long = next(((found, n[-1]) for found in (own, _suite_rows(facts)) if (n := _shared(found, window))), None)
         if long is None:
-            text += f"; nothing was measured beyond the native window of {window} tokens"
+            beyond = any((found.length or 0) > window for found in headlines(facts.rows.get("restored", {})))
+            text += f"; {'it' if beyond else 'nothing'} was {'not ' if beyond else ''}measured beyond the native window"
+            text += f" of {window} tokens"
         else:
             text += f"; at {long[1]}, beyond the native window of {window}, it is {_three(*long)}{_caveat(*long)}"
     yield text + "."
@@ -322,6 +428,7 @@ def tables(facts: RunFacts) -> Iterator[Table]:
 
 def _main_table(facts: RunFacts) -> Table:
     lengths = sorted({n for name in facts.models for n in facts.perplexity(name)})
+    pieces = facts.kl
     heads = ["", *(f"Perplexity at {tokens(n)}" for n in lengths), "KL to native", "Same first token", "KL won back"]
     rows = []
     for name in facts.models:
@@ -329,11 +436,34 @@ def _main_table(facts: RunFacts) -> Table:
         rows.append([
             name,
             *(_perplexity(values[n]) if n in values else "–" for n in lengths),
-            "–" if kl is None else f"{kl:.4f}",
+            "–" if kl is None else f"{kl:.4f}{_spread(pieces.get(name, {}).get('stderr'))}",
             "–" if same is None else f"{same:.1%}",
             _won_back(facts, name),
         ])  # fmt: skip
-    return Table("Comparison", heads, rows)
+    return Table("Comparison", heads, rows, _kl_notes(facts))
+
+
+def _kl_notes(facts: RunFacts) -> list[str]:
+    """How sure the run's own KL is: paired tests over pieces of held-out text."""
+    row = facts.kl.get(facts.restored, {})
+    told = [_against(test) for test in row.get("tests", ()) if test["b"] != "native"]
+    if not told or facts.objectives:
+        return []
+    return [
+        f"± is one standard error over {row['n']} pieces of held-out text. KL of restored: {'; '.join(told)} (a "
+        "bootstrap over the same pieces)."
+    ]
+
+
+def _against(test: Mapping[str, Any]) -> str:
+    """'better than scaled, p < 0.001', 'against scaled inside the noise'."""
+    if test["outcome"] in ("better", "worse"):
+        return f"{test['outcome']} than {test['b']}, {p_in_words(test['p'])}"
+    return f"against {test['b']} {_tested(test)}"
+
+
+def _spread(stderr: Any) -> str:
+    return f" ± {stderr:.2g}" if isinstance(stderr, int | float) and stderr else ""
 
 
 def _objectives_table(facts: RunFacts) -> Table:
@@ -379,6 +509,7 @@ def _suite_table(facts: RunFacts, suite: str, *, noted: bool) -> Table:
     """Values with standard errors; of the restored model also what is kept, what is won back, and the tests."""
     entries = {name: facts.rows[name][suite]["metrics"] for name in facts.models if suite in facts.rows[name]}
     metrics = list(dict.fromkeys(metric for found in entries.values() for metric in found))
+    metrics = [metric for metric in metrics if not _twice(metric, metrics)]
     compared = {metric: _compared(facts, suite, metric) for metric in metrics}
     extra = list(dict.fromkeys(head for found in compared.values() for head in found))
     rows = [
@@ -392,6 +523,11 @@ def _suite_table(facts: RunFacts, suite: str, *, noted: bool) -> Table:
     title = SUITE_TITLES.get(suite) or f"Multiple choice: {suite.partition('/')[2] or suite}"
     of = facts.restored if facts.objectives else "the restored model"
     return Table(title, ["", *entries, *extra], rows, [TESTS.format(of=of)] if noted else [])
+
+
+def _twice(metric: str, metrics: Sequence[str]) -> bool:
+    """Whether a metric over all lengths is that of the only length there is."""
+    return sum(other.startswith(f"{metric}@") for other in metrics) == 1
 
 
 def _value(entry: Mapping[str, Any] | None) -> str:
@@ -430,7 +566,7 @@ def figures(facts: RunFacts) -> Iterator[Figure]:
         if by_length:
             yield _perplexity_figure("Perplexity by length", "tokens", by_length)
             break
-    by_position = {name: _positions(facts.rows[name]) for name in facts.models if _positions(facts.rows[name])}
+    by_position = max((_by_position(facts, of) for of in (_suite_positions, _held_out_positions)), key=len)
     if by_position:
         yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
     if curves:
@@ -440,8 +576,32 @@ def figures(facts: RunFacts) -> Iterator[Figure]:
             yield _passkey_figure(name, {int(n): {int(d): s for d, s in cells.items()} for n, cells in grid.items()})
 
 
-def _positions(row: Mapping[str, Any]) -> dict[int, float]:
-    return {int(b["end"]): float(b["perplexity"]) for b in row.get("ppl", {}).get("by_position", ())}
+def _by_position(facts: RunFacts, of: Callable[[RunFacts, str], dict[int, float]]) -> dict[str, dict[int, float]]:
+    return {name: found for name in facts.models if (found := of(facts, name))}
+
+
+def _suite_positions(facts: RunFacts, name: str) -> dict[int, float]:
+    found = facts.rows[name].get("ppl", {}).get("by_position", ())
+    return {int(bucket["end"]): float(bucket["perplexity"]) for bucket in found}
+
+
+def _held_out_positions(facts: RunFacts, name: str) -> dict[int, float]:
+    """By the end of each bucket of positions, the first a piece long, each further one as long as all before it."""
+    lengths = [int(key.partition("@")[2]) for key in facts.pieces.get(name, {}) if key.startswith("perplexity@")]
+    if not lengths:
+        return {}
+    length, values = max(lengths), facts.pieces[name][f"perplexity@{max(lengths)}"]
+    numbered = [(int(piece.split("/")[2]), value) for piece, value in values.items()]
+    count = 1 + max(number for number, _ in numbered)
+    if count == 1:  # one point is no curve
+        return {}
+    buckets: dict[int, list[float]] = {}
+    for number, value in numbered:
+        buckets.setdefault(min(1 << number.bit_length(), count), []).append(value)
+    return {
+        round(end * length / count): math.exp(min(sum(found) / len(found), 700.0))
+        for end, found in sorted(buckets.items())
+    }
 
 
 def _over_steps(
@@ -549,7 +709,10 @@ def heading(facts: RunFacts) -> tuple[str, str]:
 def to_markdown(facts: RunFacts) -> str:
     """The report as Markdown, for a model card."""
     title, subtitle = heading(facts)
-    lines = [f"# {_md(title)}", "", *([_md(subtitle), ""] if subtitle else []), _md(" ".join(verdict(facts))), ""]
+    lines = [f"# {_md(title)}", "", *([_md(subtitle), ""] if subtitle else []), _md(" ".join(headline(facts))), ""]
+    if told := notes(facts):
+        commands = [f" `{note.command}`" if note.command else "" for note in told]
+        lines += [*(f"- {_md(n.text)}{c}" for n, c in zip(told, commands, strict=True)), ""]
     shown = [*tables(facts), *(figure.data for figure in figures(facts) if figure.data)]
     for table in shown:
         lines += [f"## {_md(table.title)}", "", *_md_table(table), ""]
@@ -590,11 +753,12 @@ def _md(text: str) -> str:
 def to_html(facts: RunFacts) -> str:
     """The report as one HTML page."""
     title, subtitle = heading(facts)
-    first, *others = verdict(facts)
+    first, *others = headline(facts)
     body = [
         f"<header><p class=kicker>LinearARD report</p><h1>{escape(title)}</h1>"
         f"<p class=sub>{escape(subtitle)}</p></header>",
         f"<section class=verdict><p><strong>{escape(first)}</strong> {escape(' '.join(others))}</p></section>",
+        _html_notes(notes(facts)),
         *map(_html_table, tables(facts)),
     ]
     charts = [_html_figure(figure) for figure in figures(facts)]
@@ -605,6 +769,16 @@ def to_html(facts: RunFacts) -> str:
             entries = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
             body.append(f'<section><h2>{name}</h2><dl class="{name.lower()}">{entries}</dl></section>')
     return _PAGE.format(title=escape(f"{title}: LinearARD report"), style=_STYLE, body="\n".join(body))
+
+
+def _html_notes(told: Sequence[Note]) -> str:
+    if not told:
+        return ""
+    lines = (
+        f"<li>{escape(note.text)}{f'<pre tabindex=0>{escape(note.command)}</pre>' if note.command else ''}</li>"
+        for note in told
+    )  # fmt: skip
+    return f"<ul class=care>{''.join(lines)}</ul>"
 
 
 def _html_table(table: Table) -> str:
@@ -669,6 +843,10 @@ section{margin-top:2.5rem}
 .verdict{margin-top:1.75rem;padding:1.1rem 1.3rem;border-left:4px solid var(--restored);border-radius:0 8px 8px 0;
 background:var(--tint);font-size:1.08rem}
 .verdict p{margin:0;max-width:46rem}
+.care{margin:1rem 0 0;padding:0 0 0 1.1rem;font-size:.95rem;color:var(--soft);max-width:60rem}
+.care li{margin:.4rem 0}
+pre{margin:.3rem 0 .5rem;padding:.4rem .6rem;border-radius:6px;background:var(--tint);color:var(--ink);overflow-x:auto;
+font:.8rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px;background:var(--card)}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}
 th,td{padding:.5rem .9rem;text-align:right;white-space:nowrap}
@@ -695,7 +873,7 @@ svg text{fill:var(--soft)}
 .line{stroke:var(--line)}.line.three{stroke-dasharray:7 4}.line.four{stroke-dasharray:2 4}
 .dot{stroke:var(--card);stroke-width:1}
 .dot{fill:var(--line)}
-.cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.on-dark{fill:#fff}
+.cell{fill:var(--heat)}.cell-back{fill:var(--tint)}svg text.cell-text{fill:var(--ink)}svg text.on-dark{fill:#fff}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:0 2rem;margin:0;font-size:.9rem}
 dl.run{grid-template-columns:1fr}
 dl div{display:flex;justify-content:space-between;gap:1rem;padding:.3rem 0;border-bottom:1px solid var(--rule)}
@@ -705,6 +883,6 @@ th,td{padding:.45rem .65rem}svg{font-size:15px}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--tint:#f4f4f4;--native:#6b7280;
 --scaled:#d1690e;--restored:#1f5fd0;--other:#7a3fb0;--heat:#1f5fd0;--one:#1f5fd0;--two:#7a3fb0;--three:#0b7d6f;
 --four:#b8256f}
-body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}
+body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.4rem}.scroll{overflow:visible}pre{white-space:pre-wrap}
 figure,tr,dl div{break-inside:avoid}h2{break-after:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

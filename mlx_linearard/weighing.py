@@ -13,7 +13,7 @@ from .plan import duration
 HELD_OUT = "held-out"  # the key of such a comparison among results.json's comparisons
 KL = "kl"
 NOT_NEEDED = 0.01  # nats a token: a scaling that costs less than this costs nothing one would notice
-_METRICS = {KL: Metric(higher_is_better=False, ideal=0.0), "agreement": Metric(ideal=1.0)}
+METRICS = {KL: Metric(higher_is_better=False, ideal=0.0), "agreement": Metric(ideal=1.0)}
 _PERPLEXITY = Metric(PERPLEXITY, higher_is_better=False)
 
 Samples = Mapping[str, Mapping[str, float]]  # metric -> piece of text -> number
@@ -27,7 +27,7 @@ def weigh(models: Mapping[str, Samples], objectives: Sequence[str]) -> dict[str,
     """
     found: dict[str, Any] = {"against": "native", "best": {}, "metrics": {}}
     for name in models["scaled"]:
-        metric = _METRICS.get(name, _PERPLEXITY)
+        metric = METRICS.get(name, _PERPLEXITY)
         rows = {label: samples[name] for label, samples in models.items() if name in samples}
         table = compare(rows, metric)
         sign = -1 if metric.higher_is_better else 1
@@ -91,6 +91,11 @@ class Weighed:
         yield from self._cost()
         if missing := [name for name in self.objectives if name not in self.done]:
             yield f"Still to come: {listed(missing)}."
+
+    def headline(self) -> list[str]:
+        """The first of the sentences, and the one that says whether matching relations was worth it."""
+        first, *others = self.sentences()
+        return [first, *(sentence for sentence in (self._worth() if self.done else ()) if sentence in others)]
 
     def _most(self) -> Iterator[str]:
         best, scaled = self.best(KL), self.value(KL, "scaled")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from mlx_linearard.config import OBJECTIVES, DistillConfig
 from mlx_linearard.errors import UserError, run_command
 from mlx_linearard.job import Listener
 from mlx_linearard.report import run as command
-from mlx_linearard.reporting import read_run, verdict, write_report
+from mlx_linearard.reporting import figures, headline, notes, read_run, verdict, write_report
 from mlx_linearard.run import distill
 from mlx_linearard.weighing import HELD_OUT, weigh
 
@@ -247,6 +249,153 @@ def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no run"):
         write_report(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the suites say against a good KL
+
+
+def measured(value: float, **more: float) -> dict[str, Any]:
+    return {"value": value, "stderr": 0.02, "n": 39, **more}
+
+
+def a_test(other: str, outcome: str) -> dict[str, Any]:
+    return {"a": "restored", "b": other, "p": 0.0004, "outcome": outcome}
+
+
+def with_ruler(
+    root: Path, native: float, restored: float, outcome: str = "worse", *, length: int = 4096, **more: Any
+) -> Path:
+    """A run whose KL is restored, with RULER of native and restored at a length."""
+    metric = f"average@{length}"
+    rows = {"native": a_row(0.0, 30.9), "scaled": a_row(1.7, 164.3), "restored": a_row(0.138, 30.9)}
+    rows["native"]["ruler"] = {"metrics": {metric: measured(native), "vt@4096": measured(1.0)}}
+    rows["restored"]["ruler"] = {"metrics": {metric: measured(restored)}}
+    tests = {"restored": {**measured(restored), "tests": [a_test("native", outcome)]}}
+    return a_run(root, comparisons={"ruler": {"metrics": {metric: tests}}}, **{**rows, **more})
+
+
+def test_a_model_that_lost_copying_is_not_called_restored(tmp_path: Path) -> None:
+    """The recipe of the README: KL and perplexity come back, RULER falls from 30.3 to 0."""
+    facts = read_run(with_ruler(tmp_path / "run", 30.3, 0.0))
+    first, second = verdict(facts)
+    assert first.startswith(
+        "Training won back 92% of what scaling cost in predicting the next token, but did not restore"
+    )
+    assert "not restored: RULER at 4096 tokens: 0.0% against 30.3% native" in first
+    assert "Training restored the model" not in first + second
+    assert facts.root == tmp_path / "run" and not any("finds what stands" in note.text for note in notes(facts))
+    write_report(facts.root)
+    assert "RULER at 4096 tokens: 0.0%" in Page((facts.root / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("native", "restored", "outcome", "sure"),
+    [(30.3, 29.0, "inside the noise", None), (30.3, 20.0, "inside the noise", False), (0.0, 0.0, "equal", None),
+     (30.3, 0.0, "too few samples", False), (30.3, 20.0, "worse", True), (30.3, 40.0, "better", None)],
+)  # fmt: skip
+def test_only_what_cannot_be_chance_is_called_lost(
+    tmp_path: Path, native: float, restored: float, outcome: str, sure: bool | None
+) -> None:
+    facts = read_run(with_ruler(tmp_path / "run", native, restored, outcome))
+    assert ("not restored: RULER" in verdict(facts)[0]) == (sure is True)
+    assert any("too few samples to tell it from chance: RULER" in note.text for note in notes(facts)) == (sure is False)
+    assert ("Training restored the model: it won back 92%" in verdict(facts)[0]) == (sure is not True)
+
+
+def test_beyond_the_native_window_native_inside_it_is_the_measure(tmp_path: Path) -> None:
+    metrics = {"native": {"accuracy@8192": measured(0.9), "accuracy@16384": measured(0.0)},
+               "restored": {"accuracy@8192": measured(0.88), "accuracy@16384": measured(0.1)}}  # fmt: skip
+    rows = {
+        name: a_row(kl, 30.9, passkey={"metrics": metrics[name]}) for name, kl in (("native", 0.0), ("restored", 0.1))
+    }
+    facts = read_run(a_run(tmp_path / "run", **rows))
+    assert "not restored: the pass key at 16384 tokens: 10% against 90% native at 8192" in verdict(facts)[0]
+    assert "8192 tokens: 88%" not in verdict(facts)[0] and "it was not measured beyond" in verdict(facts)[1]
+
+
+def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:
+    root = a_run(tmp_path / "a run", native=a_row(0.0, 30.9), restored=a_row(0.1, 31.0))
+    facts = read_run(root)
+    assert "of what scaling cost in predicting the next token" in verdict(facts)[0]
+    commands = {str(note.command).split("--suite ")[-1] for note in notes(facts)}
+    assert commands >= {"passkey,ruler --data TEXT",
+                        "choice,lambada --data choice=hf:hellaswag --data lambada=hf:lambada"}  # fmt: skip
+    assert any("config.yaml' --compare relation,logits" in str(note.command) for note in notes(facts))
+    write_report(root)
+    page, twin = (root / "report.html").read_text(), (root / "report.md").read_text()
+    assert f"--run &#x27;{root}&#x27; --suite passkey,ruler" in page and f"--run '{root}' --suite passkey" in twin
+    full = read_run(a_run(tmp_path / "full"))
+    assert not any("--suite" in str(note.command) and "choice" in str(note.command) for note in notes(full))
+    beyond = [note.text for note in notes(full) if "--lengths 16384" in str(note.command)]
+    assert beyond == ["What it finds in a text beyond the native window of 8192 tokens was not measured."]
+
+
+def test_what_scaling_alone_does_as_well_is_said(tmp_path: Path) -> None:
+    def rows(scaled: str) -> dict[str, Any]:
+        lost = a_test("native", "worse")
+        tests = {"scaled": {**measured(0.4), "tests": [lost]},
+                 "restored": {**measured(0.41), "tests": [lost, a_test("scaled", scaled)]}}  # fmt: skip
+        return {"choice/piqa": {"metrics": {"acc_norm": tests}}}
+
+    for outcome, said in (("inside the noise", True), ("worse", True), ("better", False)):
+        facts = read_run(a_run(tmp_path / "run", comparisons=rows(outcome)))
+        told = [note.text for note in notes(facts) if "no better than the simple scaled model" in note.text]
+        assert told == (["Restored is no better than the simple scaled model in multiple choice piqa."] if said else [])
+
+
+def held_out(kl: dict[str, float], noise: float, length: int = 512) -> dict[str, Any]:
+    """held_out.json: 8 windows of `length` tokens; the later pieces of a window are easier."""
+    rng = random.Random(0)
+    names = [f"{length}/{w}/{p}" for w in range(8) for p in range(length // 64)]
+    return {
+        model: {"kl": {name: mean + noise * rng.gauss(0, 1) for name in names},
+                f"perplexity@{length}": {name: 4.0 - int(name.split("/")[2]) / 10 for name in names}}
+        for model, mean in kl.items()
+    }  # fmt: skip
+
+
+def test_the_runs_own_numbers_have_their_uncertainty(tmp_path: Path) -> None:
+    root = a_run(tmp_path / "run")
+    (root / "held_out.json").write_text(json.dumps(held_out({"native": 0.0, "scaled": 1.7, "restored": 0.153}, 0.1)))
+    write_report(root)
+    twin = (root / "report.md").read_text()
+    assert re.search(r"\| 0\.1530 ± 0\.01\d* \|", twin)
+    assert "KL of restored: better than scaled, p &lt; 0.001" in twin
+    (root / "held_out.json").write_text(json.dumps(held_out({"native": 0.0, "scaled": 1.7, "restored": 1.69}, 0.5)))
+    rows = {"scaled": a_row(1.7, 164.3), "restored": a_row(1.69, 160.0)}
+    noisy = a_run(tmp_path / "run", **rows)
+    assert "made no difference to the simple scaled model that can be told from chance" in verdict(read_run(noisy))[0]
+
+
+def test_perplexity_by_position_needs_no_evaluation(tmp_path: Path) -> None:
+    root = a_run(tmp_path / "run", native=a_row(0.0, 30.9), restored=a_row(0.153, 34.2))
+    (root / "held_out.json").write_text(json.dumps(held_out({"native": 0.0, "scaled": 1.7, "restored": 0.153}, 0.1)))
+    figure = next(f for f in figures(read_run(root)) if f.title == "Perplexity by position")
+    assert figure.data and list(figure.data.heads) == ["", "64", "128", "256", "512"]
+    expected = [math.exp(4.0), math.exp(3.9), math.exp(3.75), math.exp(3.45)]
+    assert [float(cell) for cell in figure.data.rows[0][1:]] == pytest.approx(expected, abs=0.005)
+    assert [row[0] for row in figure.data.rows] == ["native", "scaled", "restored"]
+    for broken, says in (({"native": {"kl": {"x": 1.0}}}, "'x' where LENGTH/WINDOW/PIECE belongs"), ([], "JSON object"),
+                         ({"native": {"kl": {"1/1/1": None}}}, "must be a finite number")):  # fmt: skip
+        (root / "held_out.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=says):
+            read_run(root)
+
+
+def test_a_comparison_says_what_an_objective_did_not_restore(tmp_path: Path) -> None:
+    root = a_comparison(tmp_path / "out")
+    results = json.loads((root / "results.json").read_text())
+    metrics = {"average@4096": measured(30.0)}
+    results["native"]["ruler"] = {"metrics": metrics}
+    for name, value in (("relation", 0.0), ("logits", 29.0)):
+        results[name]["ruler"] = {"metrics": {"average@4096": measured(value)}}
+    (root / "results.json").write_text(json.dumps(results))
+    text = " ".join(headline(read_run(root)))
+    assert "Not restored: with relation, RULER at 4096 tokens: 0.0%" in text and "with logits, RULER" not in text
+    write_report(root)
+    page = Page((root / "report.html").read_text()).text
+    assert "won back most" in page and "Training took" in page and "--suite choice,lambada" in page
 
 
 # ---------------------------------------------------------------------------------------------------

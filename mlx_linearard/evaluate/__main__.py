@@ -16,6 +16,7 @@ from ..config import DTYPES, make_parser
 from ..errors import UserError, run_command
 from ..files import RunDir
 from ..plan import duration
+from ..reporting import headline, read_run, write_report
 from .compare import NOISE
 from .options import (
     SUITES,
@@ -52,7 +53,9 @@ examples:
   mlx_linearard.evaluate --run RUN --suite ppl,fidelity --data book.txt
   mlx_linearard.evaluate --model RUN/model --against native=NATIVE --suite choice --data choice=piqa.jsonl
 
-A run that was stopped goes on where it was when it is started again in the same words. lm-evaluation-harness
+A run that was stopped goes on where it was when it is started again in the same words. Further lengths, depths,
+samples and tasks add to what is measured, and models measured one at a time are compared with those that
+the same results file has of the same text. lm-evaluation-harness
 runs on any of these directories as well: mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 
@@ -63,7 +66,14 @@ def parser() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     add = made.add_argument
     add("--model", metavar="[NAME=]DIR", help="the model in question: a directory or a hub repository")
-    add("--against", metavar="[NAME=]DIR", nargs="+", default=[], help="models to compare it with")
+    add(
+        "--against",
+        metavar="[NAME=]DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="models to compare it with; those named native and scaled are what the others are held against",
+    )
     add(
         "--run",
         metavar="RUN",
@@ -142,12 +152,13 @@ class Progress:
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}
-        self.last = time.monotonic()
+        self.last = self.seen = time.monotonic()  # a line was printed; anything was heard of
         self.live = sys.stderr.isatty()
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now = time.monotonic()
-        begun = self.started.setdefault(label, now)
+        begun = self.started.setdefault(label, self.seen)  # what is told first has taken its time already
+        self.seen = now
         left = (now - begun) / max(done, 1) * (total - done)
         if self.live:
             print(f"\r\x1b[K{self._line(label, done, total, left)}", end="\n" if done == total else "", file=sys.stderr)
@@ -190,7 +201,8 @@ def tests(results: Mapping[str, Any], suites: Sequence[str]) -> Iterator[str]:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body."""
-    job = evaluation_of(parser().parse_args(arguments))
+    given = parser().parse_args(arguments)
+    job = evaluation_of(given)
     try:
         results = evaluate(job, progress=Progress())
     except KeyboardInterrupt:
@@ -205,6 +217,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if any(NOISE in line for line in lines):
             print(f'"{NOISE}": a difference this large often comes from chance alone (p of 0.05 or more).')
     print(f"\nWritten to {job.out}; at most {mx.get_peak_memory() / 1e9:.2f} GB were in use")
+    if given.run and job.out == RunDir(given.run).results:
+        report = write_report(given.run)
+        print(f"{' '.join(headline(read_run(given.run)))}\nThe report is {report}")
     return 0
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -19,10 +22,11 @@ def read_items(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSONL file; UserError names the line that is no JSON object."""
     path = Path(source)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with opened(path) as handle:  # not splitlines: U+2028 may stand in a JSON text
+            lines = handle.read().removeprefix("\ufeff").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a .jsonl file with one item a line") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not any(line.strip() for line in lines):
         raise UserError(f"{path} is empty")
@@ -31,10 +35,16 @@ def read_items(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path} line {number}", _object(line, f"{path} line {number}")
 
 
+def opened(path: Path) -> IO[str]:
+    """A text file, or one that is packed as .gz or .xz, for reading."""
+    openers: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
+    return openers.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8")
+
+
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} must hold a JSON object, not a {type(value).__name__}")
@@ -75,7 +85,8 @@ def split_tokens(directory: Directory, context: str, continuation: str) -> tuple
         ids = list(directory.tokenizer.encode(continuation, add_special_tokens=False))
         return [directory.prefix_token(), *ids], len(ids)
     whole = directory.encode(context + continuation)
-    return whole, max(1, len(whole) - len(directory.encode(context)))  # where tokens merge over the border: the last
+    own = max(1, len(whole) - len(directory.encode(context)))  # where tokens merge over the border: the last
+    return (whole if own < len(whole) else [directory.prefix_token(), *whole]), own
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class Choice:
 
     questions: Sequence[Mapping[str, Any]]
     name: str = "choice"
+    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -152,6 +164,7 @@ class LastWord:
 
     passages: Sequence[Mapping[str, Any]]
     name: str = "lambada"
+    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def options(self) -> dict[str, Any]:

@@ -131,20 +131,36 @@ def compare(
     """One metric of several models side by side: rows is label -> samples by item.
 
     Returns label -> value, stderr, n, percent_of_native, recovered (per cent) and `tests` against native and
-    scaled; what cannot be said is absent.
+    scaled; what cannot be said is absent. A row's value is of all its items, all else of those it shares.
     """
-    values = {label: summarize(list(found.values()), metric) for label, found in rows.items() if found}
+    rows = {label: found for label, found in rows.items() if found}
     table: dict[str, Any] = {}
-    for label, value in values.items():
-        entry: dict[str, Any] = value.as_json()
-        if native in values and label != native:
-            share = percent_of(value.value, values[native].value, metric)
-            entry |= {} if share is None else {"percent_of_native": share}
-            if scaled in values and label != scaled:
-                won = recovered(values[native].value, values[scaled].value, value.value, metric)
-                entry |= {} if won is None else {"recovered": won}
-        others = [other for other in (native, scaled) if other in values and other != label and label != native]
+    for label, found in rows.items():
+        entry: dict[str, Any] = summarize(list(found.values()), metric).as_json()
+        if label != native:
+            entry |= _shares(rows, label, metric, native, scaled)
+        others = [other for other in (native, scaled) if other in rows and other != label and label != native]
         tests = [paired((label, rows[label]), (other, rows[other]), metric) for other in others]
         entry |= {"tests": [test.as_json() for test in tests if test]} if any(tests) else {}
         table[label] = entry
     return table
+
+
+def _shares(
+    rows: Mapping[str, Mapping[str, float]], label: str, metric: Metric, native: str, scaled: str
+) -> dict[str, float]:
+    """What can be said of percent_of_native and recovered."""
+    found: dict[str, float | None] = {}
+    if both := _on_shared(rows, (label, native), metric):
+        found["percent_of_native"] = percent_of(both[0], both[1], metric)
+    if label != scaled and (three := _on_shared(rows, (native, scaled, label), metric)):
+        found["recovered"] = recovered(three[0], three[1], three[2], metric)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _on_shared(rows: Mapping[str, Mapping[str, float]], labels: Sequence[str], metric: Metric) -> list[float]:
+    """The models' values on the items that all of them have; [] where there are none."""
+    if not all(label in rows for label in labels):
+        return []
+    shared = [item for item in rows[labels[0]] if all(item in rows[label] for label in labels)]
+    return [summarize([rows[label][item] for item in shared], metric).value for label in labels] if shared else []

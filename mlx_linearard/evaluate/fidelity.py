@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -156,52 +156,67 @@ TOP = 5
 class FidelityToReference:
     """Suite `fidelity`: how close a model's next-token distributions are to those of `reference`.
 
-    On windows of `length` + 1 of `tokens` (N,), no longer than the reference's own window. Metrics, means over
-    windows: `kl`, KL(reference || model) in nats a token; `top1`, the share of positions where both put the
-    same token first; `top5`, the share of the reference's first five tokens among the model's first five.
+    On windows of `lengths` (one or several) + 1 of `tokens` (N,), about `budget` tokens a length, none longer
+    than the reference's own window. Metrics, means over windows, each also as NAME@LENGTH: `kl`, KL(reference ||
+    model) in nats a token; `top1`, the share of positions where both put the same token first; `top5`, the
+    share of the reference's first five tokens among the model's first five.
     """
 
     tokens: np.ndarray
-    length: int
+    lengths: int | tuple[int, ...]
     reference: Subject
     budget: int = 32768
     name: str = "fidelity"
+    parts: ClassVar[tuple[str, ...]] = ("lengths",)
 
     @property
     def options(self) -> dict[str, Any]:
         text = digest(self.tokens.tobytes().hex())
         reference = self.reference.directory.fingerprint()
-        return {"length": self.length, "tokens": self.budget, "text": text, "reference": reference}
+        return {"lengths": list(self._lengths), "tokens": self.budget, "text": text, "reference": reference}
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        return (self.lengths,) if isinstance(self.lengths, int) else self.lengths
 
     def items(self, directory: Directory, window: int) -> list[Item]:
         """Windows of the reference's length; UserError where it or the text is too short."""
+        return [item for length in self._lengths for item in self._windows(length)]
+
+    def _windows(self, length: int) -> list[Item]:
         limit = self.reference.directory.window
-        if self.length > limit:
+        if length > limit:
             raise UserError(
-                f"{self.length} tokens do not fit the window of the reference {self.reference.directory.path}, "
+                f"{length} tokens do not fit the window of the reference {self.reference.directory.path}, "
                 f"{limit} tokens, beyond which it is none: give shorter --lengths"
             )
-        cut = windows(self.tokens, self.length, max(1, self.budget // self.length))
+        cut = windows(self.tokens, length, max(1, self.budget // length))
         if not len(cut):
             raise UserError(
                 f"the text of suite {self.name} has {len(self.tokens)} tokens, too few for one window of "
-                f"{self.length}: give more text with --data or a shorter --lengths"
+                f"{length}: give more text with --data or a shorter --lengths"
             )
-        return [Item(f"{self.length}/{i}", row, self.length) for i, row in enumerate(cut)]
+        return [Item(f"{length}/{i}", row, length) for i, row in enumerate(cut)]
 
     def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+        inputs = item.content[:-1]
+        means = self._means(subject, inputs, tick)
+        return {"id": item.id, "samples": means | {f"{name}@{len(inputs)}": value for name, value in means.items()}}
+
+    def _means(self, subject: Subject, inputs: np.ndarray, tick: Tick) -> dict[str, float]:
         if subject.directory.path == self.reference.directory.path:
-            tick(self.length)
-            return {"id": item.id, "samples": {"kl": 0.0, "top1": 1.0, "top5": 1.0}}
-        sums, inputs = np.zeros(3), item.content[:-1]
+            tick(len(inputs))
+            return {"kl": 0.0, "top1": 1.0, "top5": 1.0}
+        sums = np.zeros(3)
         both = zip(self.reference.logits(inputs), subject.logits(inputs, tick), strict=True)
         for (_, reference), (_, logits) in both:
             found = compare_logits(logits, reference, itself, itself, workspace_bytes=4 * LOGITS_BYTES)
             sums += [_sum(found.kl), _sum(found.agreement), _sum(top_overlap(logits, reference))]
-        return {"id": item.id, "samples": dict(zip(("kl", "top1", "top5"), (sums / len(inputs)).tolist(), strict=True))}
+        return dict(zip(("kl", "top1", "top5"), (sums / len(inputs)).tolist(), strict=True))
 
     def metric(self, name: str) -> Metric:
-        return Metric(higher_is_better=name != "kl", ideal=0.0 if name == "kl" else 1.0)
+        distance = name.partition("@")[0] == "kl"
+        return Metric(higher_is_better=not distance, ideal=0.0 if distance else 1.0)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         return {}

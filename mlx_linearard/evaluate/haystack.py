@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from ..errors import UserError
 
 CLOSE = 0.995  # share of the budget at which the search may stop
+WORD = 32  # characters: what is longer (a language without spaces, a table of digits) is cut into several words
+SENTENCE = 200  # words (a piece of a long one counts as ten): what is longer (text without full stops) is cut, so that
+# needles find a place in it
+_CUT = "\0"  # at the end of a word that goes on in the next one
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
@@ -21,7 +25,7 @@ class Prose:
     _words: list[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_words", self.text.split())
+        object.__setattr__(self, "_words", [part for word in self.text.split() for part in _parts(word)])
         if not self._words:
             raise UserError("the text for haystacks is empty: give prose with --data")
 
@@ -35,13 +39,25 @@ class Prose:
         return sorted(set(re.findall(r"(?<![A-Za-z'’-])[a-z]{4,10}(?![A-Za-z'’-])", self.text)))
 
     def take(self, count: int, start: int = 0) -> list[str]:
-        """`count` words from word `start` on, going round at the end."""
+        """`count` words from word `start` on, going round at the end; `join` makes text of them."""
         if count < 1:
             return []
-        rounds = self._words[start % self.words :]
-        while len(rounds) < count:
-            rounds = rounds + self._words
-        return rounds[:count]
+        first = self._words[start % self.words :]
+        rounds = -(-max(0, count - len(first)) // self.words)
+        return [*first, *(self._words * rounds)][:count]
+
+
+def _parts(word: str) -> list[str]:
+    """A word, in pieces where it is longer than `WORD` characters."""
+    if len(word) <= WORD:
+        return [word]
+    pieces = re.findall(r".{1,15}?[。！？]|.{1,16}", word)
+    return [*(piece + _CUT for piece in pieces[:-1]), pieces[-1]]
+
+
+def join(words: Iterable[str]) -> str:
+    """Words as text: spaces between them, none where a long word was cut."""
+    return " ".join(words).replace(f"{_CUT} ", "").replace(_CUT, "")
 
 
 def prose(documents: Iterable[str], limit: int = 4_000_000) -> Prose:
@@ -63,8 +79,20 @@ def noise(words: int) -> str:
 
 
 def sentences(words: list[str]) -> list[str]:
-    """Words joined again and split behind full stops, question and exclamation marks."""
-    return [s for s in re.split(r"(?<=[.!?])\s+", " ".join(words)) if s]
+    """Words joined again and split behind full stops, question and exclamation marks; long ones further."""
+    found: list[str] = []
+    part: list[str] = []
+    taken = 0
+    for word in words:
+        part.append(word)
+        taken += 10 if word.endswith(_CUT) else 1
+        if taken >= SENTENCE or _ENDS.search(word):
+            found.append(join(part))
+            part, taken = [], 0
+    return [*found, join(part)] if part else found
+
+
+_ENDS = re.compile(rf"[.!?。！？]{_CUT}?$")
 
 
 def fill(

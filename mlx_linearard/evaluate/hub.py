@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError, one_line
 
 LETTERS = "ABCDE"
+CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps the rows of a set that is a script
 Row = Mapping[str, Any]
 
 
@@ -25,7 +26,8 @@ class HubSet:
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"\[[^\]]*\]", "", text.replace(" [title]", ". "))).strip()
+    """Text without the marks that WikiHow's pages left in it; spaces are those that lm-evaluation-harness has."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _hellaswag(row: Row) -> dict[str, Any]:
@@ -66,12 +68,19 @@ def _siqa(row: Row) -> dict[str, Any]:
 
 def _mmlu(row: Row) -> dict[str, Any]:
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
-    query = f"{row['question'].strip()}\n{listed}\nAnswer:"
+    subject = str(row.get("subject") or "").replace("_", " ")
+    about = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
+    query = f"{about}{row['question'].strip()}\n{listed}\nAnswer:"
     return {"query": query, "choices": list(LETTERS[: len(row["choices"])]), "gold": int(row["answer"])}
 
 
 def _mathqa(row: Row) -> dict[str, Any]:
-    choices = [text.strip(" ,") for text in re.findall(r"[abcde] ?\) ?(.*?)(?=, ?[abcde] ?\)|$)", row["options"])]
+    """Choices end at their first comma, as lm-evaluation-harness cuts them, the last one at the end; where that does
+    not give five, each ends before the next letter."""
+    found = re.findall(r"[abcd] \) (.*?), |e \) (.*)$", row["options"])
+    choices = [(other or last).rstrip(" ,") for other, last in found]
+    if len(choices) != len(LETTERS) or not all(choices):
+        choices = [text.strip(" ,") for text in re.findall(r"[abcde] ?\) ?(.*?)(?=, ?[abcde] ?\)|$)", row["options"])]
     return _question(row["Problem"], choices, "abcde".index(row["correct"]))
 
 
@@ -103,10 +112,20 @@ def load_set(name: str, limit: int | None = None) -> list[dict[str, Any]]:
         raise UserError(f"hf:{name} needs the extra `datasets`: pip install 'mlx-linearard[datasets]'") from None
     where = SETS[name]
     try:
-        rows = datasets.load_dataset(where.repository, where.config, split=where.split)
+        rows = _rows(datasets, where)
     except Exception as error:  # whatever the hub's client raises, it is the name or the network
         raise UserError(f"hf:{name} cannot be loaded from {where.repository}: {one_line(error)}") from None
     try:
         return [where.item(row) for row, _ in zip(rows, range(limit if limit is not None else len(rows)), strict=False)]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where.repository} is not laid out as expected: {one_line(repr(error))}") from None
+
+
+def _rows(datasets: Any, where: HubSet) -> Any:
+    """The rows of a set; where it is a script, which `datasets` has ceased to run, what the hub made of it."""
+    try:
+        return datasets.load_dataset(where.repository, where.config, split=where.split)
+    except RuntimeError as error:
+        if "script" not in str(error).lower():
+            raise
+        return datasets.load_dataset(where.repository, where.config, split=where.split, revision=CONVERTED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def parse_data(text: str) -> tuple[str, str]:
 def parse_numbers(option: str, text: str, least: int) -> tuple[int, ...]:
     """The whole numbers of `1,2,3`, each once, ascending."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) >= least for part in parts):
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise UserError(f"{option} {text}: must be whole numbers of at least {least}, such as {least},{least + 2048}")
     return tuple(sorted({int(part) for part in parts}))
 
@@ -80,6 +80,8 @@ def named_directory(text: str, label: str | None = None) -> Directory:
     """The directory of `DIR` or `NAME=DIR`."""
     name, equals, place = text.partition("=")
     if equals and name and "/" not in name and not Path(text).exists():
+        if not place:
+            raise UserError(f"{text} names no directory: give NAME=DIR")
         return open_directory(place, name)
     return open_directory(text, label)
 
@@ -145,45 +147,60 @@ def _lengths(options: Options, directory: Directory, default: int) -> tuple[int,
 
 def _ppl(options: Options, directory: Directory, reference: Subject | None) -> list[Suite]:
     lengths = _lengths(options, directory, SHORT)
-    tokens = _stream(options, "ppl", directory, 4 * max(options.tokens, max(lengths)) + 1)
+    tokens = _stream(options, "ppl", directory, _most_tokens(options, directory, lengths))
     return [Perplexity(tokens, lengths, options.tokens, options.stride)]
 
 
 def _fidelity(options: Options, directory: Directory, reference: Subject | None) -> list[Suite]:
     if reference is None:
         raise UserError("suite fidelity needs a reference: give --reference DIR or --against DIR")
-    window = reference.directory.window
-    lengths = _lengths(options, directory, SHORT)
-    length = max((n for n in lengths if n <= window), default=min(lengths))
-    tokens = _stream(options, "fidelity", directory, 4 * max(options.tokens, length) + 1)
-    return [FidelityToReference(tokens, length, reference, options.tokens)]
+    asked = _lengths(options, reference.directory, SHORT)
+    lengths = tuple(n for n in asked if n <= reference.directory.window) or asked[:1]
+    tokens = _stream(options, "fidelity", directory, _most_tokens(options, reference.directory, lengths))
+    return [FidelityToReference(tokens, lengths, reference, options.tokens)]
+
+
+def _most_tokens(options: Options, directory: Directory, lengths: Sequence[int]) -> int:
+    """Tokens of text that are read: the same for any lengths inside the window, so that evaluations add up."""
+    return 4 * max(options.tokens, directory.window, *lengths) + 1
 
 
 def _choice(options: Options, directory: Directory, reference: Subject | None) -> list[Suite]:
     sources = options.sources("choice")
     if not sources:
         raise UserError("suite choice needs items: give --data choice=FILE.jsonl or --data choice=hf:NAME")
-    return [Choice(_items(source, options, check_choice), f"choice/{_stem(source)}") for source in sources]
+    return [Choice(items_of(source, options.limit, check_choice), f"choice/{_stem(source)}") for source in sources]
 
 
 def _lambada(options: Options, directory: Directory, reference: Subject | None) -> list[Suite]:
     sources = options.sources("lambada")
     if not sources:
         raise UserError("suite lambada needs passages: give --data lambada=FILE.jsonl or --data lambada=hf:lambada")
-    return [LastWord([item for source in sources for item in _items(source, options, check_passage)])]
+    return [LastWord([item for source in sources for item in items_of(source, options.limit, check_passage)])]
 
 
-def _items(source: str, options: Options, check: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    if source.startswith(HUB_PREFIX):
-        rows = hub.load_set(source.removeprefix(HUB_PREFIX), options.limit)
+def items_of(
+    source: str | Path | Iterable[Mapping[str, Any]], limit: int | None, check: Callable[[Any, str], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """At most `limit` checked items of a JSONL file, of a named set (hf:NAME), or of objects that are there."""
+    if not isinstance(source, str | Path):
+        found = [(f"item {number}", dict(item)) for number, item in enumerate(source)]
+    elif str(source).startswith(HUB_PREFIX):
+        rows = hub.load_set(str(source).removeprefix(HUB_PREFIX), limit)
         found = [(f"{source} item {number}", row) for number, row in enumerate(rows)]
     else:
         found = list(read_items(source))
-    return [check(item, where) for where, item in found[: options.limit]]
+    if not found:
+        raise UserError("there are no items: give at least one")
+    return [check(item, where) for where, item in found[:limit]]
 
 
 def _stem(source: str) -> str:
-    return source.removeprefix(HUB_PREFIX) if source.startswith(HUB_PREFIX) else Path(source).stem
+    """The name of a set of items: piqa of hf:piqa, piqa.jsonl and piqa.jsonl.gz."""
+    if source.startswith(HUB_PREFIX):
+        return source.removeprefix(HUB_PREFIX)
+    path = Path(source)
+    return Path(path.stem).stem if path.suffix.lower() in (".gz", ".xz") else path.stem
 
 
 def _prose(options: Options, suite: str) -> Prose:

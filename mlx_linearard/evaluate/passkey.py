@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import UserError
-from .haystack import Prose, fill
+from .haystack import Prose, fill, join
 from .ppl import check_length
 from .subject import Directory, Subject, Tick, digest
 from .suite import DECISION, Item, Metric, Record
@@ -34,6 +34,7 @@ class Passkey:
     samples: int = 3
     seed: int = 42
     name: str = "passkey"
+    parts: ClassVar[tuple[str, ...]] = ("lengths", "depths", "samples")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,14 +68,14 @@ class Passkey:
             hay = self.prose.take(words, start)
             at = len(hay) * depth // 100
             needled = [*hay[:at], NEEDLE.format(key=key), *hay[at:]]
-            return INTRODUCTION + " ".join(needled) + QUESTION
+            return INTRODUCTION + join(needled) + QUESTION
 
         return build
 
     def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
         length, depth, sample = item.content
         prompt, key = self.prompt(subject.directory, length, depth, sample)
-        answer = subject.directory.decode(subject.greedy(prompt, BUDGET, tick))
+        answer = subject.directory.decode(subject.greedy(prompt, BUDGET, tick, enough=lambda text: key in text))
         found = float(key in answer)
         names = ["accuracy", f"accuracy@{length}"]
         return {"id": item.id, "samples": dict.fromkeys(names, found), "key": key, "answer": answer,
@@ -84,9 +85,12 @@ class Passkey:
         return Metric(DECISION, ideal=1.0)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
-        return {"grid": {str(n): {str(d): _share(records, n, d) for d in self.depths} for n in self.lengths}}
+        cells: dict[int, dict[int, list[float]]] = {}
+        for record in records:
+            row = cells.setdefault(record["length"], {})
+            row.setdefault(record["depth"], []).append(record["samples"]["accuracy"])
+        return {"grid": {str(n): {str(d): _mean(row[d]) for d in sorted(row)} for n, row in sorted(cells.items())}}
 
 
-def _share(records: Sequence[Record], length: int, depth: int) -> float:
-    found = [r["samples"]["accuracy"] for r in records if r["length"] == length and r["depth"] == depth]
-    return sum(found) / len(found)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

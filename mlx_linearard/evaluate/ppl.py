@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Perplexity:
     budget: int = 32768
     stride: int = 0
     name: str = "ppl"
+    parts: ClassVar[tuple[str, ...]] = ("lengths",)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,29 +63,30 @@ class Perplexity:
 
     def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
         length = len(item.content) - 1
-        nll = subject.nll(item.content, tick)
-        scored = nll[-self.stride :] if self.stride else nll
-        record: Record = {"id": item.id, "samples": {f"perplexity@{length}": float(scored.mean(dtype=np.float64))}}
-        if length == max(self.lengths) and not self.stride:
-            record["positions"] = bucket_means(nll)
-        return record
+        first = length - self.stride if self.stride else 0
+        scored = subject.nll(item.content, tick)[first:]
+        positions = bucket_means(scored, first)
+        mean = float(scored.mean(dtype=np.float64))
+        return {"id": item.id, "samples": {f"perplexity@{length}": mean}, "length": length, "positions": positions}
 
     def metric(self, name: str) -> Metric:
         return Metric(PERPLEXITY, higher_is_better=False)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         """`by_length`: length -> perplexity; `by_position`: buckets of the longest windows, `end` not included."""
-        kept: dict[str, Any] = {"by_length": {}}
-        for length in self.lengths:
+        lengths = sorted({record["length"] for record in records})
+        by_length = {}
+        for length in lengths:
             values = list(samples(records, f"perplexity@{length}").values())
-            kept["by_length"][str(length)] = summarize(values, self.metric("")).value
-        rows = np.array([r["positions"] for r in records if "positions" in r], np.float64)
-        if len(rows):
-            kept["by_position"] = [
-                {"start": start, "end": end, "perplexity": math.exp(min(mean, 700.0))}
-                for (start, end), mean in zip(buckets(max(self.lengths)), rows.mean(axis=0), strict=True)
-            ]
-        return kept
+            by_length[str(length)] = summarize(values, self.metric("")).value
+        longest = lengths[-1]
+        rows = np.array([r["positions"] for r in records if r["length"] == longest], np.float64)
+        edges = buckets(longest, longest - self.stride if self.stride else 0)
+        by_position = [
+            {"start": start, "end": end, "perplexity": math.exp(min(mean, 700.0))}
+            for (start, end), mean in zip(edges, rows.mean(axis=0), strict=True)
+        ]
+        return {"by_length": by_length, "by_position": by_position}
 
 
 def check_length(length: int, window: int) -> None:
@@ -96,16 +98,19 @@ def check_length(length: int, window: int) -> None:
         )
 
 
-def buckets(length: int) -> list[tuple[int, int]]:
-    """[start, end) of the position buckets of a window: 0-128, 128-256, 256-512, ..., the last one cut."""
-    edges = [0]
+def buckets(length: int, first: int = 0) -> list[tuple[int, int]]:
+    """[start, end) of the buckets of positions `first` to length: 0-128, 128-256, 256-512, ..., both ends cut."""
+    edges = [first]
     edge = FIRST_BUCKET
     while edge < length:
-        edges.append(edge)
+        edges += [edge] if edge > first else []
         edge *= 2
     return list(zip(edges, [*edges[1:], length], strict=True))
 
 
-def bucket_means(nll: np.ndarray) -> list[float]:
-    """The mean of (T,) values in each position bucket."""
-    return [float(nll[start:end].mean(dtype=np.float64)) for start, end in buckets(len(nll))]
+def bucket_means(nll: np.ndarray, first: int = 0) -> list[float]:
+    """The mean of (T,) values, those of positions from `first` on, in each position bucket."""
+    return [
+        float(nll[start - first : end - first].mean(dtype=np.float64))
+        for start, end in buckets(first + len(nll), first)
+    ]

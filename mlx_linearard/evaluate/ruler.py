@@ -7,14 +7,15 @@ generation budget meet the asked length in the model's own tokenizer without exc
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
 import string
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from ..errors import UserError
 from .choice import read_items
@@ -29,6 +30,7 @@ DEPTHS = tuple(100 * i / 39 for i in range(40))  # per cent, where needles may s
 EXAMPLE_TOKENS = 500  # at most, of the solved example of variable tracking
 EXAMPLE_ROUNDS = 3  # of the filler
 HOPS = 4
+COMMON = 10  # common words
 SHORT = 4096  # below it the lists of common words are smaller
 NEAR = 0.98  # share of the asked length that a prompt must have
 
@@ -81,14 +83,14 @@ class Niah:
         needles = [self._needle(key, value) for key, values in hidden.items() for value in values]
         rng.shuffle(needles)
         asked = rng.sample(keys, self.queries)
-        context = self._hide(rng, needles, size, source, set(keys))
+        context = self._hide(rng, needles, size, source, {*keys, *itertools.chain(*hidden.values())})
         outputs = tuple(value for key in asked for value in hidden[key])
         return self._ask(context, _listed(asked), outputs)
 
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.value}s for {key} is: {value}."
 
-    def _hide(self, rng: random.Random, needles: list[str], size: int, source: Source, keys: set[str]) -> str:
+    def _hide(self, rng: random.Random, needles: list[str], size: int, source: Source, used: set[str]) -> str:
         if self.haystack == "essay":
             hay = sentences(source.prose.take(size, rng.randrange(source.prose.words)))
             depths = sorted(rng.sample(DEPTHS, len(needles)))
@@ -96,15 +98,14 @@ class Niah:
         if self.haystack == "noise":
             hay = noise(size).split("\n")
         else:
-            # A line counts as so many words that a rest of noise words stands for less than a line.
-            lines, rest = divmod(size, 20 if "uuid" in (self.key, self.value) else 10)
-            hay = [self._distractor(rng, keys) for _ in range(lines)] + ([noise(rest)] if rest else [])
+            # A line counts as the noise words it is as long as, which stand for the rest of a line.
+            lines, rest = divmod(size, max(1, source.count(needles[0]) * len(NOISE.split()) // source.count(NOISE)))
+            hay = [self._distractor(rng, used) for _ in range(lines)] + ([noise(rest)] if rest else [])
         return "\n".join(insert(hay, needles, sorted(rng.randint(0, len(hay)) for _ in needles)))
 
-    def _distractor(self, rng: random.Random, keys: set[str]) -> str:
-        while (key := _token(self.key, rng)) in keys:
-            pass
-        return self._needle(key, _token(self.value, rng))
+    def _distractor(self, rng: random.Random, used: set[str]) -> str:
+        key = _unused(lambda: _token(self.key, rng), used)
+        return self._needle(key, _unused(lambda: _token(self.value, rng), used))
 
     def _ask(self, context: str, asked: str, outputs: tuple[str, ...]) -> Sample:
         kind = f"{self.value}s"
@@ -146,6 +147,13 @@ def _distinct(draw: Callable[[], str], count: int) -> list[str]:
     return list(found)
 
 
+def _unused(draw: Callable[[], str], used: Iterable[str] | str) -> str:
+    """The first draw that is not among `used`."""
+    while (found := draw()) in used:
+        pass
+    return found
+
+
 def _listed(names: Sequence[str]) -> str:
     """'a', 'a and b', or 'a, b, c, and d'."""
     if len(names) < 3:
@@ -167,13 +175,14 @@ def variable_tracking(rng: random.Random, size: int, source: Source) -> Sample:
 
     most = EXAMPLE_ROUNDS * len(NOISE.split())
     before = example(fill(example, source.count, EXAMPLE_TOKENS, "the example of vt", most=most))
-    asked = _chain(rng, size)
+    asked = _chain(rng, size, before)
     return Sample(before + asked.text, asked.answer_prefix, asked.outputs)
 
 
-def _chain(rng: random.Random, words: int) -> Sample:
-    value = str(rng.randint(10_000, 99_999))
-    names = _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=5)), HOPS + 1)
+def _chain(rng: random.Random, words: int, before: str = "") -> Sample:
+    """A chain in noise; neither its value nor a name of it stands in what goes `before`."""
+    value = _unused(lambda: str(rng.randint(10_000, 99_999)), before)
+    names = _distinct(lambda: _unused(lambda: "".join(rng.choices(string.ascii_uppercase, k=5)), before), HOPS + 1)
     given = [value, *(f"VAR {name}" for name in names)]
     needles = [f"VAR {name} = {what}" for name, what in zip(names, given, strict=False)]
     hay = noise(words).split("\n") if words else []
@@ -187,15 +196,28 @@ def _chain(rng: random.Random, words: int) -> Sample:
 
 
 def common_words(rng: random.Random, size: int, source: Source) -> Sample:
-    """A numbered list with ten words more often than the `size` others, behind a solved example."""
+    """A numbered list with ten words more often than the `size` others, behind a solved example.
+
+    None of the ten is a part of another word of the list, which would count as having found it.
+    """
     short = source.length < SHORT
     words = _list_words(rng, source)
     total, often, seldom = (20, 3, 1) if short else (40, 10, 3)
     shown = _word_list(rng, words[:10], words[10:total], often, seldom)
-    common, others = words[total : total + 10], words[total + 10 : total + 10 + size]
-    asked = _word_list(rng, common, others, *((6, 1) if short else (30, 3)))
+    common = list(itertools.islice(_apart(words[total:]), COMMON))
+    others = (word for word in words[total:] if not any(one in word for one in common))
+    asked = _word_list(rng, common, list(itertools.islice(others, size)), *((6, 1) if short else (30, 3)))
     before = f"{shown.prompt} {_numbered(shown.outputs)}\n\n"
     return Sample(before + asked.text, asked.answer_prefix, asked.outputs)
+
+
+def _apart(words: Iterable[str]) -> Iterator[str]:
+    """Those words of which none is a part of another one before it, nor the other way round."""
+    found: list[str] = []
+    for word in words:
+        if not any(word in other or other in word for other in found):
+            found.append(word)
+            yield word
 
 
 def _list_words(rng: random.Random, source: Source) -> list[str]:
@@ -221,10 +243,17 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def frequent_words(rng: random.Random, size: int, source: Source) -> Sample:
-    """Coded words whose rank-k one appears floor(size k^-2 / zeta(2)) times; rank 1 is dots, 2 to 4 are asked for."""
+    """Coded words whose rank-k one appears floor(N k^-2 / zeta(2)) times; rank 1 is dots, 2 to 4 are asked for.
+
+    N is an eighth of the size, and further dots, which mean nothing, stand for the rest. In a short text ranks 4
+    and 5 would appear equally often: those behind 4 always appear less often.
+    """
     count = max(5, (source.length - 50) // 50)
     words = ["...", *_distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), count - 1)]
-    text = [word for k, word in enumerate(words, 1) for _ in range(int(size * k**-2 / (math.pi**2 / 6)))]
+    times = [int(size // 8 * k**-2 / (math.pi**2 / 6)) for k in range(1, count + 1)]
+    times[0] += size % 8
+    times[4:] = [min(n, max(0, times[3] - 1)) for n in times[4:]]
+    text = [word for word, n in zip(words, times, strict=True) for _ in range(n)]
     rng.shuffle(text)
     return Sample(
         "Read the coded text below and count how often each coded word appears. The dots '...' mean nothing: "
@@ -283,9 +312,9 @@ def _question(item: Mapping[str, Any], where: str, documents: Mapping[Any, Any])
 
 
 def question_answering(rng: random.Random, size: int, source: Source) -> Sample:
-    """Question number `index` (going round) on its documents and `size` words of others, the last one cut."""
+    """Question number `index` on its documents and `size` words of others, the last one cut."""
     assert source.qa is not None
-    question = source.qa.questions[source.index % len(source.qa.questions)]
+    question = source.qa.questions[source.index]
     order, own = source.qa.ordered(question, rng)
     texts = [source.qa.documents[doc]["text"] for doc in order[:own]]
     for doc in order[own:]:
@@ -303,6 +332,30 @@ def question_answering(rng: random.Random, size: int, source: Source) -> Sample:
         " Answer:",
         tuple(question["outputs"]),
     )
+
+
+def _question_number(source: Source, budget: int, what: str) -> int:
+    """Which question is number `index`, going round, of those that can be asked in `budget` tokens.
+
+    A question cannot be asked whose own documents do not fit, or hold none of its answers (a yes or a no).
+    """
+    found: list[int] = []
+    assert source.qa is not None
+    for number in range(len(source.qa.questions)):
+        if _answerable(source.qa, number):
+            alone = question_answering(random.Random(0), 0, replace(source, index=number))
+            found += [number] if source.count(alone.prompt) <= budget else []
+        if len(found) > source.index:
+            return found[-1]
+    if not found:
+        raise UserError(f"{what}: no question's own documents hold its answer and fit; give longer --lengths")
+    return found[source.index % len(found)]
+
+
+def _answerable(qa: QuestionSet, number: int) -> bool:
+    question = qa.questions[number]
+    text = "\n".join(qa.documents[doc]["text"] for doc in question["docs"]).lower()
+    return any(output.lower() in text for output in question["outputs"])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -349,6 +402,7 @@ class Ruler:
     samples: int = 10
     seed: int = SEED
     name: str = "ruler"
+    parts: ClassVar[tuple[str, ...]] = ("lengths", "tasks", "samples")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -385,20 +439,29 @@ class Ruler:
         def build(size: int) -> Sample:
             return make(random.Random(seed), size, source)
 
+        what, room = f"{task} at {length}", length - budget
         source = Source(self.prose, length, index, self.qa.get(task), count)
+        if task in QA_TASKS:
+            source = replace(source, index=_question_number(source, room, what))
         most = _most(task, source)
-        sample = build(fill(lambda n: build(n).prompt, count, length - budget, f"{task} at {length}", most=most))
+        sample = build(fill(lambda n: build(n).prompt, count, room, what, most=most))
         if (tokens := count(sample.prompt) + budget) < NEAR * length:
             if most is None:  # there is more text, but a line of it is more than what is missing
-                raise UserError(f"{task} at {length}: its lines are too long to fill that; give longer --lengths")
-            raise UserError(f"{task} at {length}: all its text makes {tokens} tokens; give more, or shorter --lengths")
+                raise UserError(f"{what}: its lines are too long to fill that; give longer --lengths")
+            raise UserError(f"{what}: all its text makes {tokens} tokens; give more, or shorter --lengths")
+        if task not in QA_TASKS and not all(output in sample.text for output in sample.outputs):
+            raise UserError(f"{what}: too short to hold its answers; give longer --lengths")
         return sample
 
     def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
         task, length, index = item.content
         sample = self.sample(subject.directory, task, length, index)
         tokens = subject.directory.encode(sample.prompt)
-        answer = subject.directory.decode(subject.greedy(tokens, TASKS[task][1], tick))
+
+        def right(answer: str) -> bool:
+            return score(task, answer, sample.outputs) == 1
+
+        answer = subject.directory.decode(subject.greedy(tokens, TASKS[task][1], tick, enough=right))
         points = 100 * score(task, answer, sample.outputs)
         names = (f"average@{length}", f"{task}@{length}")
         return {"id": item.id, "samples": dict.fromkeys(names, points), "answer": answer,

@@ -11,7 +11,7 @@ from ..errors import UserError
 from .compare import compare
 from .store import COMPARISONS, NOT_MODELS, ItemLog, merge_results, read_results
 from .subject import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
-from .suite import Item, Record, Suite, metric_names, samples, summary
+from .suite import Item, Record, Suite, all_options, identity, metric_names, samples, summary
 
 Progress = Callable[[str, int, int], None]  # (label, cost done, cost in all)
 
@@ -85,8 +85,9 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
     """Run an evaluation; returns results.json as it then stands.
 
     A suite's numbers are merged into `job.out` when it ends, its items into a log beside it as they are done,
-    so a run that is stopped and started again goes on where it was. Comparisons, where there are several
-    directories, stand under `comparisons`.
+    so a run that is stopped and started again goes on where it was, and a part measured later (further lengths
+    or tasks) adds to what is there. Comparisons with all models that were measured on the same, now or before,
+    stand under `comparisons`.
     """
     check(job)
     reference = _load(job, job.reference) if job.reference else None
@@ -98,15 +99,53 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
         reuse = reference is not None and directory.path == reference.directory.path
         subject = Subject(directory, reference.model, job.chunk) if reuse and reference else _load(job, directory)
         for suite in suites:
-            key = digest([directory.fingerprint(), suite.name, suite.options, job.dtype])
+            key = digest([directory.fingerprint(), suite.name, identity(suite.options, suite.parts), job.dtype])
             log = ItemLog.beside(job.out, directory.label, suite.name, key)
-            kept, found = run_suite(subject, suite, log=log, progress=progress, window=job.window)
-            records[suite.name][directory.label] = found
-            merge_results(job.out, {directory.label: {suite.name: kept}})
+            run_suite(subject, suite, log=log, progress=progress, window=job.window)
+            records[suite.name][directory.label] = list(log.read().values())
+            _merge(job.out, directory.label, suite, log)
         del subject
-    if len(job.directories) > 1:
-        merge_results(job.out, {COMPARISONS: comparisons(suites, records)})
+    everything = {suite.name: {**_before(job.out, suite), **records[suite.name]} for suite in suites}
+    compared = [suite for suite in suites if len(everything[suite.name]) > 1]
+    if compared:
+        merge_results(job.out, {COMPARISONS: comparisons(compared, everything, _measure(job))})
     return read_results(job.out)
+
+
+def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:
+    """Put what a log holds into results.json, in the place of what an earlier part of it gave."""
+    before = read_results(out).get(label, {})
+    entry = before.get(suite.name, {}) if isinstance(before, Mapping) else {}
+    same = isinstance(entry, Mapping) and entry.get("items") == log.path.name
+    options = all_options(suite, entry["options"]) if same else suite.options
+    kept = {**summary(suite, list(log.read().values())), "options": options, "items": log.path.name}
+    merge_results(out, {label: {suite.name: kept}})
+
+
+def _before(out: Path, suite: Suite) -> dict[str, list[Record]]:
+    """label -> records of the models that results.json has of the same suite, text and seed."""
+    found: dict[str, list[Record]] = {}
+    for label, row in read_results(out).items():
+        entry = row.get(suite.name) if isinstance(row, Mapping) and label not in NOT_MODELS else None
+        options = entry.get("options") if isinstance(entry, Mapping) else None
+        if (
+            not isinstance(entry, Mapping)
+            or not isinstance(options, Mapping)
+            or not isinstance(entry.get("items"), str)
+        ):
+            continue
+        if identity(options, suite.parts) == identity(suite.options, suite.parts):
+            found[label] = list(ItemLog.named(out, entry["items"]).read().values())
+    return {label: records for label, records in found.items() if records}
+
+
+def _measure(job: Evaluation) -> str:
+    """The model that others are measured by: native, or else the reference, or the first that was given against."""
+    labels = [directory.label for directory in job.directories]
+    if "native" in labels or len(labels) < 2:
+        return "native"
+    paths = [directory.path for directory in job.directories]
+    return labels[paths.index(job.reference.path)] if job.reference and job.reference.path in paths[1:] else labels[1]
 
 
 def check(job: Evaluation) -> None:
@@ -126,12 +165,14 @@ def _load(job: Evaluation, directory: Directory) -> Subject:
     return load_subject(directory, dtype=job.dtype, chunk=job.chunk)
 
 
-def comparisons(suites: Sequence[Suite], records: Mapping[str, Mapping[str, list[Record]]]) -> dict[str, Any]:
-    """suite -> {metrics: metric -> label -> the row of `compare`}; the measure is the native model, or the last one."""
+def comparisons(
+    suites: Sequence[Suite], records: Mapping[str, Mapping[str, list[Record]]], measure: str
+) -> dict[str, Any]:
+    """suite -> {metrics: metric -> label -> the row of `compare`}; models are held against native, or `measure`."""
     result: dict[str, Any] = {}
     for suite in suites:
         found = records[suite.name]
-        native = "native" if "native" in found else list(found)[-1]
+        native = "native" if "native" in found else measure
         names = dict.fromkeys(name for rows in found.values() for name in metric_names(rows))
         result[suite.name] = {
             "against": native,

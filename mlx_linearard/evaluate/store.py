@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import disk_errors, read_json, write_json
+from ..files import disk_errors, new_file, read_json, write_json
 from .suite import Record
 
 COMPARISONS = "comparisons"
@@ -24,8 +24,13 @@ class ItemLog:
     @classmethod
     def beside(cls, results: Path, label: str, suite: str, key: str) -> ItemLog:
         """The log for results.json's row `label`, named so that other models or options have another."""
-        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{label}-{suite}")
-        return cls(results.with_name(f"{results.stem}.items") / f"{plain}-{key}.jsonl")
+        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{label}-{suite}")[:80]
+        return cls.named(results, f"{plain}-{key}.jsonl")
+
+    @classmethod
+    def named(cls, results: Path, name: str) -> ItemLog:
+        """The log of that file name among those of a results.json."""
+        return cls(results.with_name(f"{results.stem}.items") / Path(name).name)
 
     def read(self) -> dict[str, Record]:
         """Records by item; a line that was cut while it was written is dropped from the file too."""
@@ -33,17 +38,17 @@ class ItemLog:
             return {}
         whole: list[Record] = []
         with disk_errors(self.path):
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            *lines, cut = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         for line in lines:
             try:
-                record = json.loads(line) if line.endswith("\n") else None
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict) and "id" in record and isinstance(record.get("samples"), dict):
                 whole.append(record)
-        if len(whole) < len(lines):
-            with disk_errors(self.path):
-                self.path.write_text("".join(_line(record) for record in whole), encoding="utf-8")
+        if cut or len(whole) < len(lines):
+            with new_file(self.path) as file:
+                file.write_text("".join(_line(record) for record in whole), encoding="utf-8")
         return {record["id"]: record for record in whole}
 
     def append(self, record: Record) -> None:

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from ..convert.hf import resolve
 from ..convert.safe import check_config, check_model_dir, check_tokenizer, shards
 from ..errors import UserError
+from ..files import TOKENIZER_FILES
 from ..pair import load_frozen, tokenizer_of
 from ..rope import native_window
 from ..tiles import on_gpu
@@ -72,8 +73,9 @@ class Directory:
 
     def fingerprint(self) -> str:
         """Tells one state of a directory from another without reading its weights: config, sizes, times."""
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards(self.path)]
-        return digest([self.config, files])
+        files = [*shards(self.path), *(self.path / name for name in TOKENIZER_FILES)]
+        states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+        return digest([self.config, states])
 
 
 def digest(value: Any) -> str:
@@ -126,8 +128,9 @@ class Subject:
         size = self._logits_chunk(ids)
         for start in range(0, ids.shape[1], size):
             logits = self.model(ids[:, start : start + size], cache=cache)
-            yield start, logits
             mx.eval(logits, [c.state for c in cache])
+            self._check_finite(logits)
+            yield start, logits
             mx.clear_cache()
             if tick:
                 tick(min(size, ids.shape[1] - start))
@@ -162,8 +165,14 @@ class Subject:
                 trim_prompt_cache(cache, len(body) + length)
         return results
 
-    def greedy(self, prompt: Sequence[int], budget: int, tick: Tick | None = None) -> list[int]:
-        """At most `budget` tokens that the model puts first after `prompt`, without the one that ends the text."""
+    def greedy(
+        self, prompt: Sequence[int], budget: int, tick: Tick | None = None,
+        enough: Callable[[str], bool] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """At most `budget` tokens that the model puts first after `prompt`, without the one that ends the text.
+
+        No more are made once `enough` says of their text that nothing behind it would change the score.
+        """
         cache = make_prompt_cache(self.model)
         self.prefill(cache, prompt[:-1], tick)
         ends = set(getattr(self.directory.tokenizer, "eos_token_ids", None) or ())
@@ -171,10 +180,13 @@ class Subject:
         last = int(prompt[-1])
         while len(found) < budget:
             logits = self.model(mx.array([[last]]), cache=cache)
+            self._check_finite(logits[:, -1:])
             last = int(mx.argmax(logits[0, -1]).item())  # type: ignore[arg-type]
             if last in ends:
                 break
             found.append(last)
+            if enough and enough(self.directory.decode(found)):
+                break
         return found
 
     def prefill(self, cache: list[Any], tokens: Sequence[int], tick: Tick | None = None) -> None:
@@ -190,6 +202,14 @@ class Subject:
 
     # -----------------------------------------------------------------------------------------------
 
+    def _check_finite(self, logits: mx.array) -> None:
+        """UserError where a model overflows, which no number of it could show as such."""
+        if not mx.isfinite(logits.max(axis=-1).sum()).item():
+            raise UserError(
+                f"{self.directory.path} computes logits that are not finite: its weights are broken, or need a "
+                "wider type, as in --dtype float32"
+            )
+
     def _logits_chunk(self, ids: mx.array) -> int:
         vocabulary = self.model(ids[:, :1]).shape[-1]  # known from the graph, nothing is computed
         return max(1, min(self.chunk, LOGITS_BYTES // (FLOAT32 * vocabulary)))
@@ -197,6 +217,7 @@ class Subject:
     def _score(self, cache: list[Any], tokens: Sequence[int]) -> tuple[float, bool]:
         ids = mx.array(np.asarray(tokens, np.int32))[None]
         logits = self.model(ids[:, :-1], cache=cache)
+        self._check_finite(logits)
         nll = token_nll(logits, itself, ids[:, 1:]).sum()
         greedy = (mx.argmax(logits, axis=-1) == ids[:, 1:]).all()
         mx.eval(nll, greedy, [c.state for c in cache])

@@ -37,13 +37,20 @@ class Item:
 
 
 class Suite(Protocol):
-    """A suite. `options` are what, beside the model, its numbers depend on: a resumed run must have the same."""
+    """A suite. `options` are what, beside the model, its numbers depend on: a resumed run must have the same.
+
+    `parts` names those of the options that only choose which items are measured: an item of the same id is the
+    same whatever they are, so that evaluations of several parts add up.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def options(self) -> dict[str, Any]: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
     def items(self, directory: Directory, window: int) -> Sequence[Item]:
         """The items in the directory's tokens; UserError where one does not fit `window` or the data are not right."""
@@ -89,6 +96,25 @@ def summarize(values: Sequence[float], metric: Metric) -> Value:
         mean = math.exp(min(mean, 700.0))
         spread = None if spread is None else mean * spread
     return Value(mean, spread, n)
+
+
+def identity(options: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """The options without the parts: where they are equal, items of one id are the same."""
+    return {name: value for name, value in options.items() if name not in parts}
+
+
+def all_options(suite: Suite, before: Mapping[str, Any]) -> dict[str, Any]:
+    """A suite's options with what was measured `before` of the same identity: lists joined, of numbers the larger."""
+    options = suite.options
+    if identity(before, suite.parts) != identity(options, suite.parts) or before.keys() != options.keys():
+        return options
+    return {name: _both(before[name], value) if name in suite.parts else value for name, value in options.items()}
+
+
+def _both(before: Any, now: Any) -> Any:
+    if isinstance(now, list):
+        return [*before, *(value for value in now if value not in before)]
+    return max(before, now)
 
 
 def summary(suite: Suite, records: Sequence[Record]) -> dict[str, Any]:

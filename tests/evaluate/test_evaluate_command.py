@@ -13,9 +13,10 @@ from tiny import tiny_model
 
 from mlx_linearard.errors import UserError, run_command
 from mlx_linearard.evaluate import hub
-from mlx_linearard.evaluate.__main__ import run
+from mlx_linearard.evaluate.__main__ import Progress, run
 from mlx_linearard.evaluate.choice import Choice
 from mlx_linearard.evaluate.store import ItemLog, merge_results
+from mlx_linearard.plan import duration
 
 ITEMS = [
     {"query": f"Question {i}:", "choices": ["the best of times", "the worst", f"number {i}"], "gold": i % 3}
@@ -261,3 +262,84 @@ def test_hub_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", rows)
     with pytest.raises(UserError, match="not laid out as expected"):
         hub.load_set("piqa")
+
+
+def test_rows_are_cut_as_the_harness_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its description of a subject, the spaces it leaves, its reading of options with commas in them."""
+    mmlu = hub.SETS["mmlu"].item(
+        {"question": "Q?", "choices": list("wxyz"), "answer": 0, "subject": "high_school_physics"}
+    )
+    about = "The following are multiple choice questions (with answers) about high school physics."
+    assert mmlu["query"] == f"{about}\n\nQ?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+    row = {"activity_label": "Baking", "ctx_a": "[header] How to bake [title] Mix. [step]", "ctx_b": "", "label": "0",
+           "endings": [" it  is [substeps] done. ", "b", "c", "d"]}  # fmt: skip
+    swag = hub.SETS["hellaswag"].item(row)
+    assert swag["query"] == "Baking: How to bake. Mix. " and swag["choices"][0] == "it is done."
+    options = {"a ) rs . 1 , 500 , b ) 2 , c ) 3 , d ) 4 , e ) rs . 5 , 000": ["rs . 1", "2", "3", "4", "rs . 5 , 000"],
+               "a)1, b)2, c)3, d)4, e)5": ["1", "2", "3", "4", "5"]}  # fmt: skip
+    for text, choices in options.items():
+        item = hub.SETS["mathqa"].item({"Problem": "P", "options": text, "correct": "e"})
+        assert item == {"query": "Question: P\nAnswer:", "choices": choices, "gold": 4}
+
+
+def test_a_set_that_is_a_script_is_read_from_what_the_hub_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*where, split, revision=None):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found math_qa.py")
+        return [ROWS["mathqa"][0]]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert hub.load_set("mathqa") == [ROWS["mathqa"][1]] and asked == [None, "refs/convert/parquet"]
+
+
+def test_a_number_that_is_none_is_told(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    arguments = [
+        "--model",
+        str(model_dir),
+        "--suite",
+        "ppl",
+        "--data",
+        str(text_file),
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    assert "--lengths 6²: must be whole numbers" in complaint([*arguments, "--lengths", "6²"], capsys)
+    assert "x= names no directory" in complaint([*arguments, "--against", "x="], capsys)
+
+
+def test_progress_knows_what_is_left_from_the_first_line_on(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mlx_linearard.evaluate.__main__.time.monotonic", lambda: clock[0])
+    progress = Progress()
+    for label, now, done in (
+        ("ppl, a", 60.0, 100),
+        ("ppl, a", 90.0, 150),
+        ("ppl, a", 120.0, 200),
+        ("ppl, b", 240.0, 50),
+    ):
+        clock[0] = now
+        progress(label, done, 200)
+    told = capsys.readouterr().err.splitlines()
+    left = (60, 30, 0, 360)
+    assert [line.split(", ")[-1] for line in told] == [f"{duration(s)} left" if s else "done" for s in left]
+
+
+def test_the_report_of_a_run_follows_its_evaluation(
+    model_dir: Path, other_dir: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    root = tmp_path / "run"
+    for name in ("model", "base"):
+        shutil.copytree(other_dir, root / name)
+    (root / "config.yaml").write_text(f"model: {model_dir}\n")
+    row = {"perplexity": {"32": 9.0}, "agreement": 0.5}
+    rows = {name: {**row, "kl": kl} for name, kl in (("native", 0.0), ("scaled", 1.0), ("restored", 0.1))}
+    (root / "results.json").write_text(json.dumps(rows))
+    assert (
+        run(["--run", str(root), "--suite", "ppl", "--data", str(text_file), "--lengths", "64", "--tokens", "64"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "Training restored the model" in told and f"The report is {root / 'report.html'}" in told
+    assert "Perplexity on the evaluation text" in (root / "report.html").read_text()

@@ -13,7 +13,7 @@ from tiny import CONFIG
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate.haystack import Prose
+from mlx_linearard.evaluate.haystack import Prose, join
 from mlx_linearard.evaluate.ruler import TASKS, QuestionSet, Ruler, score
 from mlx_linearard.evaluate.subject import Directory, open_directory
 
@@ -161,9 +161,10 @@ def test_what_cannot_be_made_is_said(ruler: Ruler, directory: Directory, tmp_pat
         Ruler(ruler.prose, (9000,), ("vt",)).items(directory, 8192)
     with pytest.raises(UserError, match="cwe at 500: its question alone takes"):
         Ruler(ruler.prose, (500,), ("cwe",)).items(directory, 8192)
-    with pytest.raises(UserError, match=r"niah_multikey_3 at \d+: its lines are too long to fill that; give longer"):
-        for length in range(500, 800, 7):
-            ruler.sample(directory, "niah_multikey_3", length, 0)
+    long_words = Prose(" ".join("".join(random.Random(i).choices("qxzjkvw", k=32)) for i in range(50)))
+    with pytest.raises(UserError, match=r"niah_single_2 at \d+: its lines are too long to fill that; give longer"):
+        for length in range(300, 500, 7):
+            Ruler(long_words, (length,), ("niah_single_2",)).sample(directory, "niah_single_2", length, 0)
     few = QuestionSet({0: {"text": "one two"}}, [{"query": "q", "outputs": ["one"], "docs": [0]}])
     with pytest.raises(UserError, match="qa_1 at 3000: all its text makes"):
         Ruler(ruler.prose, (3000,), ("qa_1",), {"qa_1": few}).items(directory, 8192)
@@ -173,3 +174,78 @@ def test_what_cannot_be_made_is_said(ruler: Ruler, directory: Directory, tmp_pat
     docs.write_text('{"doc": 0, "text": "t"}\n')
     with pytest.raises(UserError, match="line 1 names document 3"):
         QuestionSet.read(str(bad), str(docs))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a grader would object to
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_no_sample_can_be_read_in_two_ways(ruler: Ruler, directory: Directory, index: int) -> None:
+    """Each value has one key, each key as many values as it should; no answer is a part of another word."""
+    needle = re.compile(r"One of the special magic \w+ for (\S+) is: (\S+)\.")
+    for task in [t for t in TASKS if t.startswith("niah")]:
+        sample = ruler.sample(directory, task, 3000, index)
+        pairs = needle.findall(sample.text)
+        asked = {key for key, value in pairs if value in sample.outputs}
+        assert sorted(value for key, value in pairs if key in asked) == sorted(sample.outputs)
+        assert all(sample.text.count(output) == 1 for output in sample.outputs)
+    sample = ruler.sample(directory, "vt", 3000, index)
+    value = sample.answer_prefix.split("value ")[1].split()[0]
+    example, asked_text = sample.text.split("\n\n", 1)
+    assert value not in example and not any(name in example for name in sample.outputs)
+    assert asked_text.count(f"= {value}") == 1
+    sample = ruler.sample(directory, "cwe", 4096, index)
+    listed = collections.Counter(re.findall(r"\d+\. (\S+)", sample.text.split("\n\n")[1]))
+    assert not [(a, b) for a in sample.outputs for b in listed if a in b and a != b]
+    assert {word for word, _ in listed.most_common(10)} == set(sample.outputs)
+
+
+@pytest.mark.parametrize("length", [384, 512, 777, 3000])
+def test_the_three_most_frequent_are_so_at_any_length(ruler: Ruler, directory: Directory, length: int) -> None:
+    for index in range(8):
+        sample = ruler.sample(directory, "fwe", length, index)
+        text = sample.text.split("\n")[1]
+        counts = collections.Counter(text.split()).most_common()
+        assert counts[0][0] == "..." and {word for word, _ in counts[1:4]} == set(sample.outputs)
+        assert counts[3][1] > (counts[4][1] if len(counts) > 4 else 0)
+        used = len(directory.encode(sample.prompt)) + TASKS["fwe"][1]
+        assert 0.98 * length <= used <= length
+
+
+@pytest.mark.parametrize("length", range(1024, 1100, 15))
+def test_lines_of_uuids_fill_any_length(ruler: Ruler, directory: Directory, length: int) -> None:
+    for index in range(3):
+        sample = ruler.sample(directory, "niah_multikey_3", length, index)
+        assert 0.98 * length <= len(directory.encode(sample.prompt)) + 128 <= length
+
+
+def test_a_question_that_cannot_be_asked_is_passed_over(ruler: Ruler, directory: Directory) -> None:
+    documents = {0: {"text": "Yes is not here: the answer is Oak."}, 1: {"text": "Elm it was. " + novel(4000)},
+                 2: {"text": "It was Ash."}, 3: {"text": novel(3000)}}  # fmt: skip
+    questions = [
+        {"query": "Is it?", "outputs": ["no"], "docs": [2]},
+        {"query": "Which?", "outputs": ["Elm"], "docs": [1]},  # its own document does not fit
+        {"query": "Which?", "outputs": ["Ash"], "docs": [2]},
+        {"query": "Which?", "outputs": ["Oak"], "docs": [0]},
+    ]
+    made = Ruler(ruler.prose, (3000,), ("qa_1",), {"qa_1": QuestionSet(documents, questions)})
+    found = [made.sample(directory, "qa_1", 3000, i).outputs for i in range(4)]
+    assert found == [("Ash",), ("Oak",), ("Ash",), ("Oak",)]
+    none = Ruler(ruler.prose, (3000,), ("qa_1",), {"qa_1": QuestionSet(documents, questions[:2])})
+    with pytest.raises(UserError, match="no question's own documents hold its answer and fit"):
+        none.items(directory, 8192)
+
+
+def test_a_text_without_spaces_or_full_stops_is_a_haystack_too(directory: Directory) -> None:
+    chinese = "".join(random.Random(1).choices("天地玄黄宇宙洪荒日月盈昃", k=4000))
+    for text in (chinese, "。".join(chinese[i : i + 9] for i in range(0, 4000, 9)), "so it goes on and on " * 9):
+        suite = Ruler(Prose(text), (3000,), ("niah_single_2", "niah_multikey_1"))
+        places = []
+        for index in range(8):
+            sample = suite.sample(directory, "niah_single_2", 3000, index)
+            assert 0.98 * 3000 <= len(directory.encode(sample.prompt)) + 128 <= 3000
+            context = sample.text.split("\n")[1]
+            places.append(context.index("One of the special") / len(context))
+        assert len({round(place, 1) for place in places}) > 2
+    assert join(Prose(chinese).take(20)) == chinese[:320]
