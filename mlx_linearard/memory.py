@@ -117,7 +117,7 @@ class MemoryPlan:
     """Bytes by purpose, at the fullest moment of a step."""
 
     weights: int  # frozen, one copy
-    adapters: int  # as loaded, now, before the last update; and their gradients
+    adapters: int  # now, before the last update, and their gradients
     optimizer: int  # two moments, now and before the last update
     activations: int  # what layers keep for the backward pass, and what the fullest layer holds
     workspace: int  # tiles of scores, or chunks of logits
@@ -155,12 +155,12 @@ def _backward(step: Step) -> Iterator[MemoryPlan]:
     """The moments before the update.
 
     While gradients come, from the last layer to the first, hidden states go: the larger of the two counts.
-    The adapters exist three times (as they were loaded, now, and before the last update, to which the guard
-    may return), the moments twice. With gradient accumulation the sum so far is another copy.
+    The adapters exist twice (now, and before the last update, to which the guard may return), the moments too.
+    With gradient accumulation the sum so far is another copy.
     """
     kept = step.layers * step.tokens * step.shape.width + step.supervised * step.tokens * step.related
     coming = max(0, step.trained - kept * step.size)
-    adapters = (3 + (step.grad_accum > 1)) * step.trained + coming
+    adapters = (2 + (step.grad_accum > 1)) * step.trained + coming
     ahead = CUDA_AHEAD if step.gpu and not mx.metal.is_available() else 0
     for moment, activations, workspace in _moments(step):
         yield MemoryPlan(
@@ -170,7 +170,7 @@ def _backward(step: Step) -> Iterator[MemoryPlan]:
 
 def _update(step: Step) -> MemoryPlan:
     """The update: gradients and clipped gradients, old and new weights and moments, and what the guard keeps."""
-    return MemoryPlan(step.weights, (3 + 1 + 2) * step.trained, 6 * step.trained, 0, 0, "update")
+    return MemoryPlan(step.weights, (2 + 1 + 2) * step.trained, 6 * step.trained, 0, 0, "update")
 
 
 def _moments(step: Step) -> Iterator[tuple[str, int, int]]:

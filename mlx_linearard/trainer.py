@@ -143,6 +143,7 @@ def train_step(
     A step that the guard rejects counts as a step all the same: its batches are not read again.
     """
     started = time.perf_counter()
+    pair.set_parameters(state.parameters)  # or the arrays that they were loaded with would stay in memory
     mx.reset_peak_memory()
     losses, parts, gradients = _accumulate(pair, objective, schedule, state, batches)
     norm = (_compiled_norm if on_gpu() else gradient_norm)(gradients)

@@ -5,8 +5,8 @@
 
 The made-up model has random weights, 16 layers of width 1024, 8 query heads and 2 key heads of 128, and a
 vocabulary of 32000; a 4-bit copy of it is the sixth configuration. Each configuration makes three training
-steps in a process of its own: only the third holds all that a step may hold (the weights as they were loaded,
-those before the last update, and those now). Peak memory is mlx's own counter. Exit status 1 where a plan is
+steps in a process of its own: only then is there all that a step may hold (weights and moments now, and those
+before the last update). Peak memory is mlx's own counter. Exit status 1 where a plan is
 off by more than 15 %.
 """
 
