@@ -4,7 +4,8 @@ mlx is lazy: a loop over tiles only builds a graph, and its evaluation may hold 
 keeps it from that: the inputs of a tile depend on the outputs of the one before. A GPU still accepts work, and so
 memory, ahead of what it has done: up to ten batches of operations. On Metal a batch reads some 50 MB, but mlx's
 default for a large CUDA card is 1000 MB, so here it is lowered (measured on an H200, a step of 32768 tokens:
-14.3 GB by default, 4.1 GB with 50 MB, and faster).
+14.3 GB by default, 4.1 GB with 50 MB, and faster; on an H100 the relation loss at 4096 tokens took 1039 MiB with
+20 MB and 704 with 5, and was faster too).
 """
 
 from __future__ import annotations
