@@ -25,7 +25,7 @@ from mlx.utils import tree_map
 
 from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProcess, UserError, one_line
 from .trees import named_arrays
-from .watch import Rescue, Watch, Witness
+from .watch import Rescue, Watch, Witness, hang_up
 
 T = TypeVar("T")
 
@@ -276,6 +276,7 @@ def joined() -> Iterator[Ranks]:
             yield ranks
         except LostProcess as lost:
             watch.leave()
+            hang_up()
             if not watch.witness.tells():
                 raise SystemExit(LOST_STATUS) from None
             raise LostProcess(f"{lost}; {lost.advice or watch.rescued()}") from None

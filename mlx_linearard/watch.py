@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
+import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -25,6 +28,8 @@ PATIENCE = 12.0  # that a rank waits for the first one of its machine to tell wh
 LAST = 26  # from the end of the work to the end of the process; the system sees to it
 AT_ONCE = 2.0  # after a second Ctrl-C
 TICK = 0.1
+
+HANDLES = 1024  # of open files, among which connections are looked for
 
 STOPPED = "stopped by SIGTERM, which mlx.launch sends where another process has ended"
 BEGIN = "nothing was trained yet: start again with the same command"
@@ -86,6 +91,15 @@ class Witness:
             os.write(self.handle, b".")
 
 
+def hang_up() -> None:
+    """Shut all connections of this process, so that ranks further along a ring learn at once that one is lost."""
+    for handle in range(3, HANDLES):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(handle).st_mode):
+                with socket.socket(fileno=os.dup(handle)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
 class Watch:
     """Hears signals in a thread of its own, which a main thread that is blocked in a collective cannot.
 
@@ -106,6 +120,7 @@ class Watch:
             yield
         except LostProcess as lost:
             self.leave()
+            hang_up()
             lost.advice = lost.advice or self.rescued()
             raise
         finally:
@@ -146,15 +161,23 @@ class Watch:
             raise LostProcess(STOPPED)
 
     def _listen(self, heard: int) -> None:
-        interrupts = 0
-        while numbers := os.read(heard, 64):
-            for number in numbers:
-                if number == signal.SIGTERM and not self.leaving.is_set():
-                    threading.Thread(target=self._after_sigterm, daemon=True).start()
-                interrupts += number == signal.SIGINT
-                if interrupts > 1:
-                    time.sleep(AT_ONCE)
-                    os._exit(INTERRUPTED_STATUS)
+        """Until the watch ends: signals, and whether the launcher is still there; its end is a Ctrl-C."""
+        interrupts, launcher = 0, os.getppid()
+        while True:
+            if not select.select([heard], [], [], 1.0)[0]:
+                if launcher not in (0, os.getppid()):
+                    launcher = 0
+                    os.kill(os.getpid(), signal.SIGINT)
+                continue
+            numbers = os.read(heard, 64)
+            if not numbers:
+                return
+            if signal.SIGTERM in numbers and not self.leaving.is_set():
+                threading.Thread(target=self._after_sigterm, daemon=True).start()
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                time.sleep(AT_ONCE)
+                os._exit(INTERRUPTED_STATUS)
 
     def _after_sigterm(self) -> None:
         if self.leaving.wait(GRACE):
