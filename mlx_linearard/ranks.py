@@ -249,7 +249,10 @@ def _buffers(arrays: list[mx.array]) -> Iterator[list[int]]:
 
 
 def _rank_of_launcher() -> int | None:
-    """The rank that a launcher has given to this process; None where none has started it."""
+    """The rank that a launcher has given to this process; None where none has started it, or only this one."""
+    hosts = Path(os.environ.get("MLX_HOSTFILE") or os.devnull)
+    if "MLX_HOSTFILE" in os.environ and hosts.exists() and not hosts.read_text(encoding="utf-8").strip():
+        return None  # of mlx.launch -n 1, which mlx itself cannot read
     found = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
     return int(found) if found is not None and found.isdigit() else None
 
