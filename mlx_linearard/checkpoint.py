@@ -94,13 +94,13 @@ def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
 
 def spread(state: TrainState, ranks: Ranks) -> None:
     """Make the state of every rank that of the first one, bit for bit."""
-    two, facts = ranks.from_first(lambda: [state.good.parameters is not state.parameters, _facts(state)])
+    facts = ranks.from_first(lambda: {**_facts(state), "two": state.good.parameters is not state.parameters})
     one = {"parameters": state.parameters, "optimizer": state.optimizer.state}
     good = {"parameters": state.good.parameters, "optimizer": state.good.optimizer}
-    arrays = ranks.of_first({**one, "good": good} if two else one)
+    arrays = ranks.of_first({**one, "good": good} if facts["two"] else one)
     if ranks.leads:
         return
-    kept = arrays["good"] if two else arrays
+    kept = arrays["good"] if facts["two"] else arrays
     state.good = Snapshot(kept["parameters"], kept["optimizer"])
     state.parameters, state.optimizer.state = arrays["parameters"], dict(arrays["optimizer"])
     state.step, state.guard = facts["step"], Guard.from_json(facts["guard"])

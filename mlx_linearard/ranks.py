@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
 from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProcess, UserError, one_line
@@ -198,8 +199,8 @@ class Ranks:
     def _gather_bytes(self, data: bytes, room: int) -> tuple[list[int], list[bytes]]:
         """The ranks' lengths and the first `room` bytes of each."""
         message = len(data).to_bytes(8, "big") + data[:room].ljust(room, b"\0")
-        gathered = mx.distributed.all_gather(mx.array(list(message), mx.uint8)[None], group=self.group)
-        rows = [bytes(row) for row in self._together(gathered).tolist()]  # type: ignore[union-attr]
+        gathered = mx.distributed.all_gather(mx.array(np.frombuffer(message, np.uint8))[None], group=self.group)
+        rows = [row.tobytes() for row in np.array(self._together(gathered))]
         return [int.from_bytes(row[:8], "big") for row in rows], [row[8:] for row in rows]
 
     # -----------------------------------------------------------------------------------------------
