@@ -91,11 +91,8 @@ class Launch:
         return {int(r): int(c) for r, c in re.findall(r"Node with rank (\d+) exited with code (-?\d+)", self.err)}
 
     def errors(self) -> list[str]:
-        """What the ranks said on standard error: neither mlx.launch nor mlx's ring."""
-        plain = re.sub(r"\x1b\[\d+m", "", self.err)
-        plain = re.sub(r"\[WARN\] Node with rank \d+ (was killed|exited with code -?\d+)\s*", "", plain)
-        plain = re.sub(r"\[ring\] (Socket|Sending|Receiving|Too many|Connection)[^\n]*\n", "", plain)
-        return [line for line in plain.splitlines() if line.strip()]
+        """What the commands said on standard error, which comes mixed with what mlx.launch and mlx's ring say."""
+        return re.findall(r"(?:error: |stopped|Traceback|hint: )[^\n]*", self.err)
 
 
 @contextlib.contextmanager
