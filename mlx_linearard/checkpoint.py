@@ -15,6 +15,7 @@ from .errors import UserError, one_line
 from .files import new_directory, read_json, write_json
 from .guard import Guard
 from .pair import Leaves
+from .ranks import Ranks
 from .trainer import Best, Snapshot, TrainState
 from .trees import named_arrays
 
@@ -33,17 +34,21 @@ def save(folder: Path, state: TrainState, identity: dict[str, Any], kept: int = 
     target = path_of(folder, state.step)
     arrays = dict(named_arrays(_tree(state)))
     need = sum(array.nbytes for array in arrays.values()) + MARGIN
-    facts = {
-        "step": state.step,
-        "guard": state.guard.as_json(),
-        "best": None if state.best is None else dataclasses.asdict(state.best),
-        "identity": identity,
-    }
+    facts = {**_facts(state), "identity": identity}
     with new_directory(target, overwrite=True, need=need) as temporary:
         mx.save_safetensors(str(temporary / ARRAYS), arrays)
         write_json(temporary / FACTS, facts)
     _prune(folder, kept, state.best)
     return target
+
+
+def _facts(state: TrainState) -> dict[str, Any]:
+    """What is no array of a checkpoint, as JSON."""
+    return {
+        "step": state.step,
+        "guard": state.guard.as_json(),
+        "best": None if state.best is None else dataclasses.asdict(state.best),
+    }
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
@@ -65,6 +70,13 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:07d}"
 
 
+def step_of(path: Path) -> int:
+    """After how many steps a checkpoint was made, by its name."""
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
+
+
 def found(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name))
@@ -78,6 +90,21 @@ def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
         raise UserError(f"{path} belongs to another run: {different}")
     _fill(path, state, _arrays(path))
     state.step, state.guard, state.best = facts["step"], facts["guard"], facts["best"]
+
+
+def spread(state: TrainState, ranks: Ranks) -> None:
+    """Make the state of every rank that of the first one, bit for bit."""
+    facts = ranks.from_first(lambda: {**_facts(state), "two": state.good.parameters is not state.parameters})
+    one = {"parameters": state.parameters, "optimizer": state.optimizer.state}
+    good = {"parameters": state.good.parameters, "optimizer": state.good.optimizer}
+    arrays = ranks.of_first({**one, "good": good} if facts["two"] else one)
+    if ranks.leads:
+        return
+    kept = arrays["good"] if facts["two"] else arrays
+    state.good = Snapshot(kept["parameters"], kept["optimizer"])
+    state.parameters, state.optimizer.state = arrays["parameters"], dict(arrays["optimizer"])
+    state.step, state.guard = facts["step"], Guard.from_json(facts["guard"])
+    state.best = None if facts["best"] is None else Best(**facts["best"])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:

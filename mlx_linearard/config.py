@@ -171,7 +171,7 @@ class DistillConfig:
     batch_size: int = option(1, "blocks a forward pass", check=_positive, metavar="N", group="training")
     grad_accum: int | None = option(
         None,
-        "forward passes a step; by default as many as make about 8192 tokens",
+        "forward passes a step, of all processes together; by default as many as make about 8192 tokens",
         check=_positive,
         metavar="N",
         group="training",
@@ -303,7 +303,10 @@ def parser() -> argparse.ArgumentParser:
     made = make_parser(
         "mlx_linearard.distill",
         "Extend a model's context window and restore what that costs, by distilling the frozen native model. "
-        "Without any option it runs a real demonstration sized to this machine.",
+        "Without any option it runs a real demonstration sized to this machine. Several processes share a run "
+        "where mlx.launch starts it: `mlx.launch -n 2 -- python -m mlx_linearard.distill ...` on one machine, or "
+        "`mlx.launch --hostfile hosts.json -- ...` on several; each makes its part of every step's --grad-accum times "
+        "--batch-size blocks, the result is that of one process, and only the first one writes.",
         argument_default=argparse.SUPPRESS,
     )
     made.add_argument("-c", "--config", metavar="FILE.yaml", help="options from a file; flags win over it")

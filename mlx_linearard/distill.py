@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import types
@@ -10,8 +11,9 @@ from typing import Any
 
 from .comparing import compare_objectives
 from .config import DistillConfig, parse
-from .errors import run_command
+from .errors import UserError, run_command
 from .plan import duration
+from .ranks import Ranks, joined
 from .reporting import read_run, verdict
 from .run import Listener, Result, distill, recovered
 from .trainer import StepRecord
@@ -77,10 +79,11 @@ def _guarded(result: Result) -> str:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body: parse, distil, tell."""
-    config = parse(arguments)
-    if config.compare:
-        return _compare(config)
-    result = distill(config, Printer())
+    with joined() as ranks:
+        config = DistillConfig(**ranks.from_first(lambda: dataclasses.asdict(_parsed(arguments, ranks))))
+        if config.compare:
+            return _compare(config)
+        result = distill(config, Printer(), ranks)
     if result is None:
         return 0
     print(f"\n{table({name: getattr(result, name).as_json() for name in ('native', 'scaled', 'restored')})}\n")
@@ -89,6 +92,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     model = result.run.model
     print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None, ranks: Ranks) -> DistillConfig:
+    """The options of the command line, which those of the first rank are for all."""
+    config = parse(arguments)
+    if config.compare and ranks.size > 1:
+        raise UserError("--compare makes one run after another, which processes do not share: leave mlx.launch out")
+    return config
 
 
 def _compare(config: DistillConfig) -> int:

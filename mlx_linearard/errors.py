@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR_STATUS = 2
+LOST_STATUS = 3
 INTERRUPTED_STATUS = 130
 
 # What a message of the platform contains -> what helps (from users' reports of mlx on Macs).
@@ -33,6 +34,12 @@ class UserError(Exception):
     """A user's mistake: one line that names the thing and the remedy. Commands end with status 2."""
 
 
+class LostProcess(Exception):
+    """Of several processes that share a run another one has ended. Commands end with status 3."""
+
+    advice: str | None = None  # how to go on
+
+
 def remedy(error: BaseException) -> str | None:
     """The remedy for a known failure of the platform, or None for anything else."""
     text = str(error)
@@ -44,17 +51,26 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def error_line(text: object) -> str:
+    """How a command tells of `text` on standard error."""
+    return f"error: {one_line(text)}"
+
+
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and return its exit status.
 
-    0 done; 2 a user's mistake, told in one line on standard error; 130 interrupted.
+    0 done; 2 a user's mistake, told in one line on standard error; 3 another process of this run was lost, told
+    likewise; 130 interrupted.
     Any other exception is a bug and keeps its traceback, after its remedy where one is known.
     """
     try:
         return body() or 0
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return USER_ERROR_STATUS
+    except LostProcess as error:
+        print(error_line(error), file=sys.stderr)
+        return LOST_STATUS
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED_STATUS

@@ -5,28 +5,29 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Request:
-    """Whether somebody asked to stop."""
+    """Whether somebody asked to stop. One of `at_once` that comes after another leaves at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Collection[int] = SIGNALS) -> None:
         self.made = False
+        self.at_once = at_once
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+        if self.made and number in self.at_once:
             raise KeyboardInterrupt
         self.made = True
 
 
 @contextlib.contextmanager
-def between_steps() -> Iterator[Request]:
+def between_steps(at_once: Collection[int] = SIGNALS) -> Iterator[Request]:
     """While the block runs, the first signal only sets `made`; outside the main thread signals stay as they are."""
-    request = Request()
+    request = Request(at_once)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .machine import Machine
 from .objective import Objective
 from .pair import Pair
 from .plan import Sizing
+from .ranks import ALONE, Ranks
 from .selection import reference_length, score
 from .trainer import Schedule, StepRecord, TrainState
 
@@ -48,6 +50,8 @@ class Job:
     sizing: Sizing
     machine: Machine
     identity: dict[str, Any]
+    ranks: Ranks = ALONE
+    _saving: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def workspace_bytes(self) -> int:
@@ -75,4 +79,20 @@ class Job:
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of this run; its directory."""
-        return checkpoint.save(self.run.checkpoints, state, self.identity, self.config.keep_checkpoints)
+        with self._saving:
+            return checkpoint.save(self.run.checkpoints, state, self.identity, self.config.keep_checkpoints)
+
+    def rescue(self, state: TrainState) -> None:
+        """Write a checkpoint where there is none of this state; for another thread than the run's."""
+        with self._saving:
+            if not checkpoint.path_of(self.run.checkpoints, state.step).exists():
+                checkpoint.save(self.run.checkpoints, state, self.identity, self.config.keep_checkpoints)
+
+    def way_on(self) -> str:
+        """How a run that has lost a process is gone on with."""
+        saved = checkpoint.found(self.run.checkpoints)
+        if not saved:
+            where = "no step was saved" if self.ranks.leads else "what is saved lies with the first process"
+            return f"{where}: go on with the same command and --resume"
+        last = saved[-1]
+        return f"the state after step {checkpoint.step_of(last)} is in {last}: go on with the same command and --resume"

@@ -20,6 +20,7 @@ from .memory import FLOAT32, MemoryPlan, Shape, Step, longest, plan_memory
 from .objective import Objective, resolve_objective
 from .pair import qkv_keys
 from .plan import Sizing, size_run
+from .ranks import ALONE, Ranks, Share
 from .tiles import on_gpu
 from .trees import named_modules
 
@@ -76,7 +77,7 @@ def _ways(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
     smaller = next((n for n in range(step.batch - 1, 0, -1) if fits(batch=n)), None)
     if smaller:
         found = True
-        yield f"--batch-size {smaller}"
+        yield f"--batch-size {smaller * (config.batch_size // step.batch)}"
     if config.layers != "last" and "relation" in config.objective and fits(supervised=1):
         found = True
         yield "--layers last"
@@ -95,8 +96,10 @@ def _weights(shape: Shape) -> int:
     return shape.block_weights + shape.vocabulary * shape.width * (1 if shape.tied else 2)
 
 
-def outline(config: DistillConfig, path: Path, measure: Callable[[], Machine]) -> Outline:
+def outline(config: DistillConfig, path: Path, measure: Callable[[], Machine], ranks: Ranks = ALONE) -> Outline:
     """Check all that can be checked of the model without its weights, and plan the run; takes seconds.
+
+    Of several `ranks` memory is that of one: its share of a step, and its part of the machine.
 
     `measure` tells of the machine; it is asked once the model is in order. Raises UserError for what is wrong with
     the directory (headers, index, shapes, tokenizer), the method, the objective, the layers or the sizes.
@@ -109,10 +112,9 @@ def outline(config: DistillConfig, path: Path, measure: Callable[[], Machine]) -
     model = build(checked.config, len(checked.stored), path)
     objective = objective_of(config, model)
     dtype, machine = working_dtype(config), measure()
-    sizing = size_run(config, checked.config, machine)
-    return Outline(
-        path, checked.config, dtype, machine, sizing, _step(config, checked, model, objective, dtype, sizing)
-    )
+    sizing = size_run(config, checked.config, machine, ranks)
+    step = _step(config, checked, model, objective, dtype, sizing, ranks.share(sizing.grad_accum, sizing.batch_size))
+    return Outline(path, checked.config, dtype, machine, sizing, step)
 
 
 def objective_of(config: DistillConfig, model: Any) -> Objective:
@@ -132,7 +134,13 @@ def working_dtype(config: DistillConfig) -> str | None:
 
 
 def _step(
-    config: DistillConfig, checked: Checked, model: Any, objective: Objective, dtype: str | None, sizing: Sizing
+    config: DistillConfig,
+    checked: Checked,
+    model: Any,
+    objective: Objective,
+    dtype: str | None,
+    sizing: Sizing,
+    share: Share,
 ) -> Step:
     run = objective.last_layer(len(model.layers)) + 1
     keys = set(qkv_keys(model))
@@ -147,9 +155,9 @@ def _step(
         supervised=len(objective.layers),
         relations=objective.relations,
         logits="kl" if objective.logits_weight else "ce" if objective.ce_weight else None,
-        batch=sizing.batch_size,
+        batch=sizing.batch_size // share.parts,
         seq_len=sizing.seq_len,
-        grad_accum=sizing.grad_accum,
+        grad_accum=sizing.grad_accum // share.groups,
         workspace=objective.workspace_bytes,
         gpu=on_gpu(),
     )

@@ -206,6 +206,29 @@ def adapt(student: Any, adapter: Adapter) -> None:
     mx.eval(student.trainable_parameters())
 
 
+def drop_rows(student: Any, part: int, parts: int) -> None:
+    """From here on, dropout is what one of `parts` equal parts of a batch's rows has where the batch is whole."""
+    for layer in student.layers:
+        for name, module in named_modules(layer.leaf_modules()):
+            if type(module) is nn.Dropout:
+                layer.update_modules(tree_unflatten([(name, _DropoutOfRows(module, part, parts))]))
+
+
+class _DropoutOfRows(nn.Dropout):
+    """Draws for all rows of a batch, of which it gets only some."""
+
+    def __init__(self, whole: nn.Dropout, part: int, parts: int):
+        super().__init__(1 - whole._p_1)
+        self._p_1, self._part, self._parts = whole._p_1, part, parts
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._p_1 == 1 or not self.training:
+            return x
+        rows, *rest = x.shape
+        mask = mx.random.bernoulli(self._p_1, (rows * self._parts, *rest))[self._part * rows : (self._part + 1) * rows]
+        return (mask * x) * (1 / self._p_1)
+
+
 class _OneLayer(nn.Module):
     """A single layer as a model, so that mlx-lm's own conversion adapts exactly this one."""
 

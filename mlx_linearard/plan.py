@@ -11,6 +11,7 @@ from .config import DistillConfig
 from .errors import UserError
 from .machine import Machine
 from .memory import Shape
+from .ranks import ALONE, Ranks
 
 STEP_TOKENS = 8192  # of the measured recipe
 STEP_COUNT = 144
@@ -49,6 +50,7 @@ class Sizing:
     seconds: float  # estimated, for training and both measurements
     model: str
     window: tuple[int, int]  # native, extended
+    processes: int = 1  # that share a step's blocks
 
     @property
     def tokens_per_step(self) -> int:
@@ -58,9 +60,10 @@ class Sizing:
         """The plan in a few lines."""
         native, extended = self.window
         yield f"{self.model}: window {native} -> {extended} tokens"
+        shared = f", shared by {self.processes} processes" if self.processes > 1 else ""
         yield (
             f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
-            f"{self.seq_len}) on {machine.name}: about {duration(self.seconds)}"
+            f"{self.seq_len}{shared}) on {machine.name}: about {duration(self.seconds)}"
         )
         if machine.hint:
             yield f"hint: {machine.hint}"
@@ -74,8 +77,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) -> Sizing:
-    """Choose what the configuration leaves open, and check what it says against the native window."""
+def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ranks: Ranks = ALONE) -> Sizing:
+    """Choose what the configuration leaves open, and check what it says against the native window.
+
+    `ranks` share the steps; what is measured, the first of them measures.
+    """
     native_window = rope.native_window(native)
     demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
     seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
@@ -91,12 +97,14 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine) ->
     )
     lengths = eval_lengths(config, seq_len, native_window, machine)
     eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
-    work = (4 * per_step * steps + 4 * max(eval_tokens, seq_len) * len(lengths)) * 2 * Shape.of(native).block_weights
+    tokens = 4 * per_step * steps / ranks.devices + 4 * max(eval_tokens, seq_len) * len(lengths)
+    work = tokens * 2 * Shape.of(native).block_weights
     speed = machine.gflops * 1e9 * (GPU_EFFICIENCY if machine.gpu else CPU_EFFICIENCY)
     return Sizing(
         seq_len, config.batch_size, accum, steps, eval_tokens, lengths,
         work / speed,
         config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
+        ranks.size,
     )  # fmt: skip
 
 

@@ -30,10 +30,12 @@ from .exporting import Verified, sample_logits, verify_export, write_adapters, w
 from .files import RunDir, disk_errors, existing_parent, new_file, read_config, read_json, sweep, write_json
 from .job import Job, Listener
 from .limits import set_limits
+from .machine import Machine, known
 from .machine import measure as measure_machine
 from .outline import Outline, objective_of, outline
-from .pair import load_pair, tokenizer_of
+from .pair import drop_rows, load_pair, tokenizer_of
 from .plan import Sizing
+from .ranks import ALONE, Ranks, joined
 from .reporting import write_report
 from .tiles import on_gpu
 from .trainer import Schedule, TrainState
@@ -50,6 +52,7 @@ FREE_ON_RESUME = {
 
 
 Text = tuple[np.ndarray, dict[int, np.ndarray]]  # training tokens (N,), held-out windows by length
+Rows = tuple[Fidelity, Fidelity]  # native, scaled
 
 
 @dataclass(frozen=True)
@@ -67,27 +70,37 @@ class Result:
     skipped: int  # of them, by the guard
 
 
-def distill(config: DistillConfig, listener: Listener | None = None) -> Result | None:
-    """Run a whole distillation (the contract's main path); None after a dry run.
+def distill(config: DistillConfig, listener: Listener | None = None, ranks: Ranks | None = None) -> Result | None:
+    """Run a whole distillation (the contract's main path); None after a dry run, and at other ranks than the first.
 
-    Raises UserError for a user's mistake, before anything is written; KeyboardInterrupt after saving.
+    Processes that mlx.launch has started share it; `ranks` where they know each other already. Only the first
+    of them writes and tells its listener.
+    Raises UserError for a user's mistake, before anything is written; KeyboardInterrupt after saving; LostProcess,
+    where that could be also after saving, when another process has ended.
     """
-    listener = listener or Listener()
+    if ranks is None:
+        with joined() as ranks:
+            return distill(config, listener, ranks)
+    listener = (ranks.leads and listener) or Listener()
     started = time.perf_counter()
     if config.compare:
         raise UserError("--compare asks for several runs: call compare_objectives, which makes them")
     if config.dry_run:
-        plan_only(config, listener)
+        plan_only(config, listener, ranks)
         return None
-    return execute(prepare(config, listener), listener, started)
+    return execute(prepare(config, listener, ranks=ranks), listener, started)
 
 
-def plan_only(config: DistillConfig, listener: Listener) -> None:
+def plan_only(config: DistillConfig, listener: Listener, ranks: Ranks = ALONE) -> None:
     """Check all that can be checked without the weights, and tell the plan; the start of the text is read."""
-    _, config, found = _outlined(config, listener)
+    _, config, found = _outlined(config, listener, ranks)
     few = dataclasses.replace(config, data_tokens=min(config.data_tokens, _enough(config, found.sizing)))
-    text = _tokens(few, tokenizer_of(found.path, found.native), found.sizing, listener)
-    _blocks(config, found.sizing, text[0])
+
+    def check() -> None:
+        text = _tokens(few, tokenizer_of(found.path, found.native), found.sizing, listener)
+        _blocks(config, found.sizing, text[0])
+
+    ranks.each(check)
 
 
 def _enough(config: DistillConfig, sizing: Sizing) -> int:
@@ -95,30 +108,68 @@ def _enough(config: DistillConfig, sizing: Sizing) -> int:
     return 10 * (sizing.seq_len * config.batch_size + max(sizing.eval_lengths) + 1)
 
 
-def prepare(config: DistillConfig, listener: Listener, text: Text | None = None) -> Job:
+def prepare(config: DistillConfig, listener: Listener, text: Text | None = None, ranks: Ranks = ALONE) -> Job:
     """Check and load everything, and tell the plan; nothing is written. `text` saves reading it again.
 
     Raises UserError for a user's mistake.
     """
-    run, config, found = _outlined(config, listener)
-    return _load(config, run, found, listener, text)
+    run, config, found = _outlined(config, listener, ranks)
+    job = ranks.each(lambda: _load(config, run, found, listener, text, ranks))
+    first = ranks.from_first(lambda: job.identity)
+    ranks.each(lambda: _check_identity(job, first))
+    return job
 
 
-def _outlined(config: DistillConfig, listener: Listener) -> tuple[RunDir, DistillConfig, Outline]:
+def _outlined(config: DistillConfig, listener: Listener, ranks: Ranks = ALONE) -> tuple[RunDir, DistillConfig, Outline]:
     """The run's directory, its options with the sizes of a resumed run, and its outline, told; UserError where it
     cannot be, or does not fit the machine."""
     run = RunDir(config.output)
+    config = with_sizes(config, ranks.from_first(lambda: _output_sizes(config, run)))
+
+    def model() -> Path:
+        set_limits(config)
+        return resolve(config.model) if config.model else default_model(progress=listener.say)
+
+    path = ranks.in_turn(model)
+    measure = _measurement(config, path, ranks)
+
+    def plan() -> Outline:
+        found = outline(config, path, measure, ranks)
+        for line in found.lines():
+            listener.say(line)
+        found.check(config)
+        return found
+
+    return run, config, ranks.each(plan)
+
+
+def _output_sizes(config: DistillConfig, run: RunDir) -> dict[str, Any]:
+    """The sizes that a resumed run began with; {} for another. UserError where the run's place is none."""
     _check_output(config, run)
-    if config.resume:
-        config = with_sizes(config, read_sizes(run))
-    set_limits(config)
-    path = resolve(config.model) if config.model else default_model(progress=listener.say)
+    return read_sizes(run) if config.resume else {}
+
+
+def _measurement(config: DistillConfig, path: Path, ranks: Ranks) -> Callable[[], Machine]:
+    """What tells of the machine. Ranks have one speed between them, that of the first, so that all size alike."""
     dtype = "float16" if config.dtype == "auto" else config.dtype
-    found = outline(config, path, lambda: measure_machine(getattr(mx, dtype) if on_gpu() else mx.float32))
-    for line in found.lines():
-        listener.say(line)
-    found.check(config)
-    return run, config, found
+
+    def measure() -> Machine:
+        return measure_machine(getattr(mx, dtype) if on_gpu() else mx.float32)
+
+    if ranks.size == 1:
+        return measure
+    speed = ranks.from_first(lambda: outline(config, path, measure, ranks).machine.gflops)
+    return lambda: known(speed, 1 if mx.cuda.is_available() else ranks.beside)
+
+
+def _check_identity(job: Job, first: dict[str, Any]) -> None:
+    """UserError where this rank would train something else than the first."""
+    own = json.loads(json.dumps(job.identity))
+    if different := checkpoint.differences(first, own, first.keys() | own.keys()):
+        raise UserError(
+            f"process {job.ranks.rank} would train something else than the first one: {different}; give all the "
+            "same files"
+        )
 
 
 def read_sizes(run: RunDir) -> dict[str, Any]:
@@ -174,7 +225,9 @@ def _probe(target: Path) -> None:
         raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
 
 
-def _load(config: DistillConfig, run: RunDir, found: Outline, listener: Listener, text: Text | None) -> Job:
+def _load(
+    config: DistillConfig, run: RunDir, found: Outline, listener: Listener, text: Text | None, ranks: Ranks
+) -> Job:
     path, sizing = found.path, found.sizing
     pair = load_pair(
         path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
@@ -182,6 +235,9 @@ def _load(config: DistillConfig, run: RunDir, found: Outline, listener: Listener
         adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
         dtype=found.dtype, seed=config.seed,
     )  # fmt: skip
+    share = ranks.share(sizing.grad_accum, sizing.batch_size)
+    if share.parts > 1:
+        drop_rows(pair.student, share.part, share.parts)
     objective = objective_of(config, pair.student)
     train_tokens, held_out = text or _tokens(config, pair.tokenizer, sizing, listener)
     blocks = _blocks(config, sizing, train_tokens)
@@ -191,7 +247,7 @@ def _load(config: DistillConfig, run: RunDir, found: Outline, listener: Listener
     )  # fmt: skip
     return Job(
         config, pair, objective, schedule, blocks, held_out, run, sizing, found.machine,
-        _identity(config, sizing, path, train_tokens),
+        _identity(config, sizing, path, train_tokens), ranks,
     )  # fmt: skip
 
 
@@ -241,20 +297,36 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndar
 # The run
 
 
-def execute(job: Job, listener: Listener, started: float, before: tuple[Fidelity, Fidelity] | None = None) -> Result:
+def execute(job: Job, listener: Listener, started: float, before: Rows | None = None) -> Result | None:
     """Measure, train, export, verify and report. `before` is native and scaled where they are measured already.
 
+    Of several ranks only the first does more than train; the others come back after the last step, with None.
     Raises KeyboardInterrupt after saving, where somebody asked to stop.
     """
     state = TrainState.start(job.pair, job.schedule)
+    job.ranks.from_first(lambda: _begin(job, state, listener))
+    with job.ranks.on_loss(job.way_on):
+        checkpoint.spread(state, job.ranks)
+        rows: list[Rows] = []
+        job.ranks.from_first(lambda: rows.append(_first_measure(job, listener, before)))
+        train_run(job, state, rows[0][1] if rows else None, listener)
+    return _finish(job, state, *rows[0], listener, started) if rows else None
+
+
+def _begin(job: Job, state: TrainState, listener: Listener) -> None:
+    """Put the last checkpoint of a run that is resumed into `state`, and open the run's directory."""
     sweep(job.run.checkpoints)
     saved = checkpoint.found(job.run.checkpoints) if job.config.resume else []
     if saved:  # a run that was stopped before its first checkpoint begins again
         checkpoint.load(saved[-1], state, job.identity)
         listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
     _open_run(job, state)
-    native, scaled = _first_measure(job, listener, before)
-    train_run(job, state, scaled, listener)
+
+
+def _finish(
+    job: Job, state: TrainState, native: Fidelity, scaled: Fidelity, listener: Listener, started: float
+) -> Result:
+    """What comes after the last step."""
     restored, exported_step = _chosen(job, state, scaled, listener)
     verified = _export(job, listener)
     rows = {"native": native, "scaled": scaled, "restored": restored}
@@ -313,7 +385,7 @@ def _truncate(path: Path, step: int) -> None:
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _first_measure(job: Job, listener: Listener, before: tuple[Fidelity, Fidelity] | None) -> tuple[Fidelity, Fidelity]:
+def _first_measure(job: Job, listener: Listener, before: Rows | None) -> Rows:
     """Native and scaled, before training (the adapters add nothing yet); read back where a run is resumed."""
     if job.config.resume and (saved := read_before(job.run)) and saved[0].perplexity.keys() == job.held_out.keys():
         return saved
@@ -389,6 +461,7 @@ def _write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
                 "exported_step": result.exported_step,
                 "seconds": round(result.seconds, 1),
                 "machine": job.machine.name,
+                "processes": job.ranks.size,
                 "versions": {"mlx_linearard": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
             },
         },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from .data import Blocks
 from .guard import Guard
 from .objective import Objective, objective_loss
 from .pair import Leaves, Pair
+from .ranks import ALONE, WHOLE, Ranks, Share
 from .tiles import on_gpu
 from .trees import named_arrays
 
@@ -94,6 +97,13 @@ class TrainState:
         """Weights and optimizer as they are now."""
         return Snapshot(self.parameters, _copy(self.optimizer.state))
 
+    def frozen(self) -> TrainState:
+        """The state as it is now, which later steps leave alone; by reference."""
+        optimizer = copy.copy(self.optimizer)
+        optimizer.state = _copy(self.optimizer.state)
+        best = None if self.best is None else dataclasses.replace(self.best)
+        return TrainState(self.step, self.parameters, optimizer, self.good, dataclasses.replace(self.guard), best)
+
     def restore(self, snapshot: Snapshot) -> None:
         """Weights and optimizer as they were."""
         self.parameters = snapshot.parameters
@@ -136,16 +146,24 @@ class StepRecord:
 
 
 def train_step(
-    pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array]
+    pair: Pair,
+    objective: Objective,
+    schedule: Schedule,
+    state: TrainState,
+    batches: list[mx.array],
+    ranks: Ranks = ALONE,
+    share: Share = WHOLE,
 ) -> StepRecord:
     """One optimizer step over `batches` ((B, T + 1) each, equally weighted); the update is made where the guard agrees.
 
+    Of several `ranks` each has its `share` of the step's batches; all make the same update, of the mean over all.
     A step that the guard rejects counts as a step all the same: its batches are not read again.
+    Raises LostProcess, with the state as it was, where another rank has ended.
     """
     started = time.perf_counter()
     pair.set_parameters(state.parameters)  # or the arrays that they were loaded with would stay in memory
     mx.reset_peak_memory()
-    losses, parts, gradients = _accumulate(pair, objective, schedule, state, batches)
+    losses, parts, gradients = ranks.mean(_accumulate(pair, objective, schedule, state, batches, share))
     norm = (_compiled_norm if on_gpu() else gradient_norm)(gradients)
     rate = schedule.rate(state.step) * state.guard.factor
     loss = _number(losses)
@@ -161,7 +179,7 @@ def train_step(
         parts={name: _number(value) for name, value in parts.items()},
         grad_norm=_number(norm),
         learning_rate=rate,
-        tokens=sum(b.shape[0] * (b.shape[1] - 1) for b in batches),
+        tokens=ranks.size * sum(b.shape[0] * (b.shape[1] - 1) for b in batches),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
         skipped=skipped,
@@ -174,10 +192,11 @@ def _number(scalar: mx.array) -> float:
 
 
 def _accumulate(
-    pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array]
+    pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array], share: Share
 ) -> tuple[mx.array, dict[str, mx.array], list[Leaves]]:
     """Mean loss, parts and gradients over the batches, each evaluated and released before the next begins."""
-    first = (schedule.seed % 2**24 << 32) + state.step * len(batches)
+    passes = len(batches) * share.groups
+    first = (schedule.seed % 2**24 << 32) + state.step * passes + share.passes(passes).start
 
     def loss_of(parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None) -> Any:
         return objective_loss(pair, objective, parameters, tokens, dropout_seed)
@@ -230,12 +249,14 @@ def _updated(
 
 
 def train(
-    pair: Pair, objective: Objective, schedule: Schedule, blocks: Blocks, state: TrainState
+    pair: Pair, objective: Objective, schedule: Schedule, blocks: Blocks, state: TrainState, ranks: Ranks = ALONE
 ) -> Iterator[StepRecord]:
     """Steps from `state.step` to the end, one record each; the caller may save, evaluate or stop between them."""
+    share = ranks.share(schedule.grad_accum, schedule.batch_size)
+    rows = share.rows(schedule.batch_size)
     while state.step < schedule.steps:
         first = state.step * schedule.grad_accum
         batches = [
-            mx.array(blocks.batch(first + i, schedule.batch_size)) for i in range(schedule.grad_accum)
+            mx.array(blocks.batch(first + i, schedule.batch_size)[rows]) for i in share.passes(schedule.grad_accum)
         ]  # fmt: skip
-        yield train_step(pair, objective, schedule, state, batches)
+        yield train_step(pair, objective, schedule, state, batches, ranks, share)
