@@ -15,7 +15,7 @@ from .errors import UserError, run_command
 from .plan import duration
 from .ranks import Ranks, joined
 from .reporting import read_run, verdict
-from .run import Listener, Result, distill, recovered
+from .run import Listener, Result, distill
 from .trainer import StepRecord
 
 
@@ -87,8 +87,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if result is None:
         return 0
     print(f"\n{table({name: getattr(result, name).as_json() for name in ('native', 'scaled', 'restored')})}\n")
-    print(f"{recovered(result):.0%} of the KL that scaling cost is recovered; {duration(result.seconds)} in all.")
-    print(f"Exported is the state after step {result.exported_step} of {result.steps}{_guarded(result)}.")
+    print("\n".join(verdict(read_run(result.run.root))))
+    print(
+        f"Exported is the state after step {result.exported_step} of {result.steps}{_guarded(result)}; "
+        f"{duration(result.seconds)} in all; the report is {result.run.report}."
+    )
     model = result.run.model
     print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
     return 0

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -466,10 +465,3 @@ def _write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
             },
         },
     )
-
-
-def recovered(result: Result) -> float:
-    """The share of the KL that scaling cost and training took back; NaN where scaling cost nothing."""
-    if not result.scaled.kl or result.restored.kl is None:
-        return math.nan
-    return 1 - result.restored.kl / result.scaled.kl
