@@ -50,6 +50,8 @@ def test_a_run_leaves_what_the_contract_says(
     more = ["--fine-tune-type", kind, "--eval-lengths", "32,200", "--learning-rate", rate, "--steps", "8"]
     assert command(flags(model_dir, text_file, run, *more)) == 0
     assert "restored" in (told := capsys.readouterr().out) and f"mlx_lm.generate --model {run}/model" in told
+    report = (run / "report.md").read_text()
+    assert any(len(line) > 60 and line in report for line in told.splitlines()[-6:-2])  # the report's own verdict
     results = json.loads((run / "results.json").read_text())
     for name in ("native", "scaled", "restored"):
         assert set(results[name]["perplexity"]) == {"32", "200"}
