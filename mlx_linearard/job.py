@@ -21,6 +21,7 @@ from .plan import Sizing
 from .ranks import ALONE, Ranks
 from .selection import reference_length, score
 from .trainer import Schedule, StepRecord, TrainState
+from .watch import BEGIN
 
 
 class Listener:
@@ -90,9 +91,9 @@ class Job:
 
     def way_on(self) -> str:
         """How a run that has lost a process is gone on with."""
-        saved = checkpoint.found(self.run.checkpoints)
-        if not saved:
-            where = "no step was saved" if self.ranks.leads else "what is saved lies with the first process"
-            return f"{where}: go on with the same command and --resume"
-        last = saved[-1]
-        return f"the state after step {checkpoint.step_of(last)} is in {last}: go on with the same command and --resume"
+        again = "go on with the same command and --resume"
+        if saved := checkpoint.found(self.run.checkpoints):
+            return f"the state after step {checkpoint.step_of(saved[-1])} is in {saved[-1]}: {again}"
+        if self.run.config.exists():
+            return f"no step was saved: {again}"
+        return BEGIN if self.ranks.leads else f"what is saved lies with the first process: {again}"

@@ -303,8 +303,8 @@ def execute(job: Job, listener: Listener, started: float, before: Rows | None = 
     Raises KeyboardInterrupt after saving, where somebody asked to stop.
     """
     state = TrainState.start(job.pair, job.schedule)
-    job.ranks.from_first(lambda: _begin(job, state, listener))
     with job.ranks.on_loss(job.way_on):
+        job.ranks.from_first(lambda: _begin(job, state, listener))
         checkpoint.spread(state, job.ranks)
         rows: list[Rows] = []
         job.ranks.from_first(lambda: rows.append(_first_measure(job, listener, before)))

@@ -32,7 +32,7 @@ TICK = 0.1
 HANDLES = 1024  # of open files, among which connections are looked for
 
 STOPPED = "stopped by SIGTERM, which mlx.launch sends where another process has ended"
-BEGIN = "nothing was trained yet: start again with the same command"
+BEGIN = "no step was saved: start again with the same command"
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,14 @@ class Watch:
 
     def rescued(self) -> str:
         """Save what can be saved in a short time; how to go on."""
-        saver = threading.Thread(target=self._rescue.save, daemon=True)
+        saver = threading.Thread(target=self._saved, daemon=True)
         saver.start()
         saver.join(SAVING)
         return self._rescue.advice()
+
+    def _saved(self) -> None:
+        with contextlib.suppress(Exception):  # then the checkpoint before is what the advice finds
+            self._rescue.save()
 
     def leave(self) -> None:
         """From here on this process ends by itself; where that takes too long, the system ends it."""
