@@ -68,7 +68,7 @@ def in_chunks(feed_forward: PositionWise, width: int, workspace: int) -> Positio
 
             return mx.concatenate(list(_each(back, slices, flat, cotangent)), axis=1)
 
-        out = forward(flat)
+        out: Any = forward(flat)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     return chunked
