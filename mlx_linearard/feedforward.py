@@ -1,7 +1,7 @@
 """The feed-forward part of a layer, some positions at a time: its wide activations never exist for a whole sequence.
 
 Feed-forward parts, mixtures of experts too, treat each position on its own. Their activations are the widest of a
-layer, and a gradient holds some ten of them at once, so they decide how much memory a step takes. A chunk of
+layer, and a gradient holds eight of them at once, so they decide how much memory a step takes. A chunk of
 positions goes forward, and in the backward pass forward again and back, before the next begins.
 """
 
