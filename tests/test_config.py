@@ -27,6 +27,14 @@ def test_the_resolved_file_reads_back_to_the_same(tmp_path: Path) -> None:
     assert DistillConfig(**read_yaml(tmp_path / "c.yaml")) == config
 
 
+def test_the_recipes_are_what_the_readme_says_of_them() -> None:
+    """144 steps of 8192 tokens, and nothing that ties a recipe to one machine's files."""
+    examples = Path(__file__).parents[1] / "examples"
+    recipe = parse(["--config", str(examples / "recipe.yaml"), "--method", "linear"])
+    assert (recipe.steps, recipe.seq_len, recipe.grad_accum, recipe.method) == (144, 2048, 4, "linear")
+    assert recipe.model is recipe.data is None and recipe.output == DistillConfig.output
+
+
 def test_every_option_is_in_the_help() -> None:
     text = parser().format_help()
     for item in dataclasses.fields(DistillConfig):

@@ -245,7 +245,7 @@ def patched(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------
 # A rank that dies
 
-LONG = ("--grad-accum", "4", "--steps", "120", "--save-every", "2", "--eval-every", "30", "--keep", "last")
+LONG = ("--grad-accum", "4", "--steps", "80", "--save-every", "2", "--eval-every", "30", "--keep", "last")
 LIMIT = 30.0  # seconds
 
 
@@ -279,7 +279,7 @@ def test_ranks_killed_at_random_instants_end_the_run_and_it_resumes(
     """Any rank, the first one every other time, and then inside a save; in the end by another number of ranks."""
     seeded, run, inside = random.Random(size), tmp_path / "run", 0
     arguments = flags(model_dir, text_file, run, *LONG)
-    for number, step in enumerate(sorted(seeded.sample(range(5, 110), 4))):
+    for number, step in enumerate(sorted(seeded.sample(range(5, 50), 4))):
         lost = seeded.randrange(1, size) if number % 2 else 0
         step = max(step, lines_in(run / "metrics.jsonl") + 1)  # one that only this launch can have made
         with launch(size, arguments) as started:
@@ -401,7 +401,7 @@ def test_ctrl_c_in_the_terminal_saves(model_dir: Path, text_file: Path, tmp_path
         os.killpg(started.process.pid, signal.SIGINT)
         assert started.wait() < LIMIT
     step = lines_in(run / "metrics.jsonl")
-    assert 7 <= step < 120 and checkpoint.step_of(checkpoint.found(run / "checkpoints")[-1]) == step
+    assert 7 <= step < 80 and checkpoint.step_of(checkpoint.found(run / "checkpoints")[-1]) == step
 
 
 @pytest.mark.slow
