@@ -282,6 +282,11 @@ def draw(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, NullLocator
+
+    class Plain(LogFormatter):  # no 2e+04
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     panels = {"peak memory, GB": ("peak_mb", 1e-3), "tokens a second": ("tokens_per_second", 1)}
     panels = {title: of for title, of in panels.items() if any(r[of[0]] for r in rows)}
@@ -296,7 +301,11 @@ def draw(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
             }.get(name, name)
             axis.plot([r["length"] for r in own], [r[key] * unit for r in own], marker="o", label=label)
         axis.set(xscale="log", yscale="log", xlabel="sequence length", title=title)
-        axis.set_xscale("log", base=2)
+        lengths = sorted({r["length"] for r in rows})
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(Plain(minor_thresholds=(2, 0.4)))
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"one training step, {rows[0]['model']}, {rows[0]['machine']}", fontsize=10)
