@@ -32,6 +32,11 @@ def free_ports(count: int) -> int:
             return first
 
 
+def hears_ctrl_c() -> None:
+    """For a process to be: SIGINT reaches it also where the tests run in a shell's background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Launch:
     """mlx.launch with `size` ranks of a Python command, and what they have said when it has ended."""
 

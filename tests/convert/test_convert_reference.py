@@ -13,6 +13,7 @@ import converter_models as tiny
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import hears_ctrl_c
 from mlx_linearard.convert.hf import from_hf, scale, to_hf
 from mlx_linearard.convert.peft import to_peft
 from mlx_linearard.convert.verify import torch_logits
@@ -220,7 +221,7 @@ def test_memory_is_that_of_a_shard_at_most(tmp_path, dtype):
 
 def started(source, target):
     line = [sys.executable, "-m", "mlx_linearard.convert", "from-hf", str(source), str(target)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
 
 
 def test_ctrl_c_midway_leaves_nothing(tmp_path):

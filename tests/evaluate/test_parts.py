@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import hears_ctrl_c
 from tiny import PROSE, tiny_model
 
 from mlx_linearard import evaluate as room
@@ -133,7 +134,9 @@ def test_a_stopped_process_measures_nothing_twice(
     broken, whole = tmp_path / "broken.json", tmp_path / "whole.json"
     errors = tmp_path / "errors"
     with errors.open("w") as stderr:
-        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=stderr)
+        process = subprocess.Popen(
+            [*command, str(broken)], stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=hears_ctrl_c
+        )
     while process.poll() is None and len(measured := _lines(tmp_path)) < 20:
         time.sleep(0.005)
     process.send_signal(sent)
