@@ -68,12 +68,12 @@ def test_weights_and_adapters_are_what_loading_takes(tmp_path: Path, bits: int |
     "options",
     [
         {"seq_len": 512},
-        {"seq_len": 512, "layers": "all"},
+        pytest.param({"seq_len": 512, "layers": "all"}, marks=pytest.mark.slow),
         # Minutes on mlx's own BLAS.
         pytest.param({"seq_len": 1024, "layers": "all", "workspace": 8, "grad_accum": 2}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 512, "objective": "relation+logits"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 512, "objective": "ce"}, marks=pytest.mark.slow),
-        {"seq_len": 128, "batch_size": 4, "fine_tune_type": "full"},
+        pytest.param({"seq_len": 128, "batch_size": 4, "fine_tune_type": "full"}, marks=pytest.mark.slow),
     ],
     ids=["last", "all", "workspace", "logits", "ce", "full"],
 )

@@ -139,7 +139,8 @@ def test_overwrite_takes_the_evaluation_of_the_old_run_with_it(
 ) -> None:
     run = tmp_path / "run"
     assert command(flags(model_dir, text_file, run)) == 0
-    assert evaluate(["--run", str(run), "--suite", "ppl", "--data", str(text_file), "--lengths", "64"]) == 0
+    more = ["--suite", "ppl", "--data", str(text_file), "--lengths", "64", "--tokens", "256"]
+    assert evaluate(["--run", str(run), *more]) == 0
     assert list((run / "results.items").iterdir()) and "ppl" in (run / "results.json").read_text()
     assert command(flags(model_dir, text_file, run, "--overwrite")) == 0
     assert not (run / "results.items").exists() and "ppl" not in (run / "results.json").read_text()
