@@ -68,8 +68,8 @@ def test_weights_and_adapters_are_what_loading_takes(tmp_path: Path, bits: int |
     "options",
     [
         {"seq_len": 512},
-        pytest.param({"seq_len": 512, "layers": "all"}, marks=pytest.mark.slow),
         # Minutes on mlx's own BLAS.
+        pytest.param({"seq_len": 512, "layers": "all"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 1024, "layers": "all", "workspace": 8, "grad_accum": 2}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 512, "objective": "relation+logits"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 512, "objective": "ce"}, marks=pytest.mark.slow),

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from step import slug
+from relation import file_name
 
 ALLOWED = 0.15
 STEPS = 3
@@ -142,7 +142,7 @@ def child(work: dict[str, Any]) -> None:
 def report(rows: list[dict[str, Any]], folder: Path) -> int:
     """Write a CSV named after the machine; 1 where a plan is off by too much."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"memory-plan-{slug(rows[0]['machine'])}.csv"
+    file = folder / f"memory-plan-{file_name(rows[0]['machine'])}.csv"
     with file.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(rows[0]))
         writer.writeheader()

@@ -161,6 +161,13 @@ def draw(path: Path, panels: dict[str, tuple[str, dict[str, tuple[list, list]]]]
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Numbers as they are, 20000 and not 2e+04, on the ticks that there is room for."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
     for axis, (name, (label, lines)) in zip(axes[0], panels.items(), strict=True):
@@ -168,6 +175,9 @@ def draw(path: Path, panels: dict[str, tuple[str, dict[str, tuple[list, list]]]]
             axis.plot(xs, ys, marker="o", label=line)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label, title=name)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            set_formatter(Plain(minor_thresholds=(2, 0.4)))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mlx_linearard.errors import run_command
+
 RANK, SCALE = 64, 2.0
 SERIES = ("last", "all", "logits", "mlx-lm")
 
@@ -33,8 +35,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare_model(options, Path(scratch))
-        rows = [row for name in options.series.split(",") for row in run_series(options, model, name)]
+        rows = [row for name in options.series for row in run_series(options, model, name)]
     report(rows, Path(options.out))
+
+
+def lengths(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def series(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(SERIES):
+        raise argparse.ArgumentTypeError(f"{text}: must be of {', '.join(SERIES)}, with commas between them")
+    return names
 
 
 def arguments() -> argparse.Namespace:
@@ -43,8 +56,8 @@ def arguments() -> argparse.Namespace:
         "--model", help="a model directory (default: SmolLM2-135M-Instruct); with --shape its tokenizer"
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random 4-bit weights of this shape, made on the spot")
-    parser.add_argument("--lengths", default="1024,2048,4096,8192")
-    parser.add_argument("--series", default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
+    parser.add_argument("--lengths", type=lengths, default="1024,2048,4096,8192")
+    parser.add_argument("--series", type=series, default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
     parser.add_argument("--memory-limit", type=int, default=None, metavar="MB", help="as distill's, for every series")
@@ -70,8 +83,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
     """The directory to measure on: the user's, SmolLM2's, or random weights of a shape with its tokenizer."""
     from mlx_linearard.default_model import default_model
+    from mlx_linearard.files import read_config
 
     model = Path(options.model) if options.model else default_model()
+    read_config(model)  # a mistake is told once, and not by each series
     return random_quantized(SHAPES[options.shape], scratch / options.shape, model) if options.shape else model
 
 
@@ -114,7 +129,7 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
     """One series in a process of its own; its rows, also of what came before a failure."""
     work = {
         "model": str(model), "shape": options.shape or model.name, "series": name, "steps": options.steps,
-        "lengths": [int(n) for n in options.lengths.split(",")], "workspace": options.workspace << 20,
+        "lengths": options.lengths, "workspace": options.workspace << 20,
         "dtype": options.dtype, "memory_limit": options.memory_limit,
     }  # fmt: skip
     process = subprocess.run(
@@ -251,6 +266,8 @@ def exponent(rows: list[dict[str, Any]]) -> float:
 
 def report(rows: list[dict[str, Any]], folder: Path) -> None:
     """Print a table, write a CSV, draw a picture."""
+    from relation import draw, file_name
+
     if not rows:
         sys.exit("nothing was measured")
     names = list(dict.fromkeys(r["series"] for r in rows))
@@ -261,56 +278,35 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
             memory = f"peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})"
             print(f"  T={r['length']:>6}  {memory}  {r['tokens_per_second']:>9.0f} tokens/s")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"step-{slug(rows[0]['model'])}-{slug(rows[0]['machine'])}"
+    stem = f"step-{file_name(rows[0]['model'])}-{file_name(rows[0]['machine'])}"
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, names, folder / f"{stem}.png")
     print(f"\nwrote {folder / stem}.csv")
+    draw(folder / f"{stem}.png", panels(rows), f"one training step, {rows[0]['model']}, {rows[0]['machine']}")
 
 
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-").replace("--", "-")
+LINES = {
+    "last": "relations, last layer",
+    "all": "relations, all layers",
+    "mlx-lm": "mlx_lm.lora --grad-checkpoint",
+}
 
 
-def draw(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install 'mlx-linearard[plot]'")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter, NullLocator
+def panels(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, tuple[list[int], list[float]]]]]:
+    """Memory and speed against length, a line for each series."""
 
-    class Plain(LogFormatter):  # no 2e+04
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
-
-    panels = {"peak memory, GB": ("peak_mb", 1e-3), "tokens a second": ("tokens_per_second", 1)}
-    panels = {title: of for title, of in panels.items() if any(r[of[0]] for r in rows)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (title, (key, unit)) in zip(axes[0], panels.items(), strict=True):
-        for name in names:
+    def lines(key: str, unit: float) -> dict[str, tuple[list[int], list[float]]]:
+        found = {}
+        for name in dict.fromkeys(r["series"] for r in rows):  # all of them: a series has one colour
             own = [r for r in rows if r["series"] == name and r[key]]
-            label = {
-                "last": "relations, last layer",
-                "all": "relations, all layers",
-                "mlx-lm": "mlx_lm.lora --grad-checkpoint",
-            }.get(name, name)
-            axis.plot([r["length"] for r in own], [r[key] * unit for r in own], marker="o", label=label)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length", title=title)
-        lengths = sorted({r["length"] for r in rows})
-        axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.xaxis.set_minor_locator(NullLocator())
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(Plain(minor_thresholds=(2, 0.4)))
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"one training step, {rows[0]['model']}, {rows[0]['machine']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+            found[LINES.get(name, name)] = [r["length"] for r in own], [r[key] * unit for r in own]
+        return found
+
+    made = {"peak memory": ("GB", lines("peak_mb", 1e-3)), "speed": ("tokens/s", lines("tokens_per_second", 1))}
+    return {title: panel for title, panel in made.items() if any(ys for _, ys in panel[1].values())}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))
