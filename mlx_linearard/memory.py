@@ -30,12 +30,13 @@ from .feedforward import held as held_by_feed_forward
 from .feedforward import width_of
 from .relation import held_by_head
 from .relation import plan as relation_tiles
-from .tiles import AHEAD_MB, FLOAT32
+from .tiles import FLOAT32
 from .vocabulary import CE_ARRAYS, KL_ARRAYS
 from .vocabulary import chunk_size as logits_chunk
 
-# CUDA only, in bytes: mlx runs ahead of the device by ten batches of operations whose arrays are not released yet.
-CUDA_AHEAD = 10 * AHEAD_MB * 10**6
+# CUDA only: mlx runs ahead of the device by ten batches of operations, none smaller than one operation (tiles.py
+# lets a batch read no more than that); what they make, each an array as large as a hidden state, is not released yet.
+CUDA_AHEAD = 10
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _backward(step: Step) -> Iterator[MemoryPlan]:
     kept = step.layers * step.tokens * step.shape.width + step.supervised * step.tokens * step.related
     coming = max(0, step.trained - kept * step.size)
     adapters = (2 + (step.grad_accum > 1)) * step.trained + coming
-    ahead = CUDA_AHEAD if step.gpu and not mx.metal.is_available() else 0
+    cuda = step.gpu and not mx.metal.is_available()
+    ahead = CUDA_AHEAD * step.tokens * step.shape.width * step.size if cuda else 0
     for moment, activations, workspace in _moments(step):
         yield MemoryPlan(
             step.weights, adapters, 4 * step.trained, kept * step.size + activations, workspace + ahead, moment
