@@ -13,7 +13,7 @@ from .store import COMPARISONS, NOT_MODELS, ItemLog, merge_results, read_results
 from .subject import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
 from .suite import Item, Record, Suite, all_options, identity, metric_names, samples, summary
 
-Progress = Callable[[str, int, int], None]  # (label, cost done, cost in all)
+Progress = Callable[[str, int, int], None]  # (label, tokens done by the work they are, tokens in all)
 
 
 def run_suite(
@@ -27,7 +27,7 @@ def run_suite(
     """
     items = suite.items(subject.directory, window or subject.directory.window)
     done = log.read() if log else {}
-    state = _Done(f"{suite.name}, {subject.label}", items, done, progress)
+    state = _Done(f"{suite.name}, {subject.label}", items, done, progress, subject.directory.balance)
     for item in items:
         if item.id not in done:
             done[item.id] = suite.measure(subject, item, state.tick)
@@ -39,23 +39,33 @@ def run_suite(
 
 
 class _Done:
-    """Counts the cost of what is done, item by item and within an item; only what is left is counted in all."""
+    """Tells how much is done, item by item and within an item; only what is left is counted in all.
 
-    def __init__(self, label: str, items: Sequence[Item], done: Mapping[str, Any], progress: Progress | None):
-        self.label, self.progress = label, progress
-        self.total = sum(item.cost for item in items if item.id not in done)
-        self.before = self.within = self.told = 0
+    It is told in tokens, but each counts for the work it is: the more of its item stand before it, the more.
+    """
+
+    def __init__(
+        self, label: str, items: Sequence[Item], done: Mapping[str, Any], progress: Progress | None, balance: float
+    ):
+        self.label, self.progress, self.balance = label, progress, balance
+        left = [item.cost for item in items if item.id not in done]
+        self.total, self.work = sum(left), sum(map(self._work, left))
+        self.before, self.within, self.told = 0.0, 0, 0
 
     def tick(self, tokens: int) -> None:
         self.within += tokens
-        self._tell(self.before + self.within)
+        self._tell(self.before + self._work(self.within))
 
     def finish(self, item: Item) -> None:
-        self.before, self.within = self.before + item.cost, 0
+        self.before, self.within = self.before + self._work(item.cost), 0
         self._tell(self.before)
 
-    def _tell(self, now: int) -> None:
-        now = min(now, self.total)
+    def _work(self, tokens: int) -> float:
+        """Work of an item's first `tokens`, in tokens that see nothing before them."""
+        return tokens + tokens * tokens / (2 * self.balance)
+
+    def _tell(self, work: float) -> None:
+        now = min(round(work / self.work * self.total), self.total)
         if self.progress and now > self.told:
             self.told = now
             self.progress(self.label, now, self.total)

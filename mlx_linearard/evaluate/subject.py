@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..convert.hf import resolve
 from ..convert.safe import check_config, check_model_dir, check_tokenizer, shards
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
+from ..memory import Shape
 from ..pair import load_frozen, tokenizer_of
 from ..rope import native_window
 from ..tiles import on_gpu
@@ -49,6 +51,15 @@ class Directory:
             return native_window(self.config)
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def balance(self) -> float:
+        """Tokens of context whose attention takes as much arithmetic as the layers' weights; inf where none is told."""
+        try:
+            shape = Shape.of(self.config)
+            return shape.block_weights / (2 * shape.layers * shape.heads * shape.head_dim)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return math.inf
 
     @property
     def starts_with_bos(self) -> bool:

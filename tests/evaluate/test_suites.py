@@ -51,6 +51,23 @@ def text_tokens(subject: Subject, count: int) -> np.ndarray:
     return np.array(subject.directory.encode(PROSE * 100)[:count], np.int32)
 
 
+def test_progress_counts_a_token_for_the_work_it_is(subject: Subject) -> None:
+    told: list[tuple[int, int]] = []
+    run_suite(
+        subject,
+        Perplexity(text_tokens(subject, 801), (400,)),
+        progress=lambda _, done, total: told.append((done, total)),
+    )
+    balance = subject.directory.balance
+    assert math.isfinite(balance)
+    one = 400 + 400**2 / (2 * balance)
+    ends = range(16, 401, 16)
+    expected = [800 * (before + n + n * n / (2 * balance)) / (2 * one) for before in (0, one) for n in ends]
+    assert [total for _, total in told] == [800] * len(told) and told[-1] == (800, 800)
+    assert [done for done, _ in told] == sorted({round(x) for x in expected})
+    assert told[len(ends) // 2][0] < 0.9 * 16 * (len(ends) // 2 + 1)  # the first half of an item is the lesser one
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_chunks_of_any_size_give_the_whole_prefill(subject: Subject, chunk: int) -> None:
     tokens = text_tokens(subject, 101)
