@@ -34,8 +34,8 @@ from .tiles import FLOAT32
 from .vocabulary import CE_ARRAYS, KL_ARRAYS
 from .vocabulary import chunk_size as logits_chunk
 
-# CUDA only: mlx runs ahead of the device by ten batches of operations, none smaller than one operation (tiles.py
-# lets a batch read no more than that); what they make, each an array as large as a hidden state, is not released yet.
+# CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, which
+# tiles.py keeps as small as one operation where activations are large; what they make is not released yet.
 CUDA_AHEAD = 10
 
 

@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from relation import file_name
+from step import lengths
+
+from mlx_linearard.config import DTYPES, OBJECTIVES
+from mlx_linearard.errors import run_command
 
 ALLOWED = 0.15
 STEPS = 3
@@ -44,12 +48,19 @@ def main() -> int:
     return report(rows, Path(options.out))
 
 
+def two_lengths(text: str) -> list[int]:
+    found = lengths(text)
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"{text}: must be two lengths, as 512,1024")
+    return found
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="the directory of SmolLM2-135M-Instruct (default: cache or hub)")
-    parser.add_argument("--lengths", default="512,1024", help="two lengths, the shorter first")
-    parser.add_argument("--dtype", default="auto", help="of the weights in memory")
-    parser.add_argument("--objective", default="relation", help="relation, logits, relation+logits or ce")
+    parser.add_argument("--lengths", type=two_lengths, default="512,1024", help="two lengths, the shorter first")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights in memory")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="relation", help="what is distilled")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -58,11 +69,14 @@ def arguments() -> argparse.Namespace:
 
 def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """Two models, two lengths, last and all layers, a 4-bit base."""
+    from mlx_linearard.convert.safe import check_model_dir
+
     from mlx_linearard.default_model import default_model
 
     smol = Path(options.model) if options.model else default_model()
+    check_model_dir(smol)  # a mistake is told before anything is made
     wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-246m", None), ("wide-4bit", 4)))
-    short, long = (int(n) for n in options.lengths.split(","))
+    short, long = options.lengths
     chosen = [(smol, short, "last"), (smol, long, "last"), (smol, long, "all"),
               (wide, long, "last"), (wide, short, "all"), (small, short, "last")]  # fmt: skip
     return [
@@ -155,4 +169,4 @@ def report(rows: list[dict[str, Any]], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mlx_linearard.config import DTYPES
 from mlx_linearard.errors import run_command
 
 RANK, SCALE = 64, 2.0
@@ -40,7 +41,10 @@ def main() -> None:
 
 
 def lengths(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: lengths are at least 1")
+    return numbers
 
 
 def series(text: str) -> list[str]:
@@ -61,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
     parser.add_argument("--memory-limit", type=int, default=None, metavar="MB", help="as distill's, for every series")
-    parser.add_argument("--dtype", default=None, help="of the weights in memory")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the files' own)")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -82,11 +86,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
     """The directory to measure on: the user's, SmolLM2's, or random weights of a shape with its tokenizer."""
+    from mlx_linearard.convert.safe import check_model_dir
+
     from mlx_linearard.default_model import default_model
-    from mlx_linearard.files import read_config
 
     model = Path(options.model) if options.model else default_model()
-    read_config(model)  # a mistake is told once, and not by each series
+    check_model_dir(model)  # a mistake is told once, and not by each series
     return random_quantized(SHAPES[options.shape], scratch / options.shape, model) if options.shape else model
 
 
