@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import UserError, run_command
+from ..cli import run_command
+from ..errors import UserError
 from ..files import refuse_existing
+from ..models.dtypes import FLOATS
 from ..rope import METHODS
-from .names import FLOATS
 
 DESCRIPTION = "Convert models and adapters between Hugging Face, PEFT, GGUF and mlx-lm, and compare them."
 

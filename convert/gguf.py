@@ -19,9 +19,11 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import disk_errors, write_json
+from ..models import tokenizer
+from ..models.dtypes import FLOATS
+from ..models.save import Tensor, model_directory
 from ..rope import inverse_frequencies, normalise
-from . import names, tokenizer
-from .write import Tensor, model_directory
+from . import names
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -223,12 +225,12 @@ def from_gguf(
         raise UserError(f"{source} has architecture {architecture!r}; only llama is converted")
     config = config_of(file)
     dtype = dtype or _natural_dtype(file)
-    if dtype not in names.FLOATS:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(names.FLOATS)}")
+    if dtype not in FLOATS:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}")
     config["dtype"] = config["torch_dtype"] = dtype
     parts = tokenizer.from_gguf(file.metadata, str(source))
     config.update(parts.token_ids)
-    tensors = list(_tensors(file, config, names.FLOATS[dtype]))
+    tensors = list(_tensors(file, config, FLOATS[dtype]))
     _check_complete(file, config, tensors)
     with (
         disk_errors(target),

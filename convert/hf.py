@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,23 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError, one_line
-from ..files import CONFIG, WEIGHTS_INDEX, new_directory
+from ..files import CONFIG, new_directory
+from ..models import directory as safe
+from ..models import tokenizer
+from ..models.directory import resolve
+from ..models.dtypes import FLOAT_NAMES, FLOATS
+from ..models.save import (
+    SHARD_BYTES,
+    Tensor,
+    copy_tokenizer,
+    lazy,
+    link_model_files,
+    model_directory,
+    write_config,
+)
 from ..rope import disagreement, scale_rope
-from . import names, safe, tokenizer
-from .write import SHARD_BYTES, Tensor, copy_tokenizer, lazy, model_directory, write_config
 
 Progress = Callable[[str], None]
-
-# What a hub repository is fetched for; weights in any other format are left where they are.
-PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
 
 
 def from_hf(
@@ -97,7 +103,7 @@ def to_hf(
         config.pop("quantization_config", None)
     if dtype is not None:
         arrays = _cast(arrays, dtype)
-    kinds = {names.FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in names.FLOAT_NAMES}
+    kinds = {FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in FLOAT_NAMES}
     if len(kinds) == 1:
         config["dtype"] = config["torch_dtype"] = kinds.pop()
     if "architectures" not in config and config["model_type"] in ARCHITECTURES:
@@ -156,42 +162,6 @@ def scale(
     return Path(target)
 
 
-def link_model_files(source: Path, target: Path) -> None:
-    """Give `target` the weights, index, tokenizer and generation config of `source`; weights are linked."""
-    for path in safe.shards(source):
-        link(path, target / path.name)
-    if (source / WEIGHTS_INDEX).is_file():
-        shutil.copyfile(source / WEIGHTS_INDEX, target / WEIGHTS_INDEX)
-    copy_tokenizer(source, target)
-
-
-def link(source: Path, target: Path) -> None:
-    """Hard-link a file (its real place, where it is a symbolic link itself), or copy it where that fails."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def resolve(source: str | Path) -> Path:
-    """A local directory as it is, or a hub repository's snapshot; UserError where it is neither."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    text = str(source)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"{source} is not a model directory: give one, or a hub repository (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=PATTERNS))
-    except Exception as error:  # no network, no such repository, a gated one: each library has its own
-        raise UserError(
-            f"{source} is neither a local directory nor a repository that the hub gives us "
-            f"({type(error).__name__}): check the name and the connection"
-        ) from None
-
-
 def _clean(config: dict[str, Any]) -> dict[str, Any]:
     """Without what names a place or code of its own."""
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
@@ -205,12 +175,12 @@ def _tensors(arrays: dict[str, mx.array]) -> Iterator[Tensor]:
 
 def _cast(arrays: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
     """The arrays with floats cast, lazily. `arrays` is emptied: no source outlives its own writing."""
-    if dtype not in names.FLOATS:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(names.FLOATS)}")
+    if dtype not in FLOATS:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}")
     result = {}
     for name in list(arrays):
         array = arrays.pop(name)
-        result[name] = array.astype(names.FLOATS[dtype]) if mx.issubdtype(array.dtype, mx.floating) else array
+        result[name] = array.astype(FLOATS[dtype]) if mx.issubdtype(array.dtype, mx.floating) else array
     return result
 
 

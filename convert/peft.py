@@ -17,8 +17,8 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTERS, new_directory, read_json, write_json
-from . import safe
-from .write import Tensor, write_safetensors
+from ..models import directory as safe
+from ..models.save import Tensor, write_safetensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

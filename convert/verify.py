@@ -13,10 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..models import directory as safe
+from ..models.directory import resolve
 from ..rope import inverse_frequencies
-from . import safe
 from .gguf import from_gguf
-from .hf import resolve
 
 # Settings that say how a file came to be and not what it computes.
 UNIMPORTANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")

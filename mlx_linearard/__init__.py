@@ -7,21 +7,31 @@ The main path as functions: `load_pair`, `distill`, `export`; the parts that sta
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .attention import attention
-from .relation import relation_kl, relation_kl_dense
-from .rope import scale_rope
+if TYPE_CHECKING:
+    from .config import DistillConfig
+    from .distill.compare import compare_objectives
+    from .distill.run import distill
+    from .export.formats import export
+    from .models.pair import load_pair
+    from .ops.attention import attention
+    from .ops.relation import relation_kl, relation_kl_dense
+    from .rope import scale_rope
 
 __version__ = "0.1.0"
 
-# These bring models and tokenizers with them, so they load when first asked for.
+# Where each public name is defined. A name is loaded when it is first asked for, so the import stays light.
 _HOMES = {
-    "load_pair": "pair",
     "DistillConfig": "config",
-    "distill": "run",
-    "compare_objectives": "comparing",
-    "export": "exporting",
+    "attention": "ops.attention",
+    "compare_objectives": "distill.compare",
+    "distill": "distill.run",
+    "export": "export.formats",
+    "load_pair": "models.pair",
+    "relation_kl": "ops.relation",
+    "relation_kl_dense": "ops.relation",
+    "scale_rope": "rope",
 }
 
 __all__ = [
@@ -41,3 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from .cli import make_parser
 from .errors import UserError
 from .rope import METHODS
 
@@ -278,24 +279,6 @@ def _type_of(item: dataclasses.Field[Any]) -> type:
     if isinstance(hint, types.UnionType):
         hint = next(part for part in hint.__args__ if part is not type(None))
     return typing.cast(type, hint)
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """argparse, with a user's mistake told in one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.ArgumentParser:
-    """An argument parser whose complaints are UserErrors, for every command."""
-    return _OneLineParser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        **kwargs,
-    )
 
 
 def parser() -> argparse.ArgumentParser:

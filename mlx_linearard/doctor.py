@@ -14,11 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import make_parser
-from .default_model import cache_directory
-from .errors import run_command
+from .cli import make_parser, run_command
+from .convert.default_model import cache_directory
 from .machine import measure
-from .relation import relation_kl
+from .ops.relation import relation_kl
 
 PACKAGES = ("mlx-linearard", "mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 SETTINGS = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "XDG_CACHE_HOME", "LD_PRELOAD", "MLX_ENABLE_TF32")

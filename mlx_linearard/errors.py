@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections.abc import Callable
-
 USER_ERROR_STATUS = 2
 LOST_STATUS = 3
 INTERRUPTED_STATUS = 130
@@ -54,30 +49,3 @@ def one_line(text: object) -> str:
 def error_line(text: object) -> str:
     """How a command tells of `text` on standard error."""
     return f"error: {one_line(text)}"
-
-
-def run_command(body: Callable[[], int | None]) -> int:
-    """Run a command's body and return its exit status.
-
-    0 done; 2 a user's mistake, told in one line on standard error; 3 another process of this run was lost, told
-    likewise; 130 interrupted.
-    Any other exception is a bug and keeps its traceback, after its remedy where one is known.
-    """
-    try:
-        return body() or 0
-    except UserError as error:
-        print(error_line(error), file=sys.stderr)
-        return USER_ERROR_STATUS
-    except LostProcess as error:
-        print(error_line(error), file=sys.stderr)
-        return LOST_STATUS
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED_STATUS
-    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (RuntimeError, MemoryError, OSError) as error:
-        if help_ := remedy(error):
-            print(f"hint: {help_}", file=sys.stderr)
-        raise

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .tiles import on_gpu
+from .errors import UserError, one_line
 
 SLOW_BLAS_GFLOPS = 20.0  # the Linux wheel's own BLAS reaches 3 to 5, OpenBLAS on two cores about 200
 
@@ -94,3 +94,31 @@ def _device_memory(info: dict[str, Any]) -> int:
 
 def _system_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def on_gpu() -> bool:
+    """Whether new operations go to a GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def set_limits(
+    *, memory_limit: int | None = None, cache_limit: int | None = None, wired_limit: int | None = None
+) -> None:
+    """Set mlx's limits, in MiB, as --memory-limit, --cache-limit and --wired-limit give them; None changes nothing.
+
+    Raises UserError for a wired limit where there is no Metal, or above what macOS allows.
+    """
+    if wired_limit is not None and not mx.metal.is_available():
+        raise UserError(f"--wired-limit {wired_limit}: only Metal wires memory: leave it out on this machine")
+    if memory_limit is not None:
+        mx.set_memory_limit(memory_limit << 20)
+    if cache_limit is not None:
+        mx.set_cache_limit(cache_limit << 20)
+    if wired_limit is not None:
+        try:
+            mx.set_wired_limit(wired_limit << 20)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--wired-limit {wired_limit}: {one_line(error)}; give less, or raise the system's own limit "
+                "with sudo sysctl iogpu.wired_limit_mb"
+            ) from None

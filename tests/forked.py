@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-MODULES = ("distill", "convert.__main__", "export", "evaluate.__main__", "report", "doctor")
+ROOMS = ("distill", "convert", "export", "evaluate", "report")  # commands that are folders
+MODULES = {"doctor": "mlx_linearard.doctor", **{name: f"mlx_linearard.{name}.__main__" for name in ROOMS}}
 TIMEOUT = 120
 
 
@@ -51,8 +52,8 @@ class Commands:
 
 
 def _serve() -> None:
-    for name in MODULES:
-        importlib.import_module(f"mlx_linearard.{name}")
+    for name in MODULES.values():
+        importlib.import_module(name)
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as errors:
             child = os.fork()
@@ -72,7 +73,7 @@ def _become(request: dict[str, Any], errors: int) -> None:
     sys.argv = [request["module"], *request["arguments"]]
     status = 1
     try:
-        importlib.import_module(f"mlx_linearard.{request['module']}").main()
+        importlib.import_module(MODULES[request["module"]]).main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:

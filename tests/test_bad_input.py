@@ -16,7 +16,7 @@ import pytest
 from forked import Commands
 from tiny import PROSE, tiny_model
 
-from mlx_linearard.distill import run as distil
+from mlx_linearard.distill.__main__ import run as distil
 
 DISTILL = ["--model", "{}/model", "--data", "{}/text.txt", "--output", "{}/out", "--seq-len", "32", "--steps", "2",
            "--grad-accum", "1", "--lora-rank", "4", "--eval-tokens", "64"]  # fmt: skip
@@ -191,7 +191,7 @@ CASES: list[tuple[str, list[str]]] = [
         "r-state-text", "r-state-list", "r-state-empty", "r-arrays", "r-arrays-cut", "r-config", "model", "nowhere",
     )),
     ("distill", [*resumed("run"), "--lora-scale", "3"]),
-    *(("convert.__main__", words) for words in (
+    *(("convert", words) for words in (
         [], ["to-onnx", "{}/model", "{}/out"], ["from-hf"], ["from-hf", "{}/model"], ["from-hf", "{}/model", "{}/run"],
         ["from-hf", "{}/model", "{}/model", "--overwrite"], ["from-hf", "{}/model", "{}/out", "--dtype", "int4"],
         ["from-hf", "{}/model", "{}/out", "-q", "--q-bits", "7"],
@@ -221,7 +221,7 @@ CASES: list[tuple[str, list[str]]] = [
         export("r-adapter-config", "--format", "peft"), export("r-adapter-empty", "--format", "peft"),
         export("run", "--format", "peft", "-q"),
     )),
-    *(("evaluate.__main__", words) for words in (
+    *(("evaluate", words) for words in (
         [], ["--suite", "ppl"], [*EVALUATE, "--suite", "mmlu"], [*EVALUATE, "--suite", ","],
         [*EVALUATE, "--model", "{}/nowhere"], [*EVALUATE, "--model", "{}/m-truncated"],
         [*EVALUATE, "--model", "{}/m-no-tokenizer"], [*EVALUATE, "--model", "{}/m-window-text"],
@@ -260,7 +260,7 @@ def tree(root: Path) -> dict[str, tuple[int, int] | None]:
 
 def test_there_are_many() -> None:
     assert len(CASES) >= 60 and {module for module, _ in CASES} == {
-        "distill", "convert.__main__", "export", "evaluate.__main__", "report", "doctor",
+        "distill", "convert", "export", "evaluate", "report", "doctor",
     }  # fmt: skip
 
 

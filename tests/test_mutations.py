@@ -20,15 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import PROSE, tiny_model
 
-from mlx_linearard import checkpoint
 from mlx_linearard.config import DistillConfig, read_yaml, to_yaml
 from mlx_linearard.data import read_documents
+from mlx_linearard.distill import checkpoint
+from mlx_linearard.distill.outline import outline
+from mlx_linearard.distill.step import Best, Schedule, TrainState
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.choice import check_choice, read_items
 from mlx_linearard.machine import Machine
-from mlx_linearard.outline import outline
-from mlx_linearard.pair import Pair, load_pair
-from mlx_linearard.trainer import Best, Schedule, TrainState
+from mlx_linearard.models.pair import Pair, load_pair
 
 FEW, MANY = 40, 400  # of each of the five kinds of file
 SCHEDULE = Schedule(9, 1, 1, 1e-3, 0, 0.0, 5.0, 0)

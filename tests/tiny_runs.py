@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_linearard.config import DistillConfig
-from mlx_linearard.job import Listener
-from mlx_linearard.trainer import StepRecord
+from mlx_linearard.distill.job import Listener
+from mlx_linearard.distill.step import StepRecord
 
 
 def small(model: Path, text: Path, output: Path, **changes: Any) -> DistillConfig:

@@ -25,8 +25,8 @@ from typing import Any
 from relation import file_name
 from step import lengths
 
+from mlx_linearard.cli import run_command
 from mlx_linearard.config import DTYPES, OBJECTIVES
-from mlx_linearard.errors import run_command
 
 ALLOWED = 0.15
 STEPS = 3
@@ -69,9 +69,9 @@ def arguments() -> argparse.Namespace:
 
 def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """Two models, two lengths, last and all layers, a 4-bit base."""
-    from mlx_linearard.convert.safe import check_model_dir
+    from mlx_linearard.convert.default_model import default_model
 
-    from mlx_linearard.default_model import default_model
+    from mlx_linearard.models.directory import check_model_dir
 
     smol = Path(options.model) if options.model else default_model()
     check_model_dir(smol)  # a mistake is told before anything is made
@@ -121,11 +121,10 @@ def child(work: dict[str, Any]) -> None:
     import mlx.core as mx
 
     from mlx_linearard.config import DistillConfig
-    from mlx_linearard.machine import Machine, describe
-    from mlx_linearard.outline import objective_of, outline
-    from mlx_linearard.pair import load_pair
-    from mlx_linearard.tiles import on_gpu
-    from mlx_linearard.trainer import Schedule, TrainState, train_step
+    from mlx_linearard.distill.outline import objective_of, outline
+    from mlx_linearard.distill.step import Schedule, TrainState, train_step
+    from mlx_linearard.machine import Machine, describe, on_gpu
+    from mlx_linearard.models.pair import load_pair
 
     path = Path(work.pop("path"))
     config = DistillConfig(model=str(path), grad_accum=1, **work)

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 from relation import draw, file_name, machine, write_csv
 
-from mlx_linearard.attention import attention
-from mlx_linearard.relation import relation_kl, relation_kl_dense
+from mlx_linearard.ops.attention import attention
+from mlx_linearard.ops.relation import relation_kl, relation_kl_dense
 
 COLUMNS = (
     "what",

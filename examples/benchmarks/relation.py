@@ -18,8 +18,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_linearard.attention import attention
-from mlx_linearard.relation import relation_kl, relation_kl_dense
+from mlx_linearard.ops.attention import attention
+from mlx_linearard.ops.relation import relation_kl, relation_kl_dense
 
 COLUMNS = ("what", "length", "heads", "head_dim", "dtype", "workspace_mib", "seconds", "extra_mib", "note")
 SKIPPED_BEYOND = 0.6  # of the device's memory: what a dense rival may need before it is left out

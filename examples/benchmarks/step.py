@@ -22,8 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mlx_linearard.cli import run_command
 from mlx_linearard.config import DTYPES
-from mlx_linearard.errors import run_command
 
 RANK, SCALE = 64, 2.0
 SERIES = ("last", "all", "logits", "mlx-lm")
@@ -86,9 +86,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
     """The directory to measure on: the user's, SmolLM2's, or random weights of a shape with its tokenizer."""
-    from mlx_linearard.convert.safe import check_model_dir
+    from mlx_linearard.convert.default_model import default_model
 
-    from mlx_linearard.default_model import default_model
+    from mlx_linearard.models.directory import check_model_dir
 
     model = Path(options.model) if options.model else default_model()
     check_model_dir(model)  # a mistake is told once, and not by each series
@@ -180,9 +180,9 @@ def ours(work: dict[str, Any]) -> Any:
     """This project's step: length -> (peak bytes, tokens a second)."""
     import mlx.core as mx
 
-    from mlx_linearard.objective import resolve_objective
-    from mlx_linearard.pair import load_pair
-    from mlx_linearard.trainer import Schedule, TrainState, train_step
+    from mlx_linearard.distill.objective import resolve_objective
+    from mlx_linearard.distill.step import Schedule, TrainState, train_step
+    from mlx_linearard.models.pair import load_pair
 
     pair = load_pair(work["model"], method="linear", factor=4.0, lora_rank=RANK, lora_scale=SCALE, dtype=work["dtype"])
     name, layers = ("logits", "last") if work["series"] == "logits" else ("relation", work["series"])
@@ -212,7 +212,7 @@ def rival(work: dict[str, Any]) -> Any:
     from mlx_lm.utils import load_model
 
     from mlx_linearard.files import read_config
-    from mlx_linearard.pair import qkv_keys
+    from mlx_linearard.models.adapters import qkv_keys
     from mlx_linearard.rope import normalise, scale_rope
 
     config = scale_rope(normalise(read_config(work["model"])), "linear", 4.0)

@@ -12,12 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import DTYPES, make_parser
-from ..errors import UserError, run_command
+from ..cli import make_parser, run_command
+from ..config import DTYPES
+from ..errors import UserError
 from ..files import RunDir
-from ..plan import duration
-from ..reporting import headline, read_run, write_report
-from .compare import NOISE
+from ..progress import duration
+from ..report.content import headline, read_run, write_report
+from ..results.statistics import NOISE
+from ..results.store import COMPARISONS
 from .options import (
     SUITES,
     Options,
@@ -31,7 +33,6 @@ from .options import (
 from .passkey import DEPTHS
 from .ruler import SEED, TASKS
 from .session import Evaluation, evaluate
-from .store import COMPARISONS
 from .subject import CHUNK, Directory
 
 EPILOG = """\

@@ -14,8 +14,10 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from ..errors import UserError, one_line
+from ..results.statistics import DECISION, PERPLEXITY, Metric
+from ..results.store import Record
 from .subject import Directory, Subject, Tick, digest
-from .suite import DECISION, PERPLEXITY, Item, Metric, Record
+from .suite import Item
 
 
 def read_items(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

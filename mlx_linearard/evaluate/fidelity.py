@@ -12,13 +12,14 @@ import numpy as np
 
 from ..data import windows
 from ..errors import UserError
-from ..feedforward import width_of
-from ..objective import forward_hidden
-from ..pair import Pair
-from ..vocabulary import compare_logits, token_nll
-from ..walk import head
+from ..models.layers import forward_hidden, head
+from ..models.pair import Pair
+from ..ops.logits import compare_logits, token_nll
+from ..ops.mlp import width_of
+from ..results.statistics import Metric
+from ..results.store import Record
 from .subject import LOGITS_BYTES, Directory, Subject, Tick, digest, itself
-from .suite import Item, Metric, Record
+from .suite import Item
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Pieces = dict[str, dict[str, float]]  # metric -> piece of held-out text -> mean over its tokens

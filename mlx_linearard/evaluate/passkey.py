@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..results.statistics import DECISION, Metric
+from ..results.store import Record
 from .haystack import Prose, fill, join
 from .ppl import check_length
 from .subject import Directory, Subject, Tick, digest
-from .suite import DECISION, Item, Metric, Record
+from .suite import Item
 
 BUDGET = 16  # tokens of the answer: five digits, with room for what a model says before them
 DEPTHS = (0, 10, 25, 50, 75, 90, 100)

@@ -11,8 +11,10 @@ import numpy as np
 
 from ..data import windows
 from ..errors import UserError
+from ..results.statistics import PERPLEXITY, Metric, summarize
+from ..results.store import Record
 from .subject import Directory, Subject, Tick, digest
-from .suite import PERPLEXITY, Item, Metric, Record, samples, summarize
+from .suite import Item, samples
 
 FIRST_BUCKET = 128  # positions; every further bucket ends at twice the last
 

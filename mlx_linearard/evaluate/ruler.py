@@ -18,11 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..results.statistics import Metric
+from ..results.store import Record
 from .choice import read_items
 from .haystack import NOISE, Prose, fill, noise, sentences
 from .ppl import check_length
 from .subject import Directory, Subject, Tick, digest
-from .suite import Item, Metric, Record
+from .suite import Item
 from .words import ADJECTIVES, NOUNS, compound, compounds
 
 SEED = 42

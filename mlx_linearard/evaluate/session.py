@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .compare import compare
-from .store import COMPARISONS, NOT_MODELS, ItemLog, merge_results, read_results
+from ..results.statistics import compare
+from ..results.store import COMPARISONS, NOT_MODELS, ItemLog, Record, merge_results, read_results
 from .subject import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
-from .suite import Item, Record, Suite, all_options, identity, metric_names, samples, summary
+from .suite import Item, Suite, all_options, identity, metric_names, samples, summary
 
 Progress = Callable[[str, int, int], None]  # (label, tokens done by the work they are, tokens in all)
 

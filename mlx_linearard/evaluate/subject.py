@@ -18,15 +18,15 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from ..convert.hf import resolve
-from ..convert.safe import check_config, check_model_dir, check_tokenizer, shards
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
-from ..memory import Shape
-from ..pair import load_frozen, tokenizer_of
+from ..machine import on_gpu
+from ..models.directory import check_config, check_model_dir, check_tokenizer, resolve, shards
+from ..models.pair import load_frozen
+from ..models.shape import Shape
+from ..models.tokenizer import tokenizer_of
+from ..ops.logits import token_nll
 from ..rope import native_window
-from ..tiles import on_gpu
-from ..vocabulary import token_nll
 
 CHUNK = 512  # positions a forward pass takes
 LOGITS_BYTES = 128 << 20  # what one chunk's float32 logits may take: a large vocabulary makes chunks shorter

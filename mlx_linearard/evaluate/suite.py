@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..results.statistics import Metric, summarize
+from ..results.store import Record
 from .subject import Directory, Subject, Tick
-
-Record = dict[str, Any]  # one measured item: `id`, `samples` (metric -> number), and what else a reader may want
-
-MEAN, DECISION, PERPLEXITY = "mean", "decision", "perplexity"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How the samples of one metric become its value.
-
-    kind: `decision` (samples 0 or 1, the value their mean), `mean`, or `perplexity` (samples in nats, the
-    value the exponential of their mean). ideal: the value of a perfect model, where there is one.
-    """
-
-    kind: str = MEAN
-    higher_is_better: bool = True
-    ideal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,18 +49,6 @@ class Suite(Protocol):
         """What results.json keeps of a suite beside its metrics."""
 
 
-@dataclass(frozen=True)
-class Value:
-    """A metric's value over n samples with its standard error; None where one sample says nothing of it."""
-
-    value: float
-    stderr: float | None
-    n: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {"value": self.value, "stderr": self.stderr, "n": self.n}
-
-
 def samples(records: Iterable[Record], metric: str) -> dict[str, float]:
     """A metric's samples by item."""
     return {record["id"]: float(record["samples"][metric]) for record in records if metric in record["samples"]}
@@ -85,17 +57,6 @@ def samples(records: Iterable[Record], metric: str) -> dict[str, float]:
 def metric_names(records: Iterable[Record]) -> list[str]:
     """The metrics of some records, in order of first appearance."""
     return list(dict.fromkeys(name for record in records for name in record["samples"]))
-
-
-def summarize(values: Sequence[float], metric: Metric) -> Value:
-    """Mean and standard error (sample deviation over sqrt n); for a perplexity carried through the exponential."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-    if metric.kind == PERPLEXITY:
-        mean = math.exp(min(mean, 700.0))
-        spread = None if spread is None else mean * spread
-    return Value(mean, spread, n)
 
 
 def identity(options: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:

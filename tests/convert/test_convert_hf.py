@@ -9,13 +9,14 @@ import converter_models as tiny
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_linearard.convert import write
 from mlx_linearard.convert.__main__ import run
 from mlx_linearard.convert.hf import from_hf, scale, to_hf
 from mlx_linearard.convert.verify import verify
 from transformers import AutoTokenizer
 
-from mlx_linearard.errors import UserError, run_command
+from mlx_linearard.cli import run_command
+from mlx_linearard.errors import UserError
+from mlx_linearard.models import save as write
 from mlx_linearard.rope import normalise, scale_rope
 
 

@@ -20,8 +20,8 @@ from mlx_linearard.convert.verify import torch_logits
 from mlx_lm.utils import _get_classes
 from test_convert_peft import CASES, adapter
 
-from mlx_linearard.exporting import write_fused
-from mlx_linearard.pair import load_pair
+from mlx_linearard.export.fuse import write_fused
+from mlx_linearard.models.pair import load_pair
 from mlx_linearard.rope import FAMILIES, METHODS, attention_factor, inverse_frequencies, scale_rope
 
 pytestmark = pytest.mark.slow
@@ -180,7 +180,7 @@ print(peak if sys.platform == "darwin" else peak * 1024)
 
 def large(directory, layers=17, shard_bytes=900 << 20):
     """An unquantized model of 2.5 GB (by default), random, in several shards."""
-    from mlx_linearard.convert.write import Tensor, write_config, write_weights
+    from mlx_linearard.models.save import Tensor, write_config, write_weights
 
     settings = tiny.config(
         hidden_size=2048,

@@ -10,9 +10,9 @@ import zipfile
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_linearard.convert import default_model as default
 from mlx_linearard.convert.hf import scale, to_hf
 
-from mlx_linearard import default_model as default
 from mlx_linearard.errors import UserError
 
 
@@ -219,6 +219,6 @@ def test_two_processes_at_once(cache):
         process.join(60)
     assert found == {str(cache / default.NAME)}
     assert [path.name for path in cache.iterdir()] == [default.NAME]
-    from mlx_linearard.convert.safe import check_model_dir
+    from mlx_linearard.models.directory import check_model_dir
 
     check_model_dir(cache / default.NAME, finite=True)

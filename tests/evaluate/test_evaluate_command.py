@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from mlx_linearard.errors import UserError, run_command
+from mlx_linearard.cli import run_command
+from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate import hub
 from mlx_linearard.evaluate.__main__ import Progress, run
 from mlx_linearard.evaluate.choice import Choice
-from mlx_linearard.evaluate.store import ItemLog, merge_results
-from mlx_linearard.plan import duration
+from mlx_linearard.progress import duration
+from mlx_linearard.results.store import ItemLog, merge_results
 
 ITEMS = [
     {"query": f"Question {i}:", "choices": ["the best of times", "the worst", f"number {i}"], "gold": i % 3}

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_linearard.convert.default_model import default_model
 from tiny import PROSE, tiny_model
 
 from mlx_linearard.data import python_prose, tokenize
-from mlx_linearard.default_model import default_model
 from mlx_linearard.evaluate.choice import Choice, LastWord
 from mlx_linearard.evaluate.ppl import Perplexity, buckets
 from mlx_linearard.evaluate.session import run_suite

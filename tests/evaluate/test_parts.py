@@ -21,12 +21,12 @@ from launched import hears_ctrl_c
 from tiny import PROSE, tiny_model
 
 from mlx_linearard import evaluate as room
-from mlx_linearard.errors import UserError, run_command
+from mlx_linearard.cli import run_command
+from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run
-from mlx_linearard.evaluate.compare import compare
-from mlx_linearard.evaluate.store import ItemLog
 from mlx_linearard.evaluate.subject import load_subject, open_directory
-from mlx_linearard.evaluate.suite import DECISION, Metric
+from mlx_linearard.results.statistics import DECISION, Metric, compare
+from mlx_linearard.results.store import ItemLog
 
 ITEMS = [{"query": f"Question {i}:", "choices": ["the best", f"number {i}"], "gold": i % 2} for i in range(12)]
 

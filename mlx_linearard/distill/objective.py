@@ -1,0 +1,276 @@
+"""What is minimised: attention relations, the teacher's logits or plain cross-entropy, as one scalar of the adapters.
+
+The layers run as pairs. One closure takes teacher and student through a layer, consumes q, k and v where
+they arise, and returns the hidden states, the relation losses and the losses' gradients in q, k and v. Only
+those survive the forward pass; the backward pass recomputes the student's half of the layer from its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from ..models.adapters import Leaves, holding
+from ..models.layers import Call, attention_of, enter, head, run_layer
+from ..models.pair import Pair
+from ..ops.attention import attention_in_training, attention_no_grad
+from ..ops.logits import cross_entropy, logits_kl
+from ..ops.mlp import in_chunks, width_of
+from ..ops.relation import relation_kl_with_grad
+from ..ops.tiling import in_order
+
+RELATIONS = "qkv"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A resolved objective. `layers` are the supervised ones, ascending; empty without relations."""
+
+    layers: tuple[int, ...]
+    relations: str = RELATIONS
+    normalization: str = "heads"
+    relation_weight: float = 1.0
+    logits_weight: float = 0.0
+    ce_weight: float = 0.0
+    workspace_bytes: int = 256 << 20
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.logits_weight > 0 or self.ce_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.layers) or self.logits_weight > 0
+
+    def last_layer(self, total: int) -> int:
+        """The last layer that has to run: the last supervised one, or the model's where logits are asked for."""
+        return total - 1 if self.needs_logits else self.layers[-1]
+
+
+def resolve_objective(
+    model: nn.Module,
+    name: str,
+    *,
+    layers: str = "last",
+    relations: str = RELATIONS,
+    normalization: str = "heads",
+    relation_weight: float = 1.0,
+    logits_weight: float = 1.0,
+    workspace_bytes: int = 256 << 20,
+) -> Objective:
+    """The options of an objective, made concrete for a model. UserError for layers that it does not have."""
+    related = "relation" in name
+    return Objective(
+        layers=supervised_layers(model, layers) if related else (),
+        relations="".join(r for r in RELATIONS if r in relations),
+        normalization=normalization,
+        relation_weight=relation_weight,
+        logits_weight=logits_weight if "logits" in name else 0.0,
+        ce_weight=1.0 if name == "ce" else 0.0,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+def supervised_layers(model: nn.Module, layers: str) -> tuple[int, ...]:
+    """`last`, `all` or `0,5,11` as layer indices, among the layers that have attention."""
+    able = [i for i, layer in enumerate(model.layers) if attention_of(layer)]
+    if not able:
+        raise UserError("no layer of this model calls attention where it can be seen: relations are not available")
+    if layers == "last":
+        return (able[-1],)
+    if layers == "all":
+        return tuple(able)
+    wanted = sorted({int(part) for part in layers.split(",")})
+    if wrong := [i for i in wanted if i not in able]:
+        raise UserError(f"--layers {layers}: layers with attention are {able[0]} to {able[-1]}, not {wrong}")
+    return tuple(wanted)
+
+
+def objective_loss(
+    pair: Pair,
+    objective: Objective,
+    parameters: list[Leaves],
+    tokens: mx.array,
+    dropout_seed: int | None = None,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The loss of one batch and its parts, a differentiable scalar of `parameters`.
+
+    Args:
+        parameters: the adapted layers' trainable arrays, as `Pair.parameters` lists them.
+        tokens: (B, T + 1) int32; the models read the first T.
+        dropout_seed: what the dropout of this batch is drawn from; None without dropout.
+    Returns:
+        (loss, parts): float32 scalars; parts are unweighted, in nats (relation_q, relation_k, relation_v, logits, ce).
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    hidden_t, hidden_s, relations = _run_layers(pair, objective, parameters, inputs, dropout_seed)
+    parts = dict(zip([f"relation_{r}" for r in objective.relations], relations, strict=False))
+    total = objective.relation_weight * sum(parts.values(), mx.array(0.0))
+    limit = objective.workspace_bytes
+    if objective.logits_weight:
+        parts["logits"] = logits_kl(hidden_s, hidden_t, head(pair.student), head(pair.teacher), workspace_bytes=limit)
+        total = total + objective.logits_weight * parts["logits"]
+    if objective.ce_weight:
+        parts["ce"] = cross_entropy(hidden_s, head(pair.student), targets, workspace_bytes=limit)
+        total = total + objective.ce_weight * parts["ce"]
+    return total, parts
+
+
+def _run_layers(
+    pair: Pair, objective: Objective, parameters: list[Leaves], inputs: mx.array, dropout_seed: int | None
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Hidden states after the last layer that is needed, and each relation's loss, averaged over the layers."""
+    hidden_t, calls_t = enter(pair.teacher, inputs)
+    hidden_s, calls_s = enter(pair.student, inputs)
+    leaves_of = dict(zip(pair.adapter.layers, parameters, strict=True))
+    total = len(calls_s)
+    last = objective.last_layer(total)
+    losses = []
+    for index in range(last + 1):
+        layer = _PairedLayer(
+            pair, objective, index, calls_t[index], calls_s[index],
+            supervised=index in objective.layers,
+            stops=index == last and not objective.needs_logits,
+            dropout_seed=None if dropout_seed is None else dropout_seed * total + index,
+        )  # fmt: skip
+        hidden_t, hidden_s, loss = layer(hidden_t, hidden_s, leaves_of.get(index, {}))
+        if loss is not None:
+            losses.append(loss)
+    if not losses:
+        return hidden_t, hidden_s, []
+    mean = sum(losses[1:], losses[0]) / len(losses)
+    return hidden_t, hidden_s, [mean[i] for i in range(len(objective.relations))]
+
+
+@dataclass(frozen=True)
+class _PairedLayer:
+    """One layer of teacher and student as a function whose backward pass recomputes the student's half.
+
+    It holds modules and options, no arrays of the batch: whatever the graph keeps alive is in its arguments.
+    """
+
+    pair: Pair
+    objective: Objective
+    index: int
+    call_t: Call
+    call_s: Call
+    supervised: bool
+    stops: bool  # nothing behind this layer's q, k, v is needed
+    dropout_seed: int | None
+
+    def __call__(
+        self, hidden_t: mx.array, hidden_s: mx.array, leaves: Leaves
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        names = list(leaves)
+        function: Any = mx.custom_function(partial(self._forward, names))
+        function.vjp(partial(self._backward, names))
+        hidden_t, hidden_s, losses, *_ = function(hidden_t, hidden_s, *leaves.values())
+        return hidden_t, hidden_s, losses if self.supervised else None
+
+    def _forward(self, names: list[str], hidden_t: mx.array, hidden_s: mx.array, *leaves: mx.array) -> list[mx.array]:
+        """[teacher hidden, student hidden, losses (R,), dq, dk, dv]; the gradients are those of the losses."""
+        next_s, *qkv_s = self._student(names, hidden_s, *leaves)
+        if not self.objective.needs_teacher:
+            return [hidden_t, next_s, mx.array(0.0)]
+        next_t, qkv_t, scale_t = self._teacher(hidden_t)
+        if not self.supervised:
+            return [next_t, next_s, mx.array(0.0)]
+        losses, gradients = self._relations(qkv_s, qkv_t, scale_t)
+        if self.stops:  # all outputs of a custom function are evaluated together, so none may be idle work
+            next_t, next_s = hidden_t, hidden_s
+        return [next_t, next_s, losses, *gradients]
+
+    def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
+        losses, gradients = list[mx.array](), list[mx.array]()
+        for student, teacher in zip(qkv_s, qkv_t, strict=True):
+            # One relation behind the other, or their tiles would be alive at once.
+            student, teacher = in_order([student, teacher], [*losses[-1:], *gradients[-1:]])
+            loss, gradient = relation_kl_with_grad(
+                student, teacher, scale_student=scale, scale_teacher=scale,
+                workspace_bytes=self.objective.workspace_bytes,
+            )  # fmt: skip
+            weight = self._weight(student.shape[1])
+            losses.append(loss * weight)
+            gradients.append(gradient * mx.array(weight, gradient.dtype))
+        return mx.stack(losses), gradients
+
+    def _weight(self, heads: int) -> float:
+        """1, or under the paper's code's normalization a relation's own heads over the query heads."""
+        if self.objective.normalization == "heads":
+            return 1.0
+        found = attention_of(self.pair.student.layers[self.index])
+        assert found is not None
+        attention_module = found[1]
+        queries = getattr(attention_module, "n_heads", None) or getattr(attention_module, "num_heads", None)
+        if queries is None:
+            raise UserError("--normalization paper-code: this architecture does not say how many query heads it has")
+        return heads / queries
+
+    def _teacher(self, hidden: mx.array) -> tuple[mx.array, list[mx.array], float]:
+        seen: list[mx.array] = []
+        scales: list[float] = []
+
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
+            seen.extend(_pick(self.objective.relations, queries, keys, values))
+            scales.append(scale)
+            if self.stops:
+                return _nothing(queries, values)
+            return attention_no_grad(
+                queries, keys, values, scale=scale, mask=mask, workspace_bytes=self.objective.workspace_bytes
+            )
+
+        layer = self.pair.teacher.layers[self.index]
+        next_hidden = run_layer(layer, hidden, self.call_t, attend, self._in_chunks)
+        return next_hidden, seen, scales[0] if scales else 1.0
+
+    def _student(self, names: list[str], hidden: mx.array, *leaves: mx.array) -> list[mx.array]:
+        """[hidden behind the layer, q, k, v]: the half that the backward pass runs again."""
+        seen: list[mx.array] = []
+
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
+            seen.extend(_pick(self.objective.relations, queries, keys, values))
+            if self.stops:
+                return _nothing(queries, values)
+            return attention_in_training(
+                queries, keys, values, scale=scale, mask=mask, workspace_bytes=self.objective.workspace_bytes
+            )
+
+        layer = self.pair.student.layers[self.index]
+        if self.dropout_seed is not None:
+            mx.random.seed(self.dropout_seed)  # the same dropout in both passes
+        with holding(layer, dict(zip(names, leaves, strict=True))):
+            next_hidden = run_layer(layer, hidden, self.call_s, attend, self._in_chunks)
+        return [next_hidden, *(seen if self.supervised else [])]
+
+    def _in_chunks(self, feed_forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        return in_chunks(feed_forward, width_of(self.pair.native_config), self.objective.workspace_bytes)
+
+    def _backward(
+        self, names: list[str], primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> list[mx.array]:
+        hidden_t, hidden_s, *leaves = primals
+        _, ct_hidden, ct_losses, *_ = cotangents
+        ct_qkv = [g * ct_losses[i].astype(g.dtype) for i, g in enumerate(outputs[3:])]
+        # Recomputed no sooner than the gradient arrives, or every layer's recomputation would be alive at once.
+        hidden_s, *leaves = mx.depends([hidden_s, *leaves], [ct_hidden, *ct_qkv])
+        half: Callable[..., list[mx.array]] = partial(self._student, names)
+        if self.stops:  # what lies behind q, k, v has no part in the loss
+            _, gradients = mx.vjp(lambda *x: half(*x)[1:], [hidden_s, *leaves], ct_qkv)
+        else:
+            _, gradients = mx.vjp(half, [hidden_s, *leaves], [ct_hidden, *ct_qkv])
+        return [mx.zeros_like(hidden_t), *gradients]
+
+
+def _pick(relations: str, *qkv: mx.array) -> list[mx.array]:
+    return [x for name, x in zip(RELATIONS, qkv, strict=True) if name in relations]
+
+
+def _nothing(queries: mx.array, values: mx.array) -> mx.array:
+    """Stands for an attention output that nobody asks for."""
+    return mx.zeros((*queries.shape[:3], values.shape[-1]), queries.dtype)

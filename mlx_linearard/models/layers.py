@@ -1,0 +1,177 @@
+"""One model's way from tokens through its layers to logits, and the seam where attention is seen and replaced.
+
+mlx-lm's models differ in what stands before, between and behind their layers (embedding scales, masks,
+sliding windows, soft caps). Nothing of that is written again here: for one call stand-ins take the place
+of the layers, so the model's own code makes the first hidden state, each layer's arguments and the logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from ..ops.attention import attention_no_grad
+from ..ops.mlp import in_chunks
+from .trees import walk_modules
+
+SEAM = "scaled_dot_product_attention"  # the name every mlx-lm attention calls in its own module's namespace
+FEED_FORWARD = ("mlp", "block_sparse_moe")  # what mlx-lm's layers call their position-wise part; it takes one array
+Attend = Callable[..., mx.array]
+Wrap = Callable[[Callable[[mx.array], mx.array]], Callable[[mx.array], mx.array]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model passes to one of its layers beside the hidden state: masks and caches."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _StandIn:
+    """Takes a layer's place in a model's list; attributes are still the layer's."""
+
+    def __init__(self, layer: nn.Module, run: Callable[[mx.array, Call], mx.array]):
+        self._layer, self._run = layer, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, hidden: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
+        return self._run(hidden, Call(arguments, keywords))
+
+
+@contextlib.contextmanager
+def _stand_ins(model: Any, run: Callable[[int, mx.array, Call], mx.array]) -> Iterator[None]:
+    layers = _own_list(model)
+    real = list(layers)
+    try:
+        layers[:] = [_StandIn(layer, partial(run, i)) for i, layer in enumerate(real)]
+        yield
+    finally:
+        layers[:] = real
+
+
+def _own_list(model: Any) -> list[Any]:
+    """The list the model itself runs through; `model.layers` may be a copy of it."""
+    first = model.layers[0]
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, list) and value and value[0] is first:
+                return value
+    raise UserError(f"{model.model_type} does not keep its layers in one list: not supported")
+
+
+def enter(model: Any, tokens: mx.array) -> tuple[mx.array, list[Call]]:
+    """The hidden state before the first layer, (B, T, width), and what each layer is called with.
+
+    Raises UserError for an architecture that does not call its layers once each, in order, on one hidden state.
+    """
+    calls: list[Call] = []
+    first: list[mx.array] = []
+
+    def record(index: int, hidden: mx.array, call: Call) -> mx.array:
+        if index != len(calls) or not isinstance(hidden, mx.array):
+            raise UserError(f"the layers of {model.model_type} are not called in a plain sequence: not supported")
+        if index == 0:
+            first.append(hidden)
+        calls.append(call)
+        return hidden
+
+    with _stand_ins(model, record):
+        model(tokens)
+    if len(calls) != len(model.layers):
+        raise UserError(
+            f"only {len(calls)} of the {len(model.layers)} layers of {model.model_type} are called: not supported"
+        )
+    return first[0], calls
+
+
+def head(model: Any) -> Callable[[mx.array], mx.array]:
+    """What the model does after its last layer: hidden (B, C, width) -> logits (B, C, V); position by position."""
+
+    def logits(hidden: mx.array) -> mx.array:
+        with _stand_ins(model, lambda index, h, call: hidden):
+            return model(mx.zeros(hidden.shape[:2], dtype=mx.int32))
+
+    return logits
+
+
+def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """(path in the layer, module) of the attention whose code names the seam, or None where a layer has none."""
+    for path, module in walk_modules(layer):
+        code = getattr(type(module).__call__, "__code__", None)
+        if code is not None and SEAM in code.co_names and SEAM in type(module).__call__.__globals__:
+            return path, module
+    return None
+
+
+def run_layer(
+    layer: nn.Module, hidden: mx.array, call: Call, attend: Attend, wrap: Wrap = lambda part: part
+) -> mx.array:
+    """layer(hidden) with `attend(q, k, v, *, scale, mask)` in place of attention, for this one call, and with
+    `wrap(feed_forward)` in place of its feed-forward part.
+
+    A layer without the seam (a state-space layer, say) keeps what it has in place of attention.
+    """
+    with _attending(layer, attend), _wrapped(layer, wrap):
+        return layer(hidden, *call.arguments, **call.keywords)
+
+
+@contextlib.contextmanager
+def _attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
+    found = attention_of(layer)
+    if found is None:
+        yield
+        return
+    namespace = type(found[1]).__call__.__globals__
+    own = namespace[SEAM]
+    namespace[SEAM] = _adapt(attend)
+    try:
+        yield
+    finally:
+        namespace[SEAM] = own
+
+
+@contextlib.contextmanager
+def _wrapped(layer: nn.Module, wrap: Wrap) -> Iterator[None]:
+    own = {name: layer[name] for name in FEED_FORWARD if name in layer}
+    dict.update(layer, {name: wrap(part) for name, part in own.items()})
+    try:
+        yield
+    finally:
+        dict.update(layer, own)
+
+
+def _adapt(attend: Attend) -> Attend:
+    def seam(queries: mx.array, keys: mx.array, values: mx.array, cache: Any = None, *, scale: float,
+             mask: Any = None, sinks: Any = None) -> mx.array:  # fmt: skip
+        if sinks is not None:
+            raise UserError("attention sinks are not supported in training")
+        return attend(queries, keys, values, scale=scale, mask=mask)
+
+    return seam
+
+
+def forward_hidden(model: nn.Module, inputs: mx.array, *, feed_forward: int, workspace_bytes: int) -> mx.array:
+    """The hidden state behind all layers, (B, T, width), without a gradient and layer by layer in memory.
+
+    `feed_forward` is the width of a position in the layers' feed-forward parts (`feedforward.width_of`).
+    """
+    hidden, calls = enter(model, inputs)
+    wrap = partial(in_chunks, width=feed_forward, workspace=workspace_bytes)
+
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
+        return attention_no_grad(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
+
+    for layer, call in zip(model.layers, calls, strict=True):
+        hidden = run_layer(layer, hidden, call, attend, wrap)
+        mx.eval(hidden)
+    return hidden

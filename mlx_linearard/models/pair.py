@@ -1,0 +1,136 @@
+"""Teacher (native RoPE, frozen) and student (scaled RoPE, adapted) over ONE copy of the frozen weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import load_model
+
+from .. import rope
+from ..errors import UserError, one_line
+from .adapters import Adapter, Leaves, adapt, put, qkv_keys
+from .directory import check_model_dir
+from .tokenizer import tokenizer_of
+from .trees import named_arrays, named_modules
+
+
+@dataclass
+class Pair:
+    """Both models, their tokenizer and their configurations. `path` is the directory they were loaded from."""
+
+    path: Path
+    teacher: Any
+    student: Any
+    tokenizer: Any
+    native_config: dict[str, Any]
+    scaled_config: dict[str, Any]
+    adapter: Adapter
+
+    @property
+    def native_window(self) -> int:
+        return rope.native_window(self.native_config)
+
+    def parameters(self) -> list[Leaves]:
+        """The trainable arrays of each adapted layer, in the order of `adapter.layers`."""
+        layers = self.student.layers
+        return [dict(named_arrays(layers[i].trainable_parameters())) for i in self.adapter.layers]
+
+    def set_parameters(self, parameters: list[Leaves]) -> None:
+        """Put trained arrays into the student."""
+        for index, leaves in zip(self.adapter.layers, parameters, strict=True):
+            put(self.student.layers[index], leaves)
+
+
+def load_pair(
+    path: str | Path,
+    *,
+    method: str,
+    factor: float,
+    fine_tune_type: str = "lora",
+    lora_rank: int = 64,
+    lora_scale: float = 2.0,
+    lora_dropout: float = 0.0,
+    adapt_layers: Iterable[int] | Callable[[Any], Iterable[int]] | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Pair:
+    """Load a model directory once and build teacher and student over the same arrays.
+
+    Args:
+        path: a local mlx-lm or Hugging Face directory (safetensors), quantized or not.
+        method, factor: how the student's RoPE is scaled (`rope.scale_rope`).
+        fine_tune_type: `lora` or `dora` adapters on the q, k, v projections, or `full`: the projections themselves.
+        adapt_layers: the layers that get adapters, or a function of the model that says which; all by default.
+        dtype: of the frozen weights in memory (quantized ones keep their bits); by default the file's own.
+        seed: of the adapters' first values.
+    Raises:
+        UserError: where the directory, the family or the method does not allow it, with the reason.
+    """
+    path = Path(path)
+    native = check_model_dir(path).config
+    try:
+        scaled = rope.scale_rope(native, method, factor)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    teacher = load_frozen(path, native, dtype)
+    student = share(teacher, scaled)
+    if adapt_layers is None:
+        adapt_layers = range(len(student.layers))
+    chosen = tuple(sorted(adapt_layers(student) if callable(adapt_layers) else adapt_layers))
+    adapter = Adapter(fine_tune_type, lora_rank, lora_scale, lora_dropout, qkv_keys(student), chosen)
+    mx.random.seed(seed)
+    adapt(student, adapter)
+    tokenizer = tokenizer_of(path, native)
+    return Pair(path, teacher, student, tokenizer, native, scaled, adapter)
+
+
+def load_frozen(path: Path, config: dict[str, Any], dtype: str | None = None) -> Any:
+    """mlx-lm's model for `config` with the weights in `path`, frozen; never more than one copy in memory."""
+    try:
+        model, _ = load_model(path, lazy=True, model_config=config)
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no model*.safetensors: give a model directory with its weights") from None
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from None
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
+
+
+def share(teacher: Any, config: dict[str, Any]) -> Any:
+    """A second model of the teacher's class with `config`'s RoPE, over the teacher's own arrays.
+
+    The new model's first weights are never evaluated, so no second copy exists at any time.
+    """
+    student = type(teacher)(type(teacher.args).from_dict(config))
+    with_weights = [(name, module) for name, module in named_modules(teacher.leaf_modules()) if module.parameters()]
+    student.update_modules(tree_unflatten(with_weights))
+    student.update(teacher.parameters())
+    student.freeze()
+    student.eval()
+    return student
+
+
+def layer_paths(model: Any) -> list[str]:
+    """Each layer's path in its model, such as model.layers.0."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(layer)] for layer in model.layers]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's arrays, bit for bit, to show that frozen weights stay frozen."""
+    digest = hashlib.sha256()
+    for name, array in sorted(named_arrays(model.parameters())):
+        digest.update(name.encode())
+        digest.update(np.array(array.view(mx.uint8)).tobytes())
+    return digest.hexdigest()

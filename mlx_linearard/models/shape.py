@@ -1,0 +1,47 @@
+"""The sizes of a model that decide its memory and speed, read from its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.mlp import width_of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that decide memory, read from a Hugging Face config."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int  # the widest feed-forward part that a token passes; of a mixture, its chosen experts together
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """The sizes in `config`; missing ones as transformers derives them."""
+        width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        return cls(
+            width=width,
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or width // heads),
+            ffn=width_of(config),
+            vocabulary=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of matrix products that a token passes, without the head."""
+        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.width * self.ffn)
+
+    def heads_of(self, relations: str) -> list[int]:
+        """The number of heads of each relation of `relations`."""
+        return [self.heads if name == "q" else self.kv_heads for name in relations]

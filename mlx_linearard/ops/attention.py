@@ -1,0 +1,404 @@
+"""Exact softmax attention in a constant workspace, forward and backward.
+
+    O = softmax(scale Q K^T + mask) V
+
+mlx's own attention holds the (T, T) scores as soon as a gradient is taken. Here they exist one tile at a
+time: the forward pass keeps a running maximum and sum per row (online softmax, arXiv 1805.02867), the
+backward pass recomputes each tile from the log-sum-exp of its rows:
+
+    P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
+
+Scores are accumulated and kept in float32 whatever the inputs are. Query heads that share a key head are
+stacked as rows, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..machine import on_gpu
+from .tiling import FLOAT32, MASKED, Tiles, check_workspace, first, fitting, in_order, row_sizes, untraced, usable
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    window: int | None = None,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """softmax(scale Q K^T + mask) V, exact, its scores held one tile at a time.
+
+    Args:
+        queries: (B, Hq, Tq, D), floating.
+        keys: (B, Hkv, Tk, D), Hq a multiple of Hkv.
+        values: (B, Hkv, Tk, Dv).
+        scale: the factor of the scores.
+        mask: None, "causal" (the last query sees every key), or an array that broadcasts to (B, Hq, Tq, Tk):
+            bool (True = may see) or added to the scores. It is read tile by tile.
+        window: with mask="causal", how many keys a query sees, itself included; None for all.
+        workspace_bytes: what the tiles may hold beyond inputs, outputs and gradients; None for 256 MiB.
+
+    Returns:
+        (B, Hq, Tq, Dv) in the dtype of `queries`. A query that sees no key gets zeros.
+
+    Raises:
+        ValueError: on shapes, dtypes or options that do not fit together, naming the one that is wrong.
+    """
+    call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
+
+    @mx.custom_function
+    def output_and_lse(queries: mx.array, keys: mx.array, values: mx.array):
+        return call.forward(queries, keys, values)
+
+    @output_and_lse.vjp
+    def _(primals, cotangents, outputs):
+        return call.backward(*primals, cotangents[0], *outputs)
+
+    return first(output_and_lse(queries, keys, values))
+
+
+def attention_no_grad(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    window: int | None = None,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """`attention` as a constant, for the frozen teacher and for evaluation: arguments and result as there.
+
+    On a GPU mlx's fused kernel does the work where it can: on CUDA for half precision at once, elsewhere in
+    float32 for some rows at a time, so that its unfused fallback (which mlx takes for some head sizes, and on
+    Metal whenever a gradient is traced around this call) stays exact and within the workspace as well.
+    """
+    workspace = check_workspace(workspace_bytes)
+    call = _Attention.of(queries, keys, values, float(scale), mask, window, workspace)
+    queries, keys, values = (mx.stop_gradient(a) for a in (queries, keys, values))
+    if not on_gpu() or call.mask is not None or window is not None:
+        return call.forward(queries, keys, values)[0]
+    if _mlx_is_linear(queries, values):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
+    return call.fused_rows(queries, keys, values, workspace)
+
+
+def attention_in_training(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """`attention`, or mlx's fused kernel where that is known to hold no scores in the backward pass either.
+
+    That is CUDA in half precision, where the kernel's gradient is about as exact as the dtype (an error of
+    0.5 % in bfloat16, against 0.2 % of `attention`) and comes many times faster.
+    """
+    fused = on_gpu() and _mlx_is_linear(queries, values) and not isinstance(mask, mx.array)
+    if fused:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
+    return attention(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
+
+
+def has_linear_kernel(dim: int, dim_v: int, *, half: bool) -> bool:
+    """Whether mlx's kernel is known to hold no scores on a GPU, traced or not: measured on CUDA in half precision."""
+    return not mx.metal.is_available() and half and dim == dim_v and dim <= 128 and dim % 8 == 0
+
+
+def _mlx_is_linear(queries: mx.array, values: mx.array) -> bool:
+    half = queries.dtype in (mx.float16, mx.bfloat16)
+    return has_linear_kernel(queries.shape[-1], values.shape[-1], half=half)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One call, checked: sizes, scale, mask and the tiles it runs in."""
+
+    batch: int
+    heads: int  # key heads
+    group: int  # query heads a key head
+    rows: int  # Tq
+    columns: int  # Tk
+    scale: float
+    causal: bool
+    window: int | None
+    mask: mx.array | None
+    tiles: Tiles
+
+    @classmethod
+    def of(cls, queries, keys, values, scale, mask, window, workspace):
+        _check(queries, keys, values, mask, window)
+        batch, heads_q, rows, dim = queries.shape
+        heads, columns = keys.shape[1:3]
+        group = heads_q // heads
+        if isinstance(mask, mx.array):
+            mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        return cls(
+            batch=batch,
+            heads=heads,
+            group=group,
+            rows=rows,
+            columns=columns,
+            scale=scale,
+            causal=isinstance(mask, str),
+            window=window,
+            mask=mask if isinstance(mask, mx.array) else None,
+            tiles=plan(batch, heads, group, rows, columns, dim, values.shape[-1], workspace, on_gpu()),
+        )
+
+    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """[output (B, Hq, Tq, Dv), lse (B, Hq, Tq, 1) float32]."""
+        queries, keys, values = untraced([queries, keys, values])
+        output = mx.zeros((*queries.shape[:3], values.shape[-1]), dtype=queries.dtype)
+        lse = mx.zeros((*queries.shape[:3], 1))
+        for b, h in self.tiles.groups(self.batch, self.heads):
+            inputs = in_order([queries, keys, values], [output, lse])
+            outputs: list[mx.array] = []
+            lses: list[mx.array] = []
+            for rows in self.tiles.row_tiles(self.rows):
+                q, k, v = in_order(inputs, [*outputs[:1], *lses[:1]])
+                part, part_lse = self._forward_rows(q, k, v, b, h, rows)
+                outputs.insert(0, part.astype(output.dtype))
+                lses.insert(0, part_lse)
+            at = (b, self._query_heads(h))
+            output[at], lse[at] = mx.concatenate(outputs, axis=2), mx.concatenate(lses, axis=2)
+        return [output, lse]
+
+    def _forward_rows(self, queries, keys, values, b, h, rows) -> tuple[mx.array, mx.array]:
+        """Output and log-sum-exp of one tile of rows, by online softmax over its column blocks."""
+        q = self._stack(queries, b, h, rows) * self.scale
+        top, total, out = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
+        probabilities = _fused_probabilities if on_gpu() else _probabilities
+        for columns in self._blocks(rows):
+            keys, values = in_order([keys, values], [q, out])
+            scores = self._scores(q, keys, b, h, rows, columns)
+            new_top = mx.maximum(top, scores.max(axis=-1, keepdims=True))
+            shrink = mx.exp(top - new_top)
+            u = probabilities(scores, new_top)
+            total = total * shrink + u.sum(axis=-1, keepdims=True)
+            out = out * shrink + u @ _block(values, b, h, columns)
+            top = new_top
+        sees_any = top > MASKED / 2
+        out = mx.where(sees_any, out / total, 0.0)
+        lse = mx.where(sees_any, top + mx.log(total), mx.inf)  # exp(S - inf) = 0: no gradient either
+        return self._unstack(out, rows), self._unstack(lse, rows)
+
+    def backward(self, queries, keys, values, d_output, output, lse) -> list[mx.array]:
+        """[dQ, dK, dV], each in its primal's dtype, accumulated in float32."""
+        d_q, d_k, d_v = (mx.zeros_like(a) for a in (queries, keys, values))
+        queries, keys, values, d_output, output, lse = untraced([queries, keys, values, d_output, output, lse])
+        for b, h in self.tiles.groups(self.batch, self.heads):
+            inputs = in_order([queries, keys, values, d_output, output, lse], [d_q, d_k, d_v])
+            parts: list[mx.array] = []
+            sums = [_Sums() for _ in self.tiles.column_blocks(self.columns)]
+            for rows in self.tiles.row_tiles(self.rows):
+                inputs = in_order(inputs, [*parts[:1], *(a for total in sums for a in total.running)])
+                parts.insert(0, self._backward_rows(inputs, sums, b, h, rows).astype(d_q.dtype))
+            d_q[b, self._query_heads(h)] = mx.concatenate(parts, axis=2)
+            for columns, total in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
+                if total.running:
+                    d_k[b, h, columns], d_v[b, h, columns] = total.whole(d_k.dtype), total.whole(d_v.dtype, 1)
+        return [d_q, d_k, d_v]
+
+    def _backward_rows(self, inputs, sums, b, h, rows) -> mx.array:
+        """dQ of one tile of rows; adds the tile's shares of dK and dV to `sums`, block by block."""
+        queries, keys, values, d_output, output, lse = inputs
+        q = self._stack(queries, b, h, rows) * self.scale
+        d_out, out, lse = (self._stack(a, b, h, rows) for a in (d_output, output, lse))
+        delta = (d_out * out).sum(axis=-1, keepdims=True)
+        d_q = mx.zeros(q.shape)
+        softmax, derivative = _probabilities, _d_scores
+        if on_gpu():
+            softmax, derivative = _fused_probabilities, _fused_d_scores
+        after = [q, d_out, delta]
+        for columns in self._blocks(rows):
+            keys, values = in_order([keys, values], after)
+            p = softmax(self._scores(q, keys, b, h, rows, columns), lse)
+            d_p = d_out @ _block(values, b, h, columns).swapaxes(-1, -2)
+            d_scores = derivative(p, d_p, delta)
+            d_q = mx.addmm(d_q, d_scores, _block(keys, b, h, columns))
+            total = sums[columns.start // self.tiles.columns]
+            total.add(d_scores.swapaxes(-1, -2), q, p.swapaxes(-1, -2), d_out)
+            after = [d_q, *total.running]
+        return self._unstack(d_q * self.scale, rows)
+
+    def fused_rows(self, queries: mx.array, keys: mx.array, values: mx.array, workspace: int) -> mx.array:
+        """The output by mlx's own attention in float32, as many rows at a time as its scores would allow."""
+        heads = self.batch * self.heads * self.group
+        tile = max(1, min(self.rows, int(workspace / (4 * FLOAT32 * heads * self.columns))))
+        outputs: list[mx.array] = []
+        for start in range(0, self.rows, tile):
+            rows = slice(start, min(start + tile, self.rows))
+            end = rows.stop + self.columns - self.rows if self.causal else self.columns
+            q, k, v = in_order([queries, keys, values], outputs[-1:])
+            q, k, v = (a.astype(mx.float32) for a in (q[:, :, rows], k[:, :, :end], v[:, :, :end]))
+            mask = "causal" if self.causal else None
+            part = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+            outputs.append(part.astype(queries.dtype))
+        return mx.concatenate(outputs, axis=2)
+
+    def _blocks(self, rows: slice) -> Iterator[slice]:
+        """The column blocks that a tile of rows can see."""
+        offset = self.columns - self.rows
+        first = 0 if self.window is None else max(0, rows.start + offset - self.window + 1)
+        end = min(self.columns, rows.stop + offset) if self.causal else self.columns
+        return (block for block in self.tiles.column_blocks(max(end, 0)) if block.stop > first)
+
+    def _scores(self, q, keys, b, h, rows, columns) -> mx.array:
+        """The masked scores of a tile, (b, h, group * rows, columns) float32; q carries the scale."""
+        scores = q @ _block(keys, b, h, columns).swapaxes(-1, -2)
+        bias = self._bias(b, h, rows, columns)
+        if bias is None:
+            return scores
+        by_head = scores.reshape(*scores.shape[:2], self.group, -1, scores.shape[-1])
+        return (by_head + bias).reshape(scores.shape)
+
+    def _bias(self, b, h, rows, columns) -> mx.array | None:
+        """What the mask adds to a tile, broadcastable to (b, h, group, rows, columns), or None."""
+        if self.mask is not None:
+            part = self._mask_tile(b, h, rows, columns)
+            return mx.where(part, 0.0, MASKED) if part.dtype == mx.bool_ else part.astype(mx.float32)
+        if not self.causal:
+            return None
+        offset = self.columns - self.rows
+        newest, oldest = rows.start + offset, rows.stop - 1 + offset
+        outside_window = self.window is not None and columns.start <= oldest - self.window
+        if columns.stop <= newest + 1 and not outside_window:
+            return None
+        i = mx.arange(newest, rows.stop + offset)[:, None]
+        j = mx.arange(columns.start, columns.stop)[None, :]
+        allowed = j <= i
+        if self.window is not None:
+            allowed = allowed & (j > i - self.window)
+        return mx.where(allowed, 0.0, MASKED)
+
+    def _mask_tile(self, b, h, rows, columns) -> mx.array:
+        """The mask's part of a tile, (b|1, h|1, group|1, rows|1, columns|1)."""
+        assert self.mask is not None
+        wanted = (b, self._query_heads(h), rows, columns)
+        at = tuple(slice(None) if n == 1 else s for n, s in zip(self.mask.shape, wanted, strict=True))
+        part = self.mask[at]
+        heads = (1, 1) if part.shape[1] == 1 else (-1, self.group)
+        return part.reshape(part.shape[0], *heads, *part.shape[2:])
+
+    def _query_heads(self, h: slice) -> slice:
+        return slice(h.start * self.group, h.stop * self.group)
+
+    def _stack(self, a: mx.array, b: slice, h: slice, rows: slice) -> mx.array:
+        """Rows of the query heads of a key head, one under another: (b, h, group * rows, D) float32."""
+        part = a[b, self._query_heads(h), rows].astype(mx.float32)
+        return part.reshape(part.shape[0], h.stop - h.start, -1, part.shape[-1])
+
+    def _unstack(self, a: mx.array, rows: slice) -> mx.array:
+        """The inverse of `_stack`: (b, query heads, rows, D)."""
+        return a.reshape(a.shape[0], -1, rows.stop - rows.start, a.shape[-1])
+
+
+def _block(a: mx.array, b: slice, h: slice, columns: slice) -> mx.array:
+    return a[b, h, columns].astype(mx.float32)
+
+
+class _Sums:
+    """Running dK and dV of a column block. Later tiles (earlier rows) see a prefix of it at most."""
+
+    def __init__(self) -> None:
+        self.running: list[mx.array] = []
+        self.finished: list[list[mx.array]] = []
+
+    def add(self, d_scores_t: mx.array, q: mx.array, p_t: mx.array, d_out: mx.array) -> None:
+        """Adds dS^T Q and P^T dO of a tile."""
+        if not self.running:
+            self.running = [d_scores_t @ q, p_t @ d_out]
+            return
+        seen = p_t.shape[2]
+        if seen < self.running[0].shape[2]:
+            self.finished.insert(0, [a[:, :, seen:] for a in self.running])
+            self.running = [a[:, :, :seen] for a in self.running]
+        d_k, d_v = self.running
+        self.running = [mx.addmm(d_k, d_scores_t, q), mx.addmm(d_v, p_t, d_out)]
+
+    def whole(self, dtype: mx.Dtype, which: int = 0) -> mx.array:
+        """dK (0) or dV (1) of the block."""
+        parts = [self.running[which], *(pair[which] for pair in self.finished)]
+        return mx.concatenate([a.astype(dtype) for a in parts], axis=2)
+
+
+def _probabilities(scores: mx.array, lse: mx.array) -> mx.array:
+    return mx.exp(scores - lse)
+
+
+def _d_scores(p: mx.array, d_p: mx.array, delta: mx.array) -> mx.array:
+    return p * (d_p - delta)
+
+
+# For a GPU: each reads and writes a tile once, in place.
+_fused_probabilities, _fused_d_scores = (mx.compile(f, shapeless=True) for f in (_probabilities, _d_scores))
+
+
+def plan(
+    batch: int,
+    heads: int,
+    group: int,
+    rows: int,
+    columns: int,
+    dim: int,
+    dim_v: int,
+    workspace: int,
+    gpu: bool,
+) -> Tiles:
+    """The tiles of one call, so that what they hold at a time stays within `workspace` bytes.
+
+    The workspace holds, for each key head of a group: the finished dQ of its query heads, the running dK and
+    dV, and the tiles in flight: scores, P, dP and dS, blocks of K and V, the stacked rows.
+    """
+    budget, dims = usable(workspace, gpu) / FLOAT32, dim + dim_v
+
+    def held(tile: int, block: int) -> float:
+        """float32 numbers for one key head."""
+        step = 4 * group * tile * min(block, columns) + 4 * min(block, columns) * dims + 3 * group * tile * dims
+        return (3 if gpu else 1.5) * step + 2 * columns * dims + group * rows * dim
+
+    widths = [w for w in (512, 2048, 8192, 32768) if w == 512 or (w < 2 * columns and (gpu or w == 2048))]
+    sizes = [(tile, width) for width in widths for tile in row_sizes(rows, gpu)]
+    return fitting(batch, heads, rows, columns, sizes, held, budget, gpu)
+
+
+def _check(queries: mx.array, keys: mx.array, values: mx.array, mask, window: int | None) -> None:
+    for name, array in (("queries", queries), ("keys", keys), ("values", values)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(array.shape)}")
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{name} must be floating, got {array.dtype}")
+    if keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"keys and values must agree in B, H, T: {tuple(keys.shape)}, {tuple(values.shape)}")
+    if queries.shape[0] != keys.shape[0] or queries.shape[3] != keys.shape[3]:
+        raise ValueError(f"queries and keys must agree in B and D: {tuple(queries.shape)}, {tuple(keys.shape)}")
+    if keys.shape[1] == 0 or queries.shape[1] % keys.shape[1]:
+        raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of key heads ({keys.shape[1]})")
+    if isinstance(mask, mx.array):
+        _check_mask(mask, (*queries.shape[:3], keys.shape[2]))
+    elif mask not in (None, "causal"):
+        raise ValueError(f'mask must be None, "causal" or an array, got {mask!r}')
+    if isinstance(mask, str) and queries.shape[2] > keys.shape[2]:
+        raise ValueError(f"causal: more queries ({queries.shape[2]}) than keys ({keys.shape[2]})")
+    if window is not None and not isinstance(mask, str):
+        raise ValueError('window needs mask="causal"')
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+
+
+def _check_mask(mask: mx.array, shape: tuple[int, ...]) -> None:
+    if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"mask must broadcast to {shape}, got shape {tuple(mask.shape)}")
+    if mask.dtype != mx.bool_ and not mx.issubdtype(mask.dtype, mx.floating):
+        raise ValueError(f"mask must be bool or floating, got {mask.dtype}")

@@ -1,0 +1,33 @@
+"""Command: the report of a run as one HTML file and its Markdown twin. `python -m mlx_linearard.report --help`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..cli import make_parser, run_command
+from .content import write_report
+
+__all__ = ["main", "run", "write_report"]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command's body."""
+    parser = make_parser(
+        "mlx_linearard.report",
+        "Write report.html and report.md of a run, finished or under way: what it cost, what it won back, how sure "
+        "that is. The HTML file is whole in itself and asks for nothing from anywhere.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the run directory of a distillation")
+    path = write_report(parser.parse_args(arguments).run)
+    print(f"Written to {path} and {path.with_suffix('.md')}")
+    return 0
+
+
+def main() -> None:
+    """Entry point of `mlx_linearard.report`."""
+    sys.exit(run_command(run))
+
+
+if __name__ == "__main__":
+    main()
