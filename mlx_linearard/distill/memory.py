@@ -1,18 +1,19 @@
-"""How much memory a training step takes at its fullest, from sizes alone, before anything is loaded.
+"""The memory of a training step at its fullest moment, from sizes alone, before anything is loaded.
 
-mlx's peak is a sum over what lives at one moment. For a step that moment is one of these:
+mlx's peak is a sum over all arrays that exist at one moment. For a step the fullest moment is one of these:
 
-    relations    a layer's relation losses run tile by tile, over both models' q, k and v
-    feed-forward a layer's student half has been recomputed, and its gradient is in the feed-forward part
-    attention    that gradient runs through attention, tile by tile
-    projections  that gradient runs through the q, k, v projections and their adapters
+    relations    a layer's relation losses run tile by tile, over q, k and v of both models
+    feed-forward the student's half of a layer is recomputed, and its gradient is in the feed-forward part
+    attention    this gradient runs through attention, tile by tile
+    projections  this gradient runs through the q, k, v projections and their adapters
     logits       the logits of a chunk of positions are compared
-    update       AdamW's old and new state exist together
+    update       AdamW's old and new state both exist
 
-Each adds to what a step keeps all the while: the frozen weights, the adapters and the optimizer's state, the
-student's hidden state before every layer, and each supervised layer's gradients in q, k and v. The counts of
-arrays were confirmed on mlx's counter with one size varied at a time (mlx 0.32.4, CPU, float32); they include
-what mlx's queue of some ten operations has not yet released.
+Each adds to the memory that a step holds all the time: the frozen weights, the adapters and the optimizer's state,
+the student's hidden state before every layer, and the gradients of each supervised layer in q, k and v. Every
+operation states its own peak (`peak_bytes`). The counts of arrays were confirmed with mlx's counter, one size
+varied at a time (mlx 0.32.4, CPU, float32). They include the arrays that mlx's queue of some ten operations has
+not yet released.
 """
 
 from __future__ import annotations
@@ -24,33 +25,27 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..models.shape import Shape
-from ..ops.attention import has_linear_kernel
-from ..ops.attention import plan as attention_tiles
-from ..ops.logits import CE_ARRAYS, KL_ARRAYS
-from ..ops.logits import chunk_size as logits_chunk
-from ..ops.mlp import held as held_by_feed_forward
-from ..ops.relation import held_by_head
-from ..ops.relation import plan as relation_tiles
+from ..ops import attention, logits, mlp, relation
 from ..ops.tiling import FLOAT32
 
-# CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, which
-# tiles.py keeps as small as one operation where activations are large; what they make is not released yet.
+# CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, and the
+# results of these are not yet released. ops/tiling.py makes a batch as small as one operation on large activations.
 CUDA_AHEAD = 10
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step, as far as its memory is concerned."""
+    """The sizes of a training step that decide its memory."""
 
     shape: Shape
     weights: int  # bytes of the frozen weights in memory
-    trained: int  # bytes of what is trained, all layers together; float32
-    rank: int  # of a layer's adapters together; 0 without any
-    size: int  # bytes of an activation
-    layers: int  # that run
-    supervised: int  # layers whose relations are matched
+    trained: int  # bytes of the trained parameters, float32, of all layers
+    rank: int  # sum of the ranks of a layer's adapters; 0 without adapters
+    size: int  # bytes per number of an activation
+    layers: int  # number of layers that run
+    supervised: int  # number of layers whose relations are matched
     relations: str
-    logits: str | None  # "kl", "ce" or None: then nothing behind the last layer's q, k, v is computed
+    logits: str | None  # "kl", "ce", or None: then nothing after the last layer's q, k, v is computed
     batch: int
     seq_len: int
     grad_accum: int
@@ -64,12 +59,12 @@ class Step:
 
     @property
     def qkv(self) -> int:
-        """Widths of q, k and v together."""
+        """The widths of q, k and v, added."""
         return (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
 
     @property
     def related(self) -> int:
-        """Widths of the vectors whose relations are matched, together."""
+        """The widths of the vectors whose relations are matched, added."""
         return sum(self.shape.heads_of(self.relations)) * self.shape.head_dim if self.supervised else 0
 
 
@@ -78,11 +73,11 @@ class MemoryPlan:
     """Bytes by purpose, at the fullest moment of a step."""
 
     weights: int  # frozen, one copy
-    adapters: int  # now, before the last update, and their gradients
+    adapters: int  # now and before the last update, and their gradients
     optimizer: int  # two moments, now and before the last update
-    activations: int  # what layers keep for the backward pass, and what the fullest layer holds
+    activations: int  # kept for the backward pass, and held by the fullest layer
     workspace: int  # tiles of scores, or chunks of logits
-    moment: str  # when that is
+    moment: str  # the name of the fullest moment
 
     @property
     def total(self) -> int:
@@ -96,12 +91,12 @@ class MemoryPlan:
 
 
 def plan_memory(step: Step) -> MemoryPlan:
-    """The fullest moment of `step`. Right to some 10 % of mlx's own peak, run-time libraries not counted."""
+    """The fullest moment of `step`, within some 10 % of mlx's own peak. Run-time libraries are not counted."""
     return max([*_backward(step), _update(step)], key=lambda plan: plan.total)
 
 
 def longest(step: Step, limit: int, most: int) -> int:
-    """The longest sequence, at most `most` tokens, whose plan stays within `limit` bytes; 0 where none does."""
+    """The longest sequence, at most `most` tokens, whose plan stays within `limit` bytes; 0 if there is none."""
     fits, above = 0, most + 1
     while above - fits > 1:
         length = (fits + above) // 2
@@ -115,9 +110,9 @@ def longest(step: Step, limit: int, most: int) -> int:
 def _backward(step: Step) -> Iterator[MemoryPlan]:
     """The moments before the update.
 
-    While gradients come, from the last layer to the first, hidden states go: the larger of the two counts.
-    The adapters exist twice (now, and before the last update, to which the guard may return), the moments too.
-    With gradient accumulation the sum so far is another copy.
+    Gradients appear from the last layer to the first, while hidden states are released: the larger of the two
+    counts. The adapters exist twice (now, and before the last update, to which the guard may return), and so do the
+    optimizer's moments. With gradient accumulation the running sum is another copy.
     """
     kept = step.layers * step.tokens * step.shape.width + step.supervised * step.tokens * step.related
     coming = max(0, step.trained - kept * step.size)
@@ -131,67 +126,38 @@ def _backward(step: Step) -> Iterator[MemoryPlan]:
 
 
 def _update(step: Step) -> MemoryPlan:
-    """The update: gradients and clipped gradients, old and new weights and moments, and what the guard keeps."""
+    """The update: gradients and clipped gradients, old and new weights and moments, the guard's copy."""
     return MemoryPlan(step.weights, (2 + 1 + 2) * step.trained, 6 * step.trained, 0, 0, "update")
 
 
 def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
     """(moment, bytes of activations, bytes of workspace) of the fullest layer."""
-    shape, tokens = step.shape, step.tokens
-    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    arriving = step.related  # gradients in q, k, v, multiplied by what arrives from behind
+    shape, tokens, dim = step.shape, step.tokens, step.shape.head_dim
+    q, k = shape.heads * dim, shape.kv_heads * dim
+    arriving = step.related  # gradients in q, k, v, multiplied by the cotangent
     adapted = tokens * step.rank * FLOAT32  # x A: float32, as the adapters are
     if step.supervised:
         # Both models' q, k and v, the gradients, the hidden states.
         live = tokens * (3 * step.related + 2 * shape.width) * step.size
-        yield "relations", live, _relation_workspace(step)
+        sizes = dim, dim, step.workspace, step.size != FLOAT32, step.gpu
+        heads = set(shape.heads_of(step.relations))  # one relation is finished before the next begins
+        tiles = max(relation.peak_bytes(step.batch, n, step.seq_len, *sizes) for n in heads)
+        yield "relations", live, tiles
     if step.logits or step.layers > 1:
-        # The residual stream and its norms; q, k, v before and after RoPE and what attention made of them.
+        # The residual stream and its norms; q, k, v before and after RoPE, and the output of attention.
         held = 7 * shape.width + 7 * q + 4 * k + arriving
-        wide = held_by_feed_forward(tokens, shape.ffn, step.size, step.workspace)
+        wide = mlp.peak_bytes(tokens, shape.ffn, step.size, workspace=step.workspace)
         yield "feed-forward", tokens * held * step.size + 3 * adapted, wide
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
-        yield "attention", tokens * held * step.size, _attention_workspace(step)
-    # The input's gradient from three projections and three adapters, being added up.
+        scores = attention.peak_bytes(
+            step.batch, shape.heads, shape.kv_heads, step.seq_len, dim,
+            workspace=step.workspace, size=step.size, gpu=step.gpu,
+        )  # fmt: skip
+        yield "attention", tokens * held * step.size, scores
+    # The gradient of the input, added up from three projections and three adapters.
     held = 9 * shape.width + 6 * (q + 2 * k) + arriving
     yield "projections", tokens * held * step.size + 7 * adapted, 0
     if step.logits:
-        yield "logits", 3 * tokens * shape.width * step.size, _logits_workspace(step)
-
-
-def _relation_workspace(step: Step) -> int:
-    """The tiles of the largest relation; one relation is done before the next begins."""
-    shape, length, dim = step.shape, step.seq_len, step.shape.head_dim
-    cast, most = step.size != FLOAT32, 0
-    for heads in set(shape.heads_of(step.relations)):
-        tiles, once = relation_tiles(step.batch, heads, length, dim, dim, step.workspace, cast, step.gpu, True)
-        held = held_by_head(min(tiles.rows, length), tiles.columns, length, dim, dim, cast, once, step.gpu)
-        most = max(most, int(FLOAT32 * tiles.batch * tiles.heads * held))
-    return most
-
-
-def _attention_workspace(step: Step) -> int:
-    """The tiles of attention's backward pass, nothing where mlx's kernel does the work (half precision on CUDA).
-
-    A head of a tile holds scores, P, dP and dS, the stacked rows of q, dO and O, the running dK and dV, and
-    dQ in parts and put together. Finished gradients of other heads are q, k and v once more.
-    """
-    shape, length, dims = step.shape, step.seq_len, 2 * step.shape.head_dim
-    if step.gpu and has_linear_kernel(shape.head_dim, shape.head_dim, half=step.size < FLOAT32):
-        return 0
-    group = shape.heads // shape.kv_heads
-    tiles = attention_tiles(
-        step.batch, shape.kv_heads, group, length, length, shape.head_dim, shape.head_dim, step.workspace, step.gpu
-    )
-    rows, columns = min(tiles.rows, length), min(tiles.columns, length)
-    held = 4 * group * rows * columns * (2 if step.gpu else 1) + 3 * group * rows * dims
-    held += 2 * length * dims + 2 * group * length * shape.head_dim
-    return FLOAT32 * tiles.batch * tiles.heads * held + step.tokens * step.qkv * step.size
-
-
-def _logits_workspace(step: Step) -> int:
-    """Chunks of logits: of several, two or three are alive at a time (20 arrays for the KL, 7 for cross-entropy)."""
-    several, single, reckoned = {"kl": (20, 11, KL_ARRAYS), "ce": (7, 4, CE_ARRAYS)}[step.logits or "kl"]
-    chunk = logits_chunk(step.workspace, reckoned, step.shape.vocabulary)
-    arrays = several if chunk < step.tokens else single
-    return min(chunk, step.tokens) * arrays * step.shape.vocabulary * FLOAT32
+        arrays = {"kl": logits.KL, "ce": logits.CROSS_ENTROPY}[step.logits]
+        chunks = logits.peak_bytes(arrays, tokens, shape.vocabulary, workspace=step.workspace)
+        yield "logits", 3 * tokens * shape.width * step.size, chunks

@@ -2,14 +2,14 @@
 
     O = softmax(scale Q K^T + mask) V
 
-mlx's own attention holds the (T, T) scores as soon as a gradient is taken. Here they exist one tile at a
-time: the forward pass keeps a running maximum and sum per row (online softmax, arXiv 1805.02867), the
-backward pass recomputes each tile from the log-sum-exp of its rows:
+mlx's own attention holds the (T, T) scores if a gradient is taken. Here they exist one tile at a time. The
+forward pass keeps a running maximum and sum per row (online softmax, arXiv 1805.02867). The backward pass
+recomputes each tile from the log-sum-exp of its rows:
 
     P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
 
-Scores are accumulated and kept in float32 whatever the inputs are. Query heads that share a key head are
-stacked as rows, so keys and values are never repeated.
+Scores are computed and kept in float32 for inputs of every dtype. Query heads that share a key head are stacked
+as rows, so keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..machine import on_gpu
-from .tiling import FLOAT32, MASKED, Tiles, check_workspace, first, fitting, in_order, row_sizes, untraced, usable
+from .tiling import FLOAT32, MASKED, Tiles, best_tiles, check_workspace, first, in_order, row_sizes, untraced, usable
 
 
 def attention(
@@ -33,7 +33,7 @@ def attention(
     window: int | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """softmax(scale Q K^T + mask) V, exact, its scores held one tile at a time.
+    """softmax(scale Q K^T + mask) V, exact, with one tile of scores in memory at a time.
 
     Args:
         queries: (B, Hq, Tq, D), floating.
@@ -42,14 +42,14 @@ def attention(
         scale: the factor of the scores.
         mask: None, "causal" (the last query sees every key), or an array that broadcasts to (B, Hq, Tq, Tk):
             bool (True = may see) or added to the scores. It is read tile by tile.
-        window: with mask="causal", how many keys a query sees, itself included; None for all.
-        workspace_bytes: what the tiles may hold beyond inputs, outputs and gradients; None for 256 MiB.
+        window: with mask="causal", how many keys a query sees, its own included; None for all.
+        workspace_bytes: the most memory for tiles, beyond inputs, outputs and gradients; None for 256 MiB.
 
     Returns:
-        (B, Hq, Tq, Dv) in the dtype of `queries`. A query that sees no key gets zeros.
+        (B, Hq, Tq, Dv) in the dtype of `queries`; zeros for a query that sees no key.
 
     Raises:
-        ValueError: on shapes, dtypes or options that do not fit together, naming the one that is wrong.
+        ValueError: if shapes, dtypes or options are wrong or do not fit together; the message names the wrong one.
     """
     call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
 
@@ -74,11 +74,11 @@ def attention_no_grad(
     window: int | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """`attention` as a constant, for the frozen teacher and for evaluation: arguments and result as there.
+    """`attention` without a gradient, for the frozen teacher and for evaluation. Arguments and result are the same.
 
-    On a GPU mlx's fused kernel does the work where it can: on CUDA for half precision at once, elsewhere in
-    float32 for some rows at a time, so that its unfused fallback (which mlx takes for some head sizes, and on
-    Metal whenever a gradient is traced around this call) stays exact and within the workspace as well.
+    On a GPU mlx's fused kernel is used if possible: for half precision on CUDA in one call, else in float32 for
+    some rows at a time. mlx falls back to unfused operations for some head sizes, and on Metal whenever a gradient
+    is traced around this call. In float32 and for some rows that is exact and stays within the workspace, too.
     """
     workspace = check_workspace(workspace_bytes)
     call = _Attention.of(queries, keys, values, float(scale), mask, window, workspace)
@@ -99,10 +99,10 @@ def attention_in_training(
     mask: mx.array | str | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """`attention`, or mlx's fused kernel where that is known to hold no scores in the backward pass either.
+    """`attention`, or mlx's fused kernel if it is known to hold no scores in the backward pass either.
 
-    That is CUDA in half precision, where the kernel's gradient is about as exact as the dtype (an error of
-    0.5 % in bfloat16, against 0.2 % of `attention`) and comes many times faster.
+    That is so on CUDA in half precision. There the gradient of the kernel is about as exact as the dtype (an error
+    of 0.5 % in bfloat16, against 0.2 % of `attention`), and many times faster.
     """
     fused = on_gpu() and _mlx_is_linear(queries, values) and not isinstance(mask, mx.array)
     if fused:
@@ -111,7 +111,10 @@ def attention_in_training(
 
 
 def has_linear_kernel(dim: int, dim_v: int, *, half: bool) -> bool:
-    """Whether mlx's kernel is known to hold no scores on a GPU, traced or not: measured on CUDA in half precision."""
+    """Whether mlx's kernel is known to hold no scores on a GPU, with or without a gradient.
+
+    This was measured on CUDA in half precision.
+    """
     return not mx.metal.is_available() and half and dim == dim_v and dim <= 128 and dim % 8 == 0
 
 
@@ -122,11 +125,11 @@ def _mlx_is_linear(queries: mx.array, values: mx.array) -> bool:
 
 @dataclass(frozen=True)
 class _Attention:
-    """One call, checked: sizes, scale, mask and the tiles it runs in."""
+    """One call, checked: its sizes, scale, mask and tiles."""
 
     batch: int
     heads: int  # key heads
-    group: int  # query heads a key head
+    group: int  # query heads per key head
     rows: int  # Tq
     columns: int  # Tk
     scale: float
@@ -153,7 +156,7 @@ class _Attention:
             causal=isinstance(mask, str),
             window=window,
             mask=mask if isinstance(mask, mx.array) else None,
-            tiles=plan(batch, heads, group, rows, columns, dim, values.shape[-1], workspace, on_gpu()),
+            tiles=choose_tiles(batch, heads, group, rows, columns, dim, values.shape[-1], workspace, on_gpu()),
         )
 
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
@@ -207,11 +210,11 @@ class _Attention:
             d_q[b, self._query_heads(h)] = mx.concatenate(parts, axis=2)
             for columns, total in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
                 if total.running:
-                    d_k[b, h, columns], d_v[b, h, columns] = total.whole(d_k.dtype), total.whole(d_v.dtype, 1)
+                    d_k[b, h, columns], d_v[b, h, columns] = total.joined(d_k.dtype), total.joined(d_v.dtype, 1)
         return [d_q, d_k, d_v]
 
     def _backward_rows(self, inputs, sums, b, h, rows) -> mx.array:
-        """dQ of one tile of rows; adds the tile's shares of dK and dV to `sums`, block by block."""
+        """dQ of one tile of rows. The parts of dK and dV from this tile are added to `sums`, block by block."""
         queries, keys, values, d_output, output, lse = inputs
         q = self._stack(queries, b, h, rows) * self.scale
         d_out, out, lse = (self._stack(a, b, h, rows) for a in (d_output, output, lse))
@@ -233,7 +236,7 @@ class _Attention:
         return self._unstack(d_q * self.scale, rows)
 
     def fused_rows(self, queries: mx.array, keys: mx.array, values: mx.array, workspace: int) -> mx.array:
-        """The output by mlx's own attention in float32, as many rows at a time as its scores would allow."""
+        """The output of mlx's own attention in float32, for as many rows at a time as the scores leave room for."""
         heads = self.batch * self.heads * self.group
         tile = max(1, min(self.rows, int(workspace / (4 * FLOAT32 * heads * self.columns))))
         outputs: list[mx.array] = []
@@ -255,7 +258,7 @@ class _Attention:
         return (block for block in self.tiles.column_blocks(max(end, 0)) if block.stop > first)
 
     def _scores(self, q, keys, b, h, rows, columns) -> mx.array:
-        """The masked scores of a tile, (b, h, group * rows, columns) float32; q carries the scale."""
+        """The masked scores of a tile, (b, h, group * rows, columns) float32; q is already scaled."""
         scores = q @ _block(keys, b, h, columns).swapaxes(-1, -2)
         bias = self._bias(b, h, rows, columns)
         if bias is None:
@@ -264,7 +267,7 @@ class _Attention:
         return (by_head + bias).reshape(scores.shape)
 
     def _bias(self, b, h, rows, columns) -> mx.array | None:
-        """What the mask adds to a tile, broadcastable to (b, h, group, rows, columns), or None."""
+        """The numbers that the mask adds to a tile, broadcastable to (b, h, group, rows, columns), or None."""
         if self.mask is not None:
             part = self._mask_tile(b, h, rows, columns)
             return mx.where(part, 0.0, MASKED) if part.dtype == mx.bool_ else part.astype(mx.float32)
@@ -283,7 +286,7 @@ class _Attention:
         return mx.where(allowed, 0.0, MASKED)
 
     def _mask_tile(self, b, h, rows, columns) -> mx.array:
-        """The mask's part of a tile, (b|1, h|1, group|1, rows|1, columns|1)."""
+        """The part of the mask that covers a tile, (b|1, h|1, group|1, rows|1, columns|1)."""
         assert self.mask is not None
         wanted = (b, self._query_heads(h), rows, columns)
         at = tuple(slice(None) if n == 1 else s for n, s in zip(self.mask.shape, wanted, strict=True))
@@ -295,7 +298,7 @@ class _Attention:
         return slice(h.start * self.group, h.stop * self.group)
 
     def _stack(self, a: mx.array, b: slice, h: slice, rows: slice) -> mx.array:
-        """Rows of the query heads of a key head, one under another: (b, h, group * rows, D) float32."""
+        """The rows of all query heads of a key head, stacked: (b, h, group * rows, D) float32."""
         part = a[b, self._query_heads(h), rows].astype(mx.float32)
         return part.reshape(part.shape[0], h.stop - h.start, -1, part.shape[-1])
 
@@ -309,7 +312,7 @@ def _block(a: mx.array, b: slice, h: slice, columns: slice) -> mx.array:
 
 
 class _Sums:
-    """Running dK and dV of a column block. Later tiles (earlier rows) see a prefix of it at most."""
+    """Running dK and dV of a column block. A later tile (of earlier rows) sees at most a prefix of the block."""
 
     def __init__(self) -> None:
         self.running: list[mx.array] = []
@@ -327,7 +330,7 @@ class _Sums:
         d_k, d_v = self.running
         self.running = [mx.addmm(d_k, d_scores_t, q), mx.addmm(d_v, p_t, d_out)]
 
-    def whole(self, dtype: mx.Dtype, which: int = 0) -> mx.array:
+    def joined(self, dtype: mx.Dtype, which: int = 0) -> mx.array:
         """dK (0) or dV (1) of the block."""
         parts = [self.running[which], *(pair[which] for pair in self.finished)]
         return mx.concatenate([a.astype(dtype) for a in parts], axis=2)
@@ -341,25 +344,17 @@ def _d_scores(p: mx.array, d_p: mx.array, delta: mx.array) -> mx.array:
     return p * (d_p - delta)
 
 
-# For a GPU: each reads and writes a tile once, in place.
+# For a GPU: each stage reads and writes a tile once, in place.
 _fused_probabilities, _fused_d_scores = (mx.compile(f, shapeless=True) for f in (_probabilities, _d_scores))
 
 
-def plan(
-    batch: int,
-    heads: int,
-    group: int,
-    rows: int,
-    columns: int,
-    dim: int,
-    dim_v: int,
-    workspace: int,
-    gpu: bool,
+def choose_tiles(
+    batch: int, heads: int, group: int, rows: int, columns: int, dim: int, dim_v: int, workspace: int, gpu: bool
 ) -> Tiles:
-    """The tiles of one call, so that what they hold at a time stays within `workspace` bytes.
+    """The tiles of one call, chosen so that they hold at most `workspace` bytes at a time.
 
-    The workspace holds, for each key head of a group: the finished dQ of its query heads, the running dK and
-    dV, and the tiles in flight: scores, P, dP and dS, blocks of K and V, the stacked rows.
+    For each key head of a group the workspace holds the finished dQ of its query heads, the running dK and dV, and
+    the tiles in flight: scores, P, dP and dS, blocks of K and V, and the stacked rows.
     """
     budget, dims = usable(workspace, gpu) / FLOAT32, dim + dim_v
 
@@ -370,7 +365,27 @@ def plan(
 
     widths = [w for w in (512, 2048, 8192, 32768) if w == 512 or (w < 2 * columns and (gpu or w == 2048))]
     sizes = [(tile, width) for width in widths for tile in row_sizes(rows, gpu)]
-    return fitting(batch, heads, rows, columns, sizes, held, budget, gpu)
+    return best_tiles(batch, heads, rows, columns, sizes, held, budget, gpu)
+
+
+def peak_bytes(
+    batch: int, heads: int, kv_heads: int, length: int, dim: int, *, workspace: int, size: int, gpu: bool
+) -> int:
+    """The most memory that the backward pass of `attention_in_training` holds, in bytes; `size` per input number.
+
+    That is 0 if mlx's kernel does the work. Else each head of a tile holds scores, P, dP and dS, the stacked rows of
+    q, dO and O, the running dK and dV, and dQ (in parts, and joined). The finished gradients of the other heads are
+    as large as q, k and v together.
+    """
+    if gpu and has_linear_kernel(dim, dim, half=size < FLOAT32):
+        return 0
+    group, dims = heads // kv_heads, 2 * dim
+    tiles = choose_tiles(batch, kv_heads, group, length, length, dim, dim, workspace, gpu)
+    rows, columns = min(tiles.rows, length), min(tiles.columns, length)
+    held = 4 * group * rows * columns * (2 if gpu else 1) + 3 * group * rows * dims
+    held += 2 * length * dims + 2 * group * length * dim
+    finished = batch * length * (heads + 2 * kv_heads) * dim * size
+    return FLOAT32 * tiles.batch * tiles.heads * held + finished
 
 
 def _check(queries: mx.array, keys: mx.array, values: mx.array, mask, window: int | None) -> None:

@@ -1,8 +1,8 @@
-"""Losses and comparisons over the vocabulary, a few positions at a time: (T, V) is never held whole.
+"""Losses and comparisons over the vocabulary, some positions at a time, so that few of the (T, V) logits exist at once.
 
 A `head` is any callable from hidden states (1, C, D) to logits (1, C, V): final norm, output projection, soft
-cap, quantized or not. It is frozen: gradients go to the hidden states only. The gradient of a chunk of
-positions is taken right behind its logits, so the backward pass has nothing left to do but to multiply.
+cap, quantized or not. It is frozen: only the hidden states get a gradient. The gradient of a chunk of positions is
+computed together with its loss, so the backward pass only multiplies by the cotangent.
 """
 
 from __future__ import annotations
@@ -12,21 +12,30 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .tiling import FLOAT32, check_workspace, first, in_order, times
+from .tiling import FLOAT32, check_workspace, first, in_order, multiply
 
 Head = Callable[[mx.array], mx.array]
 REDUCTIONS = ("mean", "sum")
 
-# float32 arrays over the vocabulary that a chunk's positions hold, those of the two or three chunks in flight together.
-KL_ARRAYS, CE_ARRAYS, COMPARED_ARRAYS, NLL_ARRAYS = 20, 10, 15, 8
+
+class Held(NamedTuple):
+    """How many float32 arrays of (chunk, vocabulary) an operation holds at its fullest moment."""
+
+    assumed: int  # for the size of a chunk
+    several: int  # measured with several chunks, of which two or three are in flight
+    one: int  # measured with one chunk
+
+
+KL, CROSS_ENTROPY = Held(20, 20, 11), Held(10, 7, 4)
+COMPARED, NLL = 15, 8  # assumed for the operations without a gradient
 
 
 class Comparison(NamedTuple):
-    """What `compare_logits` finds at each position: float32, float32 and bool, each (B, T)."""
+    """The results of `compare_logits`, one per position, each (B, T)."""
 
-    nll: mx.array | None
-    kl: mx.array
-    agreement: mx.array
+    nll: mx.array | None  # float32
+    kl: mx.array  # float32
+    agreement: mx.array  # bool
 
 
 def logits_kl(
@@ -40,25 +49,26 @@ def logits_kl(
     reduction: str = "mean",
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """KL(teacher || student) of the next-token distributions, differentiable in `student_hidden` alone.
+    """KL(teacher || student) of the next-token distributions; only `student_hidden` gets a gradient.
 
     Args:
-        student_hidden, teacher_hidden: (B, T, D) and (B, T, D'), what the heads take.
-        student_head, teacher_head: hidden states to logits; both over the same vocabulary.
-        mask: (B, T) bool, True where a position counts.
-        temperature: divides both logits; the KL is multiplied by its square, which keeps gradients in size.
-        reduction: "mean" divides by the number of counted positions, "sum" does not.
-        workspace_bytes: what the chunks may hold; None for 256 MiB. One position is the least there is.
+        student_hidden, teacher_hidden: (B, T, D) and (B, T, D'), the inputs of the heads.
+        student_head, teacher_head: functions from hidden states to logits over the same vocabulary.
+        mask: (B, T) bool, True for a position that counts.
+        temperature: both logits are divided by it. The KL is multiplied by its square, which keeps the size of the
+            gradient.
+        reduction: "mean" divides by the number of positions that count, "sum" does not.
+        workspace_bytes: the most memory for chunks; None for 256 MiB. A chunk has at least one position.
 
     Returns:
-        A float32 scalar in nats (a position, for "mean"); 0 when no position counts.
+        A float32 scalar in nats, per position for "mean"; 0 if no position counts.
 
     Raises:
-        ValueError: on shapes or options that do not fit together.
+        ValueError: if shapes or options are wrong or do not fit together.
     """
     _check_positions(student_hidden, teacher_hidden=teacher_hidden, mask=mask)
     _check_options(reduction, temperature)
-    positions = _Positions.of(student_hidden, student_head, KL_ARRAYS, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, KL.assumed, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
@@ -71,7 +81,7 @@ def logits_kl(
 
     @loss_and_gradient.vjp
     def _(primals, cotangents, outputs):
-        return times(outputs[1], cotangents[0]), mx.zeros_like(primals[1])
+        return multiply(outputs[1], cotangents[0]), mx.zeros_like(primals[1])
 
     return first(loss_and_gradient(student_hidden, mx.stop_gradient(teacher_hidden)))
 
@@ -85,13 +95,13 @@ def cross_entropy(
     reduction: str = "mean",
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """Negative log-likelihood of `targets` (B, T) under head(hidden), differentiable in `hidden` (B, T, D).
+    """Negative log-likelihood of `targets` (B, T) under head(hidden); `hidden` (B, T, D) gets a gradient.
 
     The other arguments, the result and the errors are those of `logits_kl`.
     """
     _check_positions(hidden, targets=targets, mask=mask)
     _check_options(reduction)
-    positions = _Positions.of(hidden, head, CE_ARRAYS, workspace_bytes)
+    positions = _Positions.of(hidden, head, CROSS_ENTROPY.assumed, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
@@ -103,7 +113,7 @@ def cross_entropy(
 
     @loss_and_gradient.vjp
     def _(primals, cotangents, outputs):
-        return times(outputs[1], cotangents[0])
+        return multiply(outputs[1], cotangents[0])
 
     return first(loss_and_gradient(hidden))
 
@@ -115,7 +125,7 @@ def token_nll(hidden: mx.array, head: Head, targets: mx.array, *, workspace_byte
     def of_chunk(hidden, targets):
         return [_nll(head(hidden), targets)]
 
-    positions = _Positions.of(hidden, head, NLL_ARRAYS, workspace_bytes)
+    positions = _Positions.of(hidden, head, NLL, workspace_bytes)
     return positions.each(of_chunk, [mx.float32], hidden, targets)[0]
 
 
@@ -128,12 +138,12 @@ def compare_logits(
     *,
     workspace_bytes: int | None = None,
 ) -> Comparison:
-    """Student against teacher at each position, without gradient.
+    """Student against teacher at each position, without a gradient.
 
     Returns:
-        nll: the student's negative log-likelihood of `targets`, None without targets; in nats.
-        kl: KL(teacher || student), in nats.
-        agreement: whether both put the same token first.
+        nll: the student's negative log-likelihood of `targets` in nats; None without targets.
+        kl: KL(teacher || student) in nats.
+        agreement: whether both have the same most likely token (top-1 agreement).
     """
     _check_positions(student_hidden, teacher_hidden=teacher_hidden, targets=targets)
 
@@ -145,18 +155,25 @@ def compare_logits(
 
     inputs = [student_hidden, teacher_hidden] + ([] if targets is None else [targets])
     dtypes = [mx.float32, mx.bool_] + ([] if targets is None else [mx.float32])
-    positions = _Positions.of(student_hidden, student_head, COMPARED_ARRAYS, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, COMPARED, workspace_bytes)
     kl, same, *nll = positions.each(of_chunk, dtypes, *inputs)
     return Comparison(nll[0] if nll else None, kl, same)
 
 
-def chunk_size(workspace: int, held: int, vocabulary: int) -> int:
-    """The positions of which `held` float32 arrays over the vocabulary fit `workspace` bytes; at least one."""
+def peak_bytes(held: Held, positions: int, vocabulary: int, *, workspace: int) -> int:
+    """The most memory that the chunks of an operation with a gradient hold, in bytes: `KL` or `CROSS_ENTROPY`."""
+    chunk = _chunk_size(workspace, held.assumed, vocabulary)
+    arrays = held.several if chunk < positions else held.one
+    return min(chunk, positions) * arrays * vocabulary * FLOAT32
+
+
+def _chunk_size(workspace: int, held: int, vocabulary: int) -> int:
+    """The number of positions for which `held` float32 arrays over the vocabulary fit `workspace`; at least one."""
     return max(1, workspace // (held * vocabulary * FLOAT32))
 
 
 class _Positions(NamedTuple):
-    """The positions of a call in one row, and how many of them a chunk takes."""
+    """The positions of a call, as one row, and the number of positions per chunk."""
 
     batch: int
     length: int
@@ -164,12 +181,12 @@ class _Positions(NamedTuple):
 
     @classmethod
     def of(cls, hidden: mx.array, head: Head, held: int, workspace_bytes: int | None) -> _Positions:
-        """Chunks of which `held` float32 arrays over the vocabulary fit the workspace."""
+        """Chunks so small that `held` float32 arrays over the vocabulary fit the workspace."""
         batch, length = hidden.shape[:2]
         if batch * length == 0:
             raise ValueError(f"there are no positions in hidden states of shape {tuple(hidden.shape)}")
-        vocabulary = head(hidden[:1, :1]).shape[-1]  # known from the graph, nothing is computed
-        chunk = chunk_size(check_workspace(workspace_bytes), held, vocabulary)
+        vocabulary = head(hidden[:1, :1]).shape[-1]  # mlx knows the shape without computing
+        chunk = _chunk_size(check_workspace(workspace_bytes), held, vocabulary)
         return cls(batch, length, min(chunk, batch * length))
 
     def weights(self, mask: mx.array | None, reduction: str) -> mx.array:
@@ -186,7 +203,7 @@ class _Positions(NamedTuple):
         return [a.reshape(1, -1, *a.shape[2:]) for a in arrays]
 
     def sum_with_gradient(self, of_chunk, hidden: mx.array, *others: mx.array) -> tuple[mx.array, mx.array]:
-        """The sum of `of_chunk`'s losses, and its gradients by `hidden` put together."""
+        """The sum of the losses of the chunks, and their gradients with respect to `hidden`, joined."""
         arrays = self.flat([hidden, *others])
         loss, gradients = mx.array(0.0), list[mx.array]()
         for at in self.slices():
@@ -197,7 +214,7 @@ class _Positions(NamedTuple):
         return loss, mx.concatenate(gradients, axis=1).reshape(hidden.shape)
 
     def each(self, of_chunk, dtypes, *arrays: mx.array) -> list[mx.array]:
-        """`of_chunk`'s results at every position, (B, T) each, without gradient."""
+        """The results of `of_chunk` at every position, (B, T) each, without a gradient."""
         inputs = self.flat([mx.stop_gradient(a) for a in arrays])
         results = [mx.zeros((1, self.batch * self.length), dtype=dtype) for dtype in dtypes]
         for at in self.slices():
@@ -213,7 +230,7 @@ def _log_softmax(logits: mx.array) -> mx.array:
 
 
 def _kl(log_s: mx.array, log_t: mx.array) -> mx.array:
-    """KL(t || s) of each position; p_s - p_t sums to zero and makes errors of the lse second order."""
+    """KL(t || s) of each position. p_s - p_t sums to zero, so an error of the lse is of second order."""
     p_t = mx.exp(log_t)
     return (mx.exp(log_s) - p_t - p_t * (log_s - log_t)).sum(axis=-1)
 
@@ -225,7 +242,7 @@ def _nll(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def _weighted_kl(logits_s: mx.array, logits_t: mx.array, weights: mx.array, temperature: float) -> mx.array:
-    """Sum of the weighted KLs of a chunk, with the gradient p_s - p_t by the logits given, not derived."""
+    """The sum of the weighted KLs of a chunk; its gradient with respect to the logits is written out: p_s - p_t."""
 
     @mx.custom_function
     def kl(logits_s: mx.array):
@@ -242,7 +259,7 @@ def _weighted_kl(logits_s: mx.array, logits_t: mx.array, weights: mx.array, temp
 
 
 def _weighted_nll(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Sum of the weighted negative log-likelihoods of a chunk, with the gradient p - onehot given."""
+    """The sum of the weighted negative log-likelihoods of a chunk; its gradient is written out: p - onehot."""
 
     @mx.custom_function
     def nll(logits: mx.array):

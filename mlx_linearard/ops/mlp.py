@@ -1,8 +1,8 @@
-"""The feed-forward part of a layer, some positions at a time: its wide activations never exist for a whole sequence.
+"""The feed-forward part of a layer, some positions at a time, so that few of its wide activations exist at once.
 
-Feed-forward parts, mixtures of experts too, treat each position on its own. Their activations are the widest of a
-layer, and a gradient holds eight of them at once, so they decide how much memory a step takes. A chunk of
-positions goes forward, and in the backward pass forward again and back, before the next begins.
+A feed-forward part, or a mixture of experts, computes each position on its own. Its activations are the widest of
+a layer, and a gradient holds eight of them at once, so they decide how much memory a step takes. The forward pass
+runs chunk by chunk. The backward pass runs each chunk forward again and then back, before the next chunk begins.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 from .tiling import ceil_div, in_order
 
 # (positions, width) arrays that a gradient holds: gate, up, their activation and product, and the gradients of all
-# four; where chunks follow one another mlx's queue has not released those of the last one or two yet.
+# four. If there are several chunks, mlx's queue has not yet released the arrays of the last one or two.
 ALONE, ARRAYS = 8, 24
 SMALLEST = 64  # positions: smaller products are slow
 
@@ -23,16 +23,16 @@ PositionWise = Callable[[mx.array], mx.array]
 
 
 def width_of(config: Mapping[str, Any]) -> int:
-    """The widest activation of a position in a feed-forward part; of a mixture, its chosen experts together."""
+    """The width of the widest activation of a feed-forward part; for a mixture, that of its chosen experts together."""
     dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
     experts = int(config.get("num_experts_per_tok") or 1) * int(config.get("moe_intermediate_size") or dense)
     return max(dense, experts)
 
 
 def chunk_size(positions: int, width: int, size: int, workspace: int) -> int:
-    """Positions a chunk: all, or as many as `workspace` bytes allow, in chunks of one length.
+    """Positions per chunk: all, or as many as `workspace` bytes allow, in chunks of equal length.
 
-    `width` and `size` are those of an activation: numbers a position, and bytes a number.
+    An activation has `width` numbers per position and `size` bytes per number.
     """
     if ALONE * positions * width * size <= workspace:
         return positions
@@ -40,14 +40,14 @@ def chunk_size(positions: int, width: int, size: int, workspace: int) -> int:
     return ceil_div(positions, ceil_div(positions, most))
 
 
-def held(positions: int, width: int, size: int, workspace: int) -> int:
-    """Bytes of such arrays at the fullest moment of a gradient (measured on the CPU: 8.3 and up to 24.7 arrays)."""
+def peak_bytes(positions: int, width: int, size: int, *, workspace: int) -> int:
+    """The most memory that a gradient's activations hold, in bytes (measured on the CPU: 8.3 and up to 24.7 arrays)."""
     chunk = chunk_size(positions, width, size, workspace)
     return (ALONE if chunk >= positions else ARRAYS) * chunk * width * size
 
 
 def in_chunks(feed_forward: PositionWise, width: int, workspace: int) -> PositionWise:
-    """`feed_forward`, (B, T, D) to (B, T, D'), frozen, in chunks of positions; a gradient comes back in chunks too."""
+    """`feed_forward`, a frozen function of (B, T, D), run forward and backward in chunks of positions."""
 
     def chunked(x: mx.array) -> mx.array:
         flat = x.reshape(1, -1, x.shape[-1])
@@ -75,7 +75,7 @@ def in_chunks(feed_forward: PositionWise, width: int, workspace: int) -> Positio
 
 
 def _each(function: Callable[..., mx.array], slices: list[slice], *arrays: mx.array) -> Iterator[mx.array]:
-    """`function` of the arrays' (1, C, D) chunks, one behind another."""
+    """`function` of the (1, C, D) chunks of the arrays, one after another."""
     inputs, last = list(arrays), list[mx.array]()
     for at in slices:
         inputs = in_order(inputs, last)

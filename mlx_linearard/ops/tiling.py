@@ -1,11 +1,11 @@
-"""Tiles of the quadratic parts: how large they are, and that they run one behind another.
+"""Tiles of the quadratic computations: their sizes, and the order in which they run.
 
 mlx is lazy: a loop over tiles only builds a graph, and its evaluation may hold every tile at once. `in_order`
-keeps it from that: the inputs of a tile depend on the outputs of the one before. A GPU still accepts work, and so
-memory, ahead of what it has done: up to ten batches of operations. On Metal a batch reads some 50 MB, but mlx's
-default for a large CUDA card is 1000 MB, so here it is lowered (measured on an H200, a step of 32768 tokens:
-14.3 GB by default, 4.1 GB with 50 MB, and faster; on an H100 the relation loss at 4096 tokens took 1039 MiB with
-20 MB and 704 with 5, and was faster too).
+prevents that: the inputs of a tile depend on the outputs of the tile before. A GPU still accepts work, and so
+memory, ahead of the work that is done: up to ten batches of operations. On Metal a batch reads some 50 MB. On a
+large CUDA card mlx's default is 1000 MB, so it is lowered here. Measured on an H200, a step of 32768 tokens:
+14.3 GB by default, 4.1 GB with 50 MB, and faster. On an H100 the relation loss at 4096 tokens took 1039 MiB with
+20 MB and 704 MiB with 5 MB, and was faster too.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import mlx.core as mx
 
 WORKSPACE_BYTES = 256 * 2**20
 FLOAT32 = 4
-AHEAD_MB = 5  # what a batch of operations may read on CUDA
-TIMES_AT_ONCE = 1 << 20  # numbers that `times` holds in float32
-GRAIN = 8  # rows of a growing tile come in multiples of this
+AHEAD_MB = 5  # the most that a batch of operations reads on CUDA
+MULTIPLIED_AT_ONCE = 1 << 20  # numbers that `multiply` holds in float32
+GRAIN = 8  # the rows of a growing tile are a multiple of this
 MASKED = -1e30  # a finite minus infinity: exp() of it is 0, differences of it are 0 and never NaN
 
-if not mx.metal.is_available():  # read when the GPU is first used; a value that the user gave stays
+if not mx.metal.is_available():  # mlx reads this when the GPU is first used; a value set by the user is kept
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(AHEAD_MB))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes: `batch` x `heads` sequences, `rows` rows of their scores, `columns` columns a block.
+    """Tile sizes: `batch` x `heads` sequences, `rows` rows of their scores, `columns` columns per block.
 
-    Where they `grow`, tiles further up in a causal triangle, which have fewer columns, get as many more rows.
+    With `grow`, a tile further up in a causal triangle has fewer columns and, in proportion, more rows.
     """
 
     batch: int
@@ -48,8 +48,8 @@ class Tiles:
                 yield slice(b, min(b + self.batch, batch)), slice(h, min(h + self.heads, heads))
 
     def row_tiles(self, length: int) -> Iterator[slice]:
-        """Row tiles from the last to the first: under a causal mask the columns of a tile that is done
-        are touched by no later one, so their gradient is final."""
+        """Row tiles from the last to the first. Under a causal mask no later tile sees the columns that belong to a
+        finished tile, so the gradient of these columns is final."""
         if not self.grow:
             for start in reversed(range(0, length, self.rows)):
                 yield slice(start, min(start + self.rows, length))
@@ -66,10 +66,10 @@ class Tiles:
 
 
 def untraced(arrays: Sequence[mx.array]) -> list[mx.array]:
-    """`arrays` as constants that `mx.compile` compiles for.
+    """`arrays` as constants, so that a compiled function stays fused.
 
-    On arrays that a transformation such as `mx.grad` is tracing, a compiled function runs operation by operation.
-    What a finished transformation returns is not traced any more, hence this one of the identity.
+    A compiled function runs operation by operation on arrays that a transformation such as `mx.grad` is tracing.
+    The results of a finished transformation are no longer traced, so this takes the vjp of the identity.
     """
     return list(mx.vjp(lambda *a: list(a), list(arrays), list(arrays))[0])
 
@@ -84,26 +84,26 @@ def check_workspace(workspace_bytes: int | None) -> int:
 
 
 def in_order(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> list[mx.array]:
-    """`arrays` unchanged, but evaluated only after `after`: keeps lazily built tiles one behind another."""
+    """`arrays` unchanged, but evaluated only after `after`: lazily built tiles then run one after another."""
     return mx.depends(list(arrays), list(after)) if after else list(arrays)
 
 
 def usable(workspace: int, gpu: bool) -> float:
     """The bytes of a workspace that are left for tiles.
 
-    Measured on CUDA: beside the tiles, cuBLAS takes up to 32 MiB for a product, with several in flight.
+    Measured on CUDA: cuBLAS takes up to 32 MiB per product, with several products in flight.
     """
     scratch = 96 * 2**20 if gpu and not mx.metal.is_available() else 0
     return max(workspace - scratch, workspace / 4)
 
 
 def row_sizes(length: int, gpu: bool) -> list[int]:
-    """The numbers of rows worth trying for a tile of `length` rows, smallest first."""
+    """The numbers of rows to try for a tile if there are `length` rows, smallest first."""
     sizes = [8, 16, 32, 64, *range(128, 2049, 64)] if gpu else [8, 16, 32, 64, 128, 256]
     return [r for r in sizes if r < 2 * length] or [1]
 
 
-def fitting(
+def best_tiles(
     batch: int,
     heads: int,
     rows: int,
@@ -113,45 +113,45 @@ def fitting(
     budget: float,
     gpu: bool,
 ) -> Tiles:
-    """For scores of `rows` x `columns`: of the tiles that fit `budget`, those that cost least.
+    """The tiles that cost least among those that fit `budget`, for scores of `rows` x `columns`.
 
-    A head of a tile holds `held(tile rows, block columns)`; if nothing fits, a small tile is taken all the
-    same. Cost are the elements computed above the diagonal, and the time to launch a block: on an H200 that
-    of 7 million elements, on a CPU very little.
+    Each head of a tile holds `held(tile rows, block columns)` numbers. If nothing fits, a small tile is taken. The
+    cost is the elements computed above the diagonal plus the time to launch each block: as much as 7 million
+    elements on an H200, very little on a CPU.
     """
     launch = 7e6 if gpu else 5e4
 
-    def of(tile: int, block: int) -> tuple[float, Tiles]:
+    def cost_of(tile: int, block: int) -> tuple[float, Tiles]:
         sequences = max(1, min(int(budget / held(tile, block)), batch * heads))
         b = max(1, sequences // heads)
-        b = ceil_div(batch, ceil_div(batch, b))  # groups of one size
+        b = ceil_div(batch, ceil_div(batch, b))  # groups of equal size
         h = heads if sequences >= heads else ceil_div(heads, ceil_div(heads, sequences))
         blocks = ceil_div(batch, b) * ceil_div(heads, h) * ceil_div(rows, tile) * ceil_div(columns, block)
         return blocks * launch + batch * heads * rows * tile / 2, Tiles(b, h, tile, block)
 
-    least = next((size for size in sizes if size[0] * columns >= 2**22), sizes[0])  # smaller ones would take ages
+    least = next((size for size in sizes if size[0] * columns >= 2**22), sizes[0])  # smaller is too slow
     fit = [size for size in sizes if held(*size) <= budget] or [least]
-    return min((of(*size) for size in fit), key=lambda pair: pair[0])[1]
+    return min((cost_of(*size) for size in fit), key=lambda pair: pair[0])[1]
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def times(gradient: mx.array, cotangent: mx.array) -> mx.array:
-    """cotangent * gradient, rounded once to the gradient's dtype; in parts, for the product is float32."""
-    if gradient.size <= TIMES_AT_ONCE or gradient.dtype == mx.float32:
+def multiply(gradient: mx.array, cotangent: mx.array) -> mx.array:
+    """cotangent * gradient, rounded once to the gradient's dtype; in parts, because the product is float32."""
+    if gradient.size <= MULTIPLIED_AT_ONCE or gradient.dtype == mx.float32:
         return (gradient.astype(mx.float32) * cotangent).astype(gradient.dtype)
     flat = gradient.reshape(-1)
-    (zero,) = in_order([mx.array(0, gradient.dtype)], [flat])  # or the result would exist while `gradient` is computed
+    (zero,) = in_order([mx.array(0, gradient.dtype)], [flat])  # else the result exists while `gradient` is computed
     result = mx.broadcast_to(zero, flat.shape)
-    for start in range(0, flat.size, TIMES_AT_ONCE):
-        # Each part waits for the one before by being written to the same array, in place as nothing else reads it.
-        part = flat[start : start + TIMES_AT_ONCE].astype(mx.float32) * cotangent
-        result[start : start + TIMES_AT_ONCE] = part.astype(gradient.dtype)
+    for start in range(0, flat.size, MULTIPLIED_AT_ONCE):
+        # All parts are written into one array, in place because nothing else reads it: each waits for the one before.
+        part = flat[start : start + MULTIPLIED_AT_ONCE].astype(mx.float32) * cotangent
+        result[start : start + MULTIPLIED_AT_ONCE] = part.astype(gradient.dtype)
     return result.reshape(gradient.shape)
 
 
 def first(outputs: Any) -> mx.array:
-    """The first of a custom function's outputs (mlx's stubs do not tell their type)."""
+    """The first output of a custom function (mlx's stubs do not declare its type)."""
     return outputs[0]

@@ -1,16 +1,13 @@
 """Tiled attention against softmax attention in float64, forward and backward."""
 
-import importlib
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_linearard.ops import attention as module
 from mlx_linearard.ops.attention import attention, attention_no_grad
 
-module = importlib.import_module("mlx_linearard.ops.attention")  # the package gives the function this name
-
-TINY = 60_000  # a workspace that forces many tiles and blocks
+TINY = 60_000  # a workspace so small that there are many tiles and blocks
 SCALE = 0.3
 
 
@@ -132,7 +129,7 @@ def test_inside_compile_and_checkpoint():
 @pytest.mark.parametrize(("kind", "window"), [(None, None), ("causal", None), ("causal", 9)])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_without_gradient(kind, window, gpu, monkeypatch):
-    """Also the way a GPU takes: mlx's own attention, some rows at a time, in float32."""
+    """Also as on a GPU: mlx's own attention, some rows at a time, in float32."""
     if gpu:
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     q, k, v = inputs(40, 70, dim_v=8)

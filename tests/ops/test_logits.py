@@ -1,4 +1,4 @@
-"""The chunked vocabulary losses against the same losses over all logits at once, in float64."""
+"""The chunked vocabulary losses against the same losses over all logits, in float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from mlx_linearard.ops.logits import compare_logits, cross_entropy, logits_kl, token_nll
 
-SMALL = 20_000  # a workspace of a few positions, so that there are many chunks and a tail
+SMALL = 20_000  # a workspace for a few positions: there are many chunks, and the last is shorter
 VOCABULARY, SIZE = 101, 12
 
 
@@ -90,7 +90,7 @@ def test_comparison_at_each_position():
     assert np.array(got.nll) == pytest.approx(nll, rel=1e-5)
     assert np.array(got.kl) == pytest.approx((np.exp(log_t) * (log_t - log_s)).sum(-1), rel=1e-4, abs=1e-6)
     agreement = log_s.argmax(-1) == log_t.argmax(-1)
-    assert 0 < agreement.sum() < agreement.size  # both answers occur
+    assert 0 < agreement.sum() < agreement.size  # both values occur
     assert np.array_equal(np.array(got.agreement), agreement)
     assert np.array(token_nll(x, linear(w), targets, workspace_bytes=SMALL)) == pytest.approx(nll, rel=1e-5)
     assert compare_logits(x, y, linear(w), linear(v)).nll is None
@@ -157,7 +157,7 @@ def test_errors_name_what_is_wrong(call, named):
 
 
 def test_memory_is_the_workspace_and_not_the_logits():
-    """Forward and backward over 700 positions of 20000 words, whose logits alone are 53 MiB each."""
+    """Forward and backward over 700 positions and 20000 tokens: one array of logits is 53 MiB."""
     workspace = 16 * 2**20
     x, y = (mx.random.normal((1, 700, 16), key=mx.random.key(i)) for i in range(2))
     w = mx.random.normal((20_000, 16), key=mx.random.key(2))

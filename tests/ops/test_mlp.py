@@ -1,4 +1,4 @@
-"""Feed-forward parts in chunks of positions: the same numbers as at once, in a workspace."""
+"""Feed-forward parts in chunks of positions: the same numbers as in one piece, within a workspace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models import llama, mixtral
 
 from mlx_linearard.models.layers import FEED_FORWARD
-from mlx_linearard.ops.mlp import ALONE, ARRAYS, SMALLEST, chunk_size, held, in_chunks, width_of
+from mlx_linearard.ops.mlp import ALONE, ARRAYS, SMALLEST, chunk_size, in_chunks, peak_bytes, width_of
 
 WIDTH = 384
 DENSE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": WIDTH,
@@ -20,7 +20,7 @@ MIXTURE = {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1, "
 
 
 def part_of(config: dict) -> nn.Module:
-    """The feed-forward part of a random model, as the layer names it."""
+    """The feed-forward part of a layer of a random model."""
     module = {"llama": llama, "mixtral": mixtral}[config["model_type"]]
     mx.random.seed(3)
     layer = module.Model(module.ModelArgs.from_dict(config)).layers[0]
@@ -37,23 +37,23 @@ def test_the_width_counts_the_chosen_experts() -> None:
 
 
 @pytest.mark.parametrize("positions", [1, SMALLEST, SMALLEST + 1, 1000])
-def test_chunks_are_of_one_length_and_fit(positions: int) -> None:
+def test_chunks_are_of_equal_length_and_fit(positions: int) -> None:
     workspace = ARRAYS * WIDTH * 4 * 200
     chunk = chunk_size(positions, WIDTH, 4, workspace)
-    assert held(positions, WIDTH, 4, workspace) <= workspace
-    assert chunk == positions or ALONE * positions * WIDTH * 4 > workspace  # chunks only where they are needed
+    assert peak_bytes(positions, WIDTH, 4, workspace=workspace) <= workspace
+    assert chunk == positions or ALONE * positions * WIDTH * 4 > workspace  # chunks only if needed
     assert chunk >= min(positions, SMALLEST)
-    assert -(-positions // chunk) * chunk - positions < -(-positions // chunk)  # no more than one short of it each
+    assert -(-positions // chunk) * chunk - positions < -(-positions // chunk)  # no chunk is shorter by more than one
     assert chunk_size(positions, WIDTH, 4, 1) == min(positions, chunk_size(positions, WIDTH, 4, 1)) <= SMALLEST
 
 
 @pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
 @pytest.mark.parametrize("shape", [(1, 300), (2, 131)], ids=["one", "batch"])
-def test_values_and_gradients_are_those_of_the_whole(config: dict, shape: tuple[int, int]) -> None:
-    """Both against float64 of the dense part's definition, and the chunked one against the whole one."""
+def test_values_and_gradients_are_those_of_one_piece(config: dict, shape: tuple[int, int]) -> None:
+    """Chunks against one piece, and for the dense part both against float64."""
     part = part_of(config)
     x, cotangent = (mx.random.normal((*shape, 64), key=mx.random.key(i)) for i in range(2))
-    chunked = in_chunks(part, WIDTH, 1)  # SMALLEST positions a chunk
+    chunked = in_chunks(part, WIDTH, 1)  # SMALLEST positions per chunk
     (whole,), (whole_gradient,) = mx.vjp(part, [x], [cotangent])
     (out,), (gradient,) = mx.vjp(chunked, [x], [cotangent])
     assert out.shape == whole.shape and gradient.dtype == x.dtype
@@ -82,7 +82,7 @@ def relative(got: mx.array, want: np.ndarray) -> float:
 
 
 def test_a_gradient_holds_a_chunk_and_not_the_sequence() -> None:
-    """Memory beyond input, output and gradient: a slope over lengths far under that of the whole."""
+    """Memory beyond input, output and gradient grows far more slowly with length than in one piece."""
 
     def peak(function, length: int) -> int:
         x = mx.random.normal((1, length, 64))
@@ -97,7 +97,7 @@ def test_a_gradient_holds_a_chunk_and_not_the_sequence() -> None:
     mx.eval(part.parameters())
     chunked = in_chunks(part, WIDTH, ARRAYS * WIDTH * 4 * 512)
     slopes = [(peak(f, 8192) - peak(f, 4096)) / (4096 * WIDTH * 4) for f in (part, chunked)]
-    assert slopes[0] > ALONE  # activations of the whole sequence
+    assert slopes[0] > ALONE  # the activations of the sequence
     assert slopes[1] < 1.5  # inputs, results and their parts, six of 64 to WIDTH = 384
     beyond = peak(chunked, 4096) - 6 * 4096 * 64 * 4
     assert beyond < 1.15 * ARRAYS * WIDTH * 4 * 512

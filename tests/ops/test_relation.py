@@ -1,4 +1,4 @@
-"""The relation loss against float64, in every shape, mask, dtype and transformation it meets."""
+"""The relation loss against float64: shapes, masks, dtypes and transformations."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_linearard.ops import relation
+from mlx_linearard.ops import relation, relation_tile
 from mlx_linearard.ops.relation import relation_kl, relation_kl_dense, relation_kl_with_grad
 
 TINY = 100_000  # a workspace that forces many tiles
@@ -63,7 +63,7 @@ def test_loss_and_gradient_against_float64(length, causal, workspace):
 
 
 def check(x, y, mask=None, tolerance=(1e-5, 1e-7, 1e-5), dense=True, **options):
-    """Ours and the dense definition against float64: (relative loss, absolute loss a row, gradient)."""
+    """Ours and the dense definition against float64: (relative loss, absolute loss per row, gradient)."""
     loss_rel, loss_abs, gradient_rel = tolerance
     workspace = options.pop("workspace_bytes", None)
     scales = {"scale_s": options.get("scale_student"), "scale_t": options.get("scale_teacher")}
@@ -91,7 +91,7 @@ def test_long_and_awkward_lengths(length):
 
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
 def test_tiny_divergences(noise):
-    """Below 1e-3 nats a row, loss and gradient (as a norm) are right within 1e-7."""
+    """Below 1e-3 nats per row, loss and gradient (as a norm) are right within 1e-7."""
     x, y = vectors((1, 2, 97, 16), noise=noise)
     want, want_gradient = exact(x, y)
     assert want < 1e-3
@@ -200,19 +200,19 @@ def test_loss_alone_and_loss_with_its_gradient():
     assert not mx.any(mx.grad(lambda x: relation_kl(x, y, needs_grad=False))(x)).item()
 
 
-def test_views_are_read_where_they_lie():
-    """As attention hands them over: (B, T, H, D) transposed, grouped heads of their own number."""
+def test_transposed_views_are_accepted():
+    """As attention gets them: (B, T, H, D) transposed."""
     x, y = vectors((2, 33, 3, 16))
     x, y = x.swapaxes(1, 2), y.swapaxes(1, 2)
     check(x, y, workspace_bytes=TINY)
 
 
 def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
-    """The other arithmetic and the pacing that a GPU gets, unfused here."""
+    """The arithmetic and the order of tiles on a GPU, here without fusing."""
     x, y = vectors((2, 3, 97, 16))
     mask = mx.arange(194).reshape(2, 97) % 5 > 0
     for name in ("from_lse", "scaled", "causal", "sum"):
-        monkeypatch.setattr(relation, f"_fused_{name}", getattr(relation, f"_{name}"))
+        monkeypatch.setattr(relation_tile, f"_fused_{name}", getattr(relation_tile, f"_{name}"))
     monkeypatch.setattr(relation, "on_gpu", lambda: True)
     for causal in (True, False):
         check(x, y, mask=mask, causal=causal, workspace_bytes=TINY)
@@ -220,7 +220,7 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
 
 
 def test_the_stages_of_a_gpu_are_fused_under_a_gradient_too(monkeypatch, tmp_path):
-    """A compiled function that is given traced arrays runs operation by operation: several times the memory traffic."""
+    """A compiled function runs operation by operation on traced arrays, with several times the memory traffic."""
     monkeypatch.setattr(relation, "on_gpu", lambda: True)
     x, y = vectors((1, 2, 64, 16))
     loss, gradient = mx.value_and_grad(lambda x: relation_kl(x, y))(x)
@@ -256,14 +256,14 @@ def test_memory_stays_the_workspace_at_length(length):
 @pytest.mark.parametrize("workspace", [2**20, 2**28, 2**30])
 @pytest.mark.parametrize(("batch", "heads", "length"), [(1, 1, 1), (4, 8, 100), (1, 32, 4096), (2, 8, 131072)])
 def test_tiles_cover_every_row_and_column_once(batch, heads, length, workspace, gpu):
-    plan, _ = relation.plan(batch, heads, length, 128, 128, workspace, True, gpu, causal=True)
-    pairs = [(b, h) for bs, hs in plan.groups(batch, heads) for b in range(batch)[bs] for h in range(heads)[hs]]
+    tiles, _ = relation.choose_tiles(batch, heads, length, 128, 128, workspace, True, gpu, causal=True)
+    pairs = [(b, h) for bs, hs in tiles.groups(batch, heads) for b in range(batch)[bs] for h in range(heads)[hs]]
     assert sorted(pairs) == [(b, h) for b in range(batch) for h in range(heads)]
-    rows = list(plan.row_tiles(length))[::-1]
+    rows = list(tiles.row_tiles(length))[::-1]
     assert rows[0].start == 0 and rows[-1].stop == length
     assert all(a.stop == b.start for a, b in itertools.pairwise(rows))
-    for tile in rows[:: max(1, len(rows) // 7)]:  # what follows from the last tile to the first relies on it
-        blocks = plan.column_blocks(tile.stop)
+    for tile in rows[:: max(1, len(rows) // 7)]:  # the order from the last tile to the first relies on this
+        blocks = tiles.column_blocks(tile.stop)
         assert blocks[0].start == 0 and blocks[-1].stop == tile.stop and blocks[-1].start <= tile.start
 
 
