@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ..cli import run_command
+from ..cli import Parser, integer, run_command
 from ..errors import UserError
 from ..files import refuse_existing
 from ..models.dtypes import FLOATS
@@ -17,20 +16,16 @@ from ..rope import METHODS
 DESCRIPTION = "Convert models and adapters between Hugging Face, PEFT, GGUF and mlx-lm, and compare them."
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a user's mistakes like any other: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser of every verb and flag."""
-    root = _Parser(prog="mlx_linearard.convert", description=DESCRIPTION)
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    root = Parser("mlx_linearard.convert", DESCRIPTION, formatter_class=argparse.HelpFormatter)
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, source: str, target: str = "a directory that does not exist yet") -> _Parser:
-        made: _Parser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def verb(name: str, text: str, source: str, target: str = "a directory that does not exist yet") -> Parser:
+        description = f"{text[0].upper()}{text[1:]}."
+        made: Parser = verbs.add_parser(
+            name, help=text, description=description, formatter_class=argparse.HelpFormatter
+        )
         made.add_argument("source", metavar="SOURCE", help=source)
         made.add_argument("target", metavar="TARGET", help=target)
         return made
@@ -43,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     made = verb("from-hf", "Hugging Face model to mlx-lm directory", "a directory or a hub repository")
     common(made)
     made.add_argument("-q", "--quantize", action="store_true", help="quantize the weights")
-    made.add_argument("--q-bits", type=int, default=4, help="bits a weight (default: 4)")
-    made.add_argument("--q-group-size", type=int, default=64, help="weights that share a scale (default: 64)")
+    made.add_argument("--q-bits", type=integer(1, 32), default=4, help="bits a weight (default: 4)")
+    made.add_argument("--q-group-size", type=integer(1), default=64, help="weights that share a scale (default: 64)")
     common(verb("to-hf", "mlx-lm directory to one that transformers loads", "an mlx-lm directory"))
     common(verb("from-gguf", "llama GGUF file, with its tokenizer, to mlx-lm directory", "a .gguf file"))
     made = verb("to-peft", "mlx-lm adapter to PEFT adapter", "an mlx-lm adapter directory")
@@ -61,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "a model directory or .gguf file",
         "another one",
     )
-    made.add_argument("--tokens", type=int, default=256, help="how many tokens to compare on (default: 256)")
+    made.add_argument("--tokens", type=integer(1), default=256, help="how many tokens to compare on (default: 256)")
     made.add_argument("--reference", action="store_true", help="run the second in transformers on torch")
     return root
 

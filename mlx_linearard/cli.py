@@ -1,58 +1,145 @@
-"""The command line's common part: the argument parser, and how a command ends."""
+"""The common part of all commands: the argument parser, the standard streams, and the exit status."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import signal
+import re
 import sys
 import typing
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProcess, UserError, error_line, remedy
 
-
-def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.ArgumentParser:
-    """An argument parser whose complaints are UserErrors, for every command."""
-    return _OneLineParser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        **kwargs,
-    )
+LARGEST = 2**31 - 1  # of an integer option: sizes and counts are 32-bit numbers in mlx
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """argparse, with a user's mistake told in one line."""
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError for a wrong command line. Subparsers made with `add_subparsers` do the same."""
+
+    def __init__(self, prog: str, description: str = "", **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """An argparse type: a whole number in ASCII digits from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]{1,20}", text) and least <= (value := int(text)) <= most:
+            return value
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from {least} to {most}")
+
+    return parse
+
+
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and return its exit status.
 
-    0 done; 2 a user's mistake, told in one line on standard error; 3 another process of this run was lost, told
-    likewise; 130 interrupted.
-    Any other exception is a bug and keeps its traceback, after its remedy where one is known.
+    0: done. 2: a user's mistake. 3: another process of this run was lost. 130: interrupted. Each but 0 prints one
+    line on standard error. Any other exception is a bug and keeps its traceback, after a hint if one is known.
+
+    If standard output is closed or full, the command continues without it. Characters that a stream cannot encode
+    are escaped.
     """
+    with _lasting_streams():
+        try:
+            return body() or 0
+        except UserError as error:
+            print(error_line(error), file=sys.stderr)
+            return USER_ERROR_STATUS
+        except LostProcess as error:
+            print(error_line(error), file=sys.stderr)
+            return LOST_STATUS
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return INTERRUPTED_STATUS
+        except (RuntimeError, MemoryError, OSError) as error:
+            if hint := remedy(error):
+                print(f"hint: {hint}", file=sys.stderr)
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------
+# Standard streams
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[None]:
+    """Standard output and error that never raise, while the block runs."""
+    _open_closed_streams()
+    before = sys.stdout, sys.stderr
+    out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    sys.stdout, sys.stderr = typing.cast(TextIO, out), typing.cast(TextIO, err)
     try:
-        return body() or 0
-    except UserError as error:
-        print(error_line(error), file=sys.stderr)
-        return USER_ERROR_STATUS
-    except LostProcess as error:
-        print(error_line(error), file=sys.stderr)
-        return LOST_STATUS
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED_STATUS
-    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (RuntimeError, MemoryError, OSError) as error:
-        if help_ := remedy(error):
-            print(f"hint: {help_}", file=sys.stderr)
-        raise
+        yield
+    finally:
+        out.flush()
+        if out.failure and not isinstance(out.failure, BrokenPipeError):  # `... | head` is no failure
+            print(f"standard output could not be written ({out.failure}): its rest is lost", file=sys.stderr)
+        err.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of closed standard streams, so that no other file takes their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python sets a stream that was closed at its start to None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+class LastingStream:
+    """A text stream that is dropped after its first failure, and that escapes what it cannot encode."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.failure: Exception | None = None  # why the stream was dropped
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text), lambda: self.stream.write(self._encodable(text)))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def isatty(self) -> bool:
+        try:
+            return self.failure is None and self.stream.isatty()
+        except ValueError:  # closed
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _encodable(self, text: str) -> str:
+        encoding = self.stream.encoding or "ascii"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
+    def _try(self, write: Callable[[], object], escaped: Callable[[], object] | None = None) -> None:
+        if self.failure:
+            return
+        try:
+            write()
+        except UnicodeEncodeError:
+            if escaped:
+                self._try(escaped)
+        except (OSError, ValueError) as error:
+            self.failure = error
+            self._discard()
+
+    def _discard(self) -> None:
+        """Send what is still buffered to the null device: Python writes it once more when it exits."""
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)

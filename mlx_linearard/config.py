@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from .cli import make_parser
+from .cli import Parser
 from .errors import UserError
 from .rope import METHODS
 
@@ -283,7 +283,7 @@ def _type_of(item: dataclasses.Field[Any]) -> type:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `distill`, made from DistillConfig. Absent flags are absent from the namespace."""
-    made = make_parser(
+    made = Parser(
         "mlx_linearard.distill",
         "Extend a model's context window and restore what that costs, by distilling the frozen native model. "
         "Without any option it runs a real demonstration sized to this machine. Several processes share a run "

@@ -1,4 +1,4 @@
-"""Command: what this machine is, how fast it is, and whether the loss is exact on it."""
+"""Command: prints what this machine is, how fast it is, and whether the loss is exact on it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .cli import make_parser, run_command
+from .cli import Parser, run_command
 from .convert.default_model import cache_directory
-from .machine import measure
+from .machine import measure_machine
 from .ops.relation import relation_kl
 
 PACKAGES = ("mlx-linearard", "mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 SETTINGS = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "XDG_CACHE_HOME", "LD_PRELOAD", "MLX_ENABLE_TF32")
 
-# Largest relative error of loss and gradient that is in order: float32, and TF32 products where a GPU uses them.
+# Largest allowed relative error of loss and gradient: in float32, and with the TF32 products of some GPUs.
 EXACT, TF32 = 1e-4, 2e-2
 
 
 def examine() -> dict[str, Any]:
-    """Everything the command tells, as JSON values; takes a few seconds."""
-    machine = measure()
+    """Everything that the command prints, as JSON values. Takes a few seconds."""
+    machine = measure_machine()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "system": platform.platform(),
@@ -51,7 +51,7 @@ def _version(name: str) -> str | None:
 
 
 def _exp_ns() -> float:
-    """Nanoseconds that one exponential takes in a large array."""
+    """Nanoseconds per exponential in a large array."""
     x = mx.random.normal((4_000_000,))
     mx.eval(x, mx.exp(x))
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def _exp_ns() -> float:
 
 
 def self_test(gpu: bool, length: int = 193, heads: int = 3, dim: int = 64) -> dict[str, Any]:
-    """Relation loss and gradient of random vectors against numpy in float64, in many tiles."""
+    """Compare relation loss and gradient of random vectors, in many tiles, with numpy in float64."""
     shape = (1, heads, length, dim)
     student, teacher = (mx.random.normal(shape, key=mx.random.key(i)) for i in (0, 1))
     loss, gradient = mx.value_and_grad(lambda x: relation_kl(x, teacher, workspace_bytes=200_000))(student)
@@ -78,7 +78,7 @@ def self_test(gpu: bool, length: int = 193, heads: int = 3, dim: int = 64) -> di
 
 
 def _float64(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
-    """The definition: mean KL of the rows and its gradient in x, both (1, H, T, D)."""
+    """The definition for x and y, both (1, H, T, D): the mean KL of the rows, and its gradient in x."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     log_s, log_t = _log_relations(x), _log_relations(y)
     p_s, p_t = np.exp(log_s), np.exp(log_t)
@@ -96,31 +96,33 @@ def _log_relations(x: np.ndarray) -> np.ndarray:
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    test = found["self_test"]
+def _lines(report: dict[str, Any]) -> list[str]:
+    test = report["self_test"]
     lines = [
-        f"{name:<16} {value if value is not None else 'not installed'}" for name, value in found["versions"].items()
+        f"{name:<16} {value if value is not None else 'not installed'}" for name, value in report["versions"].items()
     ]
     lines += [
-        f"system           {found['system']}",
-        f"device           {found['device']}, {found['memory_gb']} GB",
-        f"speed            {found['matmul_gflops']} GFLOP/s in matrix products, {found['exp_ns']} ns an exponential",
-        f"model cache      {found['model_cache']}",
-        *(f"{name:<16} {value}" for name, value in found["settings"].items()),
+        f"system           {report['system']}",
+        f"device           {report['device']}, {report['memory_gb']} GB",
+        f"speed            {report['matmul_gflops']} GFLOP/s in matrix products, {report['exp_ns']} ns per exponential",
+        f"model cache      {report['model_cache']}",
+        *(f"{name:<16} {value}" for name, value in report["settings"].items()),
         f"self-test        loss off by {test['loss_error']:.1e}, gradient by {test['gradient_error']:.1e} of float64 "
         f"(allowed {test['allowed']:.0e}): {'passed' if test['passed'] else 'FAILED'}",
     ]
-    return [*lines, f"hint             {found['hint']}"] if found["hint"] else lines
+    return [*lines, f"hint             {report['hint']}"] if report["hint"] else lines
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command's body; status 1 where the self-test fails."""
-    parser = make_parser("mlx_linearard.doctor", "Tell what this machine is and whether the loss is exact on it.")
+    """The command's body; status 1 if the self-test fails."""
+    parser = Parser(
+        "mlx_linearard.doctor", "Print what this machine is, how fast it is, and whether the loss is exact on it."
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    found = examine()
-    print(json.dumps(found, indent=2) if options.json else "\n".join(_lines(found)))
-    return 0 if found["self_test"]["passed"] else 1
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+    return 0 if report["self_test"]["passed"] else 1
 
 
 def main() -> None:

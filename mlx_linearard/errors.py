@@ -1,4 +1,4 @@
-"""The one error a user can cause, and how a command turns outcomes into exit statuses."""
+"""The errors a user can cause or must know of, the exit statuses of commands, and remedies of known failures."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ USER_ERROR_STATUS = 2
 LOST_STATUS = 3
 INTERRUPTED_STATUS = 130
 
-# What a message of the platform contains -> what helps (from users' reports of mlx on Macs).
+_WATCHDOG = (
+    "the display watchdog stopped a long GPU command: set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, "
+    "or make tiles smaller with --workspace"
+)
+_MEMORY = "out of memory: lower --seq-len, --batch-size or --workspace"
+
+# Part of a message of the platform -> what helps (from users' reports of mlx on Macs).
 REMEDIES: tuple[tuple[str, str], ...] = (
-    (
-        "Impacting Interactivity",
-        "the display watchdog stopped a long GPU command: set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 "
-        "in the environment, or make tiles smaller with --workspace",
-    ),
-    (
-        "GPU Timeout",
-        "the display watchdog stopped a long GPU command: set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 "
-        "in the environment, or make tiles smaller with --workspace",
-    ),
+    ("Impacting Interactivity", _WATCHDOG),
+    ("GPU Timeout", _WATCHDOG),
     ("Resource limit", "too many buffers are alive: lower --batch-size or --seq-len"),
-    ("Unable to allocate", "out of memory: lower --seq-len, --batch-size or --workspace"),
-    ("out of memory", "out of memory: lower --seq-len, --batch-size or --workspace"),
-    ("Insufficient Memory", "out of memory: lower --seq-len, --batch-size or --workspace"),
+    ("Unable to allocate", _MEMORY),
+    ("out of memory", _MEMORY),
+    ("Insufficient Memory", _MEMORY),
 )
 
 
@@ -30,22 +28,22 @@ class UserError(Exception):
 
 
 class LostProcess(Exception):
-    """Of several processes that share a run another one has ended. Commands end with status 3."""
+    """Another process of a distributed run has ended. Commands end with status 3."""
 
-    advice: str | None = None  # how to go on
+    advice: str | None = None  # how to resume
 
 
 def remedy(error: BaseException) -> str | None:
-    """The remedy for a known failure of the platform, or None for anything else."""
-    text = str(error)
-    return next((help_ for needle, help_ in REMEDIES if needle.lower() in text.lower()), None)
+    """The remedy of a known failure of the platform; None if the failure is unknown."""
+    text = str(error).lower()
+    return next((help_ for part, help_ in REMEDIES if part.lower() in text), None)
 
 
 def one_line(text: object) -> str:
-    """`text` on a single line, for messages that quote what others wrote."""
+    """`text` on a single line, for messages that quote others."""
     return " ".join(str(text).split())
 
 
 def error_line(text: object) -> str:
-    """How a command tells of `text` on standard error."""
+    """The line that a command prints on standard error for `text`."""
     return f"error: {one_line(text)}"

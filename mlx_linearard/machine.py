@@ -1,4 +1,4 @@
-"""What this machine is and how fast it multiplies, for sizing a run and for telling where numbers came from."""
+"""What this machine is and how fast it is: sizes of a run depend on it, and results name it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Machine:
     gpu: bool
     memory: int  # bytes
     gflops: float  # of a square matrix product in the working dtype
-    limit: int = 0  # bytes that a run may take; 0: as much as `memory`
+    limit: int = 0  # bytes that a run may take; 0: all of `memory`
 
     @property
     def usable(self) -> int:
@@ -33,7 +33,7 @@ class Machine:
 
     @property
     def hint(self) -> str | None:
-        """What would make a slow machine fast, if it is known."""
+        """How to make a slow machine fast; None if nothing is known to help."""
         if self.gpu or platform.system() != "Linux" or self.gflops > SLOW_BLAS_GFLOPS:
             return None
         return (
@@ -63,17 +63,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def measure(dtype: mx.Dtype = mx.float32) -> Machine:
-    """Time a matrix product on the default device; takes about a second on the slowest BLAS."""
+def measure_machine(dtype: mx.Dtype = mx.float32) -> Machine:
+    """The default device with its speed, measured in about a second on the slowest BLAS."""
     size = 4096 if on_gpu() else 768
     a = mx.random.normal((size, size)).astype(dtype)
     mx.eval(a, a @ a)
     best = min(_timed(a) for _ in range(3))
-    return known(2 * size**3 / best / 1e9)
+    return machine_of_speed(2 * size**3 / best / 1e9)
 
 
-def known(gflops: float, sharing: int = 1) -> Machine:
-    """The default device with a speed measured elsewhere, and the part of its memory that one of `sharing` has."""
+def machine_of_speed(gflops: float, sharing: int = 1) -> Machine:
+    """The default device with a given speed. Its memory is divided by the number of processes that share it."""
     gpu = on_gpu()
     info: dict[str, Any] = mx.device_info()
     memory = _device_memory(info) if gpu else _system_memory()
@@ -88,7 +88,7 @@ def _timed(a: mx.array) -> float:
 
 
 def _device_memory(info: dict[str, Any]) -> int:
-    """The GPU's memory in bytes; mlx's backends name it differently. That of the system where none is told."""
+    """The GPU's memory in bytes, under either name that mlx's backends use; the system's memory if unknown."""
     return int(info.get("memory_size", 0) or info.get("total_memory", 0)) or _system_memory()
 
 
@@ -97,19 +97,19 @@ def _system_memory() -> int:
 
 
 def on_gpu() -> bool:
-    """Whether new operations go to a GPU."""
+    """Whether new operations run on a GPU."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
 def set_limits(
     *, memory_limit: int | None = None, cache_limit: int | None = None, wired_limit: int | None = None
 ) -> None:
-    """Set mlx's limits, in MiB, as --memory-limit, --cache-limit and --wired-limit give them; None changes nothing.
+    """Set mlx's limits in MiB, from --memory-limit, --cache-limit and --wired-limit; None changes nothing.
 
-    Raises UserError for a wired limit where there is no Metal, or above what macOS allows.
+    Raises UserError for a wired limit without Metal or above the limit of macOS.
     """
     if wired_limit is not None and not mx.metal.is_available():
-        raise UserError(f"--wired-limit {wired_limit}: only Metal wires memory: leave it out on this machine")
+        raise UserError(f"--wired-limit {wired_limit}: only Metal wires memory: leave the option out on this machine")
     if memory_limit is not None:
         mx.set_memory_limit(memory_limit << 20)
     if cache_limit is not None:
@@ -119,6 +119,6 @@ def set_limits(
             mx.set_wired_limit(wired_limit << 20)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"--wired-limit {wired_limit}: {one_line(error)}; give less, or raise the system's own limit "
+                f"--wired-limit {wired_limit}: {one_line(error)}; give a smaller limit, or raise the system's limit "
                 "with sudo sysctl iogpu.wired_limit_mb"
             ) from None

@@ -1,4 +1,4 @@
-"""The doctor tells the truth: its self-test passes here, and fails where the loss is wrong."""
+"""The self-test of `doctor` passes on this machine and fails if the loss is wrong."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import mlx_linearard.doctor as doctor
 
 
-def test_the_command_tells_machine_and_self_test(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_machine_and_self_test(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.run([]) == 0
-    told = capsys.readouterr().out
-    assert "self-test" in told and "passed" in told and "GFLOP/s" in told
+    printed = capsys.readouterr().out
+    assert "self-test" in printed and "passed" in printed and "GFLOP/s" in printed
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""mlx's limits: each flag reaches mlx, in MB, and a limit that cannot hold is refused."""
+"""mlx's limits: each flag reaches mlx in MiB, and an impossible limit is refused."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_memory_and_cache_limits_reach_mlx() -> None:
     assert mx.set_cache_limit(0) == 70 << 20
 
 
-def test_what_is_not_asked_for_stays() -> None:
+def test_a_limit_that_is_not_given_stays() -> None:
     before = mx.get_memory_limit()
     set_limits()
     assert mx.get_memory_limit() == before
 
 
-def test_a_wired_limit_is_refused_where_nothing_is_wired(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wired_limit_is_refused_without_metal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     before = mx.get_memory_limit()
     with pytest.raises(UserError, match="--wired-limit 100: only Metal"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..cli import run_command
 from ..config import DistillConfig, parse
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
-from ..progress import duration
+from ..progress import Progress, duration
 from ..report.content import read_run, verdict
 from .compare import compare_objectives
 from .run import Listener, Result, distill
@@ -20,44 +19,26 @@ from .step import StepRecord
 
 
 class Printer(Listener):
-    """Tells a run's progress on standard output: one changing line on a terminal, a line now and then elsewhere."""
+    """Prints a run's progress on standard output."""
 
     def __init__(self) -> None:
-        self._started: dict[str, float] = {}
-        self._last = 0.0
-        self._first_step: tuple[int, float] | None = None
-        self._live = sys.stdout.isatty()
+        self._progress = Progress(sys.stdout)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        self._progress.say(text)
 
     def progress(self, label: str, done: int, total: int, note: str = "") -> None:
-        begun = self._started.setdefault(label, time.monotonic())
-        left = (time.monotonic() - begun) / done * (total - done)
-        if done == total:
-            del self._started[label]
-        self._line(f"{label}: {done}/{total} tokens, {duration(left)} left", last=done == total)
+        self._progress.tokens(label, done, total)
 
     def step(self, record: StepRecord, total: int) -> None:
-        now = time.monotonic()
-        if self._first_step and record.step <= self._first_step[0]:  # another run has begun
-            self._first_step = None
-        first, begun = self._first_step = self._first_step or (record.step, now - record.seconds)
-        left = (now - begun) / (record.step - first + 1) * (total - record.step)
-        self._line(
+        self._progress.update(
+            "training",
             f"step {record.step}/{total}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
-            f"{record.tokens / record.seconds:.0f} tokens/s, peak {record.peak_memory / 1e9:.2f} GB, "
-            f"{duration(left)} left",
-            last=record.step == total,
+            f"{record.tokens / record.seconds:.0f} tokens/s, peak {record.peak_memory / 1e9:.2f} GB",
+            record.step,
+            total,
+            before=record.step - 1,
         )
-
-    def _line(self, text: str, *, last: bool) -> None:
-        now = time.monotonic()
-        if self._live:
-            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
-        elif last or now - self._last >= 10:
-            self._last = now
-            print(text, flush=True)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

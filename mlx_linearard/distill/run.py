@@ -27,8 +27,7 @@ from ..errors import UserError
 from ..evaluate.fidelity import Fidelity, measure
 from ..export.fuse import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
 from ..files import RunDir, disk_errors, existing_parent, new_file, read_config, read_json, sweep, write_json
-from ..machine import Machine, known, on_gpu, set_limits
-from ..machine import measure as measure_machine
+from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
 from ..models.adapters import drop_rows
 from ..models.directory import resolve
 from ..models.pair import load_pair
@@ -159,7 +158,7 @@ def _measurement(config: DistillConfig, path: Path, ranks: Ranks) -> Callable[[]
     if ranks.size == 1:
         return measure
     speed = ranks.from_first(lambda: outline(config, path, measure, ranks).machine.gflops)
-    return lambda: known(speed, 1 if mx.cuda.is_available() else ranks.beside)
+    return lambda: machine_of_speed(speed, 1 if mx.cuda.is_available() else ranks.beside)
 
 
 def _check_identity(job: Job, first: dict[str, Any]) -> None:

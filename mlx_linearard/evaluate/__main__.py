@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cli import make_parser, run_command
+from ..cli import Parser, run_command
 from ..config import DTYPES
 from ..errors import UserError
 from ..files import RunDir
-from ..progress import duration
+from ..progress import Progress
 from ..report.content import headline, read_run, write_report
 from ..results.statistics import NOISE
 from ..results.store import COMPARISONS
@@ -63,7 +62,7 @@ runs on any of these directories as well: mlx_lm.evaluate --model DIR --tasks he
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = make_parser("mlx_linearard.evaluate", "Measure models on text and tasks, side by side.", epilog=EPILOG)
+    made = Parser("mlx_linearard.evaluate", "Measure models on text and tasks, side by side.", epilog=EPILOG)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     add = made.add_argument
     add("--model", metavar="[NAME=]DIR", help="the model in question: a directory or a hub repository")
@@ -148,31 +147,6 @@ def _reference(given: argparse.Namespace, directories: list[Directory]) -> Direc
     return native or (directories[1] if len(directories) > 1 else None)
 
 
-class Progress:
-    """One changing line on a terminal; elsewhere a line every ten seconds and at each suite's end."""
-
-    def __init__(self) -> None:
-        self.started: dict[str, float] = {}
-        self.last = self.seen = time.monotonic()  # a line was printed; anything was heard of
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        begun = self.started.setdefault(label, self.seen)  # what is told first has taken its time already
-        self.seen = now
-        left = (now - begun) / max(done, 1) * (total - done)
-        if self.live:
-            print(f"\r\x1b[K{self._line(label, done, total, left)}", end="\n" if done == total else "", file=sys.stderr)
-        elif done == total or now - self.last >= 10:
-            self.last = now
-            print(self._line(label, done, total, left), file=sys.stderr, flush=True)
-
-    @staticmethod
-    def _line(label: str, done: int, total: int, left: float) -> str:
-        rest = "done" if done == total else f"{duration(left)} left"
-        return f"{label}: {done / max(total, 1):.0%} of {total} tokens, {rest}"
-
-
 def table(results: Mapping[str, Any], labels: Sequence[str], suites: Sequence[str]) -> Iterator[str]:
     """The measured metrics as aligned lines: a row a metric, a column a model."""
     rows = [["", *labels]]
@@ -205,7 +179,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     job = evaluation_of(given)
     try:
-        results = evaluate(job, progress=Progress())
+        results = evaluate(job, progress=Progress(sys.stderr).tokens)
     except KeyboardInterrupt:
         print(f"what is measured is kept beside {job.out}; the same command goes on from there", file=sys.stderr)
         raise

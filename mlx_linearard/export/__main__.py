@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import make_parser, run_command
+from ..cli import Parser, integer, run_command
 from ..config import DTYPES
 from .formats import FORMATS, export
 
@@ -20,7 +20,7 @@ NEXT = {
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body."""
-    parser = make_parser("mlx_linearard.export", "Carry a finished run on to the format that another tool wants.")
+    parser = Parser("mlx_linearard.export", "Carry a finished run on to the format that another tool wants.")
     parser.add_argument("--run", required=True, metavar="RUN", help="the run directory of a distillation")
     parser.add_argument("--to", required=True, metavar="DIR", help="the directory to write")
     parser.add_argument(
@@ -35,8 +35,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         help="of the fused weights; their own without it",
     )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize the fused model (mlx)")
-    parser.add_argument("--q-bits", type=int, default=4, help="bits a weight")
-    parser.add_argument("--q-group-size", type=int, default=64, help="weights that share a scale")
+    parser.add_argument("--q-bits", type=integer(1, 32), default=4, help="bits a weight")
+    parser.add_argument("--q-group-size", type=integer(1), default=64, help="weights that share a scale")
     parser.add_argument("--overwrite", action="store_true", help="replace what --to holds")
     given = vars(parser.parse_args(arguments))
     out = export(Path(given.pop("run")), Path(given.pop("to")), progress=print, **given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..cli import make_parser, run_command
+from ..cli import Parser, run_command
 from .content import write_report
 
 __all__ = ["main", "run", "write_report"]
@@ -13,7 +13,7 @@ __all__ = ["main", "run", "write_report"]
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body."""
-    parser = make_parser(
+    parser = Parser(
         "mlx_linearard.report",
         "Write report.html and report.md of a run, finished or under way: what it cost, what it won back, how sure "
         "that is. The HTML file is whole in itself and asks for nothing from anywhere.",

@@ -27,7 +27,7 @@ from mlx_linearard.distributed.ranks import ALONE, BUFFER_BYTES, Ranks, _buffers
 from mlx_linearard.distributed.watchdog import Witness
 from mlx_linearard.errors import LOST_STATUS, LostProcess, UserError
 from mlx_linearard.files import read_json
-from mlx_linearard.machine import known
+from mlx_linearard.machine import machine_of_speed
 from mlx_linearard.models.adapters import drop_rows
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
@@ -112,13 +112,17 @@ def test_arrays_travel_in_few_buffers_of_one_dtype() -> None:
 
 def test_the_time_is_that_of_the_machines_and_the_memory_that_of_a_share(model_dir: Path, text_file: Path) -> None:
     config = small(model_dir, text_file, Path("unused"), grad_accum=4, batch_size=2, steps=1000)
-    native, machine = read_json(model_dir / "config.json"), known(100.0)
+    native, machine = read_json(model_dir / "config.json"), machine_of_speed(100.0)
     apart, beside = (Ranks(0, 2, hosts) for hosts in (("a", "b"), ("a", "a")))
     alone, two, same = (size_run(config, native, machine, ranks) for ranks in (ALONE, apart, beside))
     assert alone.tokens_per_step == two.tokens_per_step and alone.processes == 1 and two.processes == 2
     assert two.seconds == pytest.approx(alone.seconds / 2, rel=0.1)
     assert "shared by 2 processes" in next(itertools.islice(two.lines(machine), 1, None))
-    assert beside.beside == 2 and apart.beside == 1 and known(1.0, 2).memory == known(1.0).memory // 2
+    assert (
+        beside.beside == 2
+        and apart.beside == 1
+        and machine_of_speed(1.0, 2).memory == machine_of_speed(1.0).memory // 2
+    )
     if not mx.cuda.is_available():
         assert same.seconds == alone.seconds
     step = mlx_linearard.distill.outline.outline(config, model_dir, lambda: machine, Ranks(0, 8, ("a",) * 8)).step

@@ -14,9 +14,8 @@ from tiny import tiny_model
 from mlx_linearard.cli import run_command
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate import hub
-from mlx_linearard.evaluate.__main__ import Progress, run
+from mlx_linearard.evaluate.__main__ import run
 from mlx_linearard.evaluate.choice import Choice
-from mlx_linearard.progress import duration
 from mlx_linearard.results.store import ItemLog, merge_results
 
 ITEMS = [
@@ -309,23 +308,6 @@ def test_a_number_that_is_none_is_told(model_dir: Path, text_file: Path, tmp_pat
     ]
     assert "--lengths 6²: must be whole numbers" in complaint([*arguments, "--lengths", "6²"], capsys)
     assert "x= names no directory" in complaint([*arguments, "--against", "x="], capsys)
-
-
-def test_progress_knows_what_is_left_from_the_first_line_on(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("mlx_linearard.evaluate.__main__.time.monotonic", lambda: clock[0])
-    progress = Progress()
-    for label, now, done in (
-        ("ppl, a", 60.0, 100),
-        ("ppl, a", 90.0, 150),
-        ("ppl, a", 120.0, 200),
-        ("ppl, b", 240.0, 50),
-    ):
-        clock[0] = now
-        progress(label, done, 200)
-    told = capsys.readouterr().err.splitlines()
-    left = (60, 30, 0, 360)
-    assert [line.split(", ")[-1] for line in told] == [f"{duration(s)} left" if s else "done" for s in left]
 
 
 def test_the_report_of_a_run_follows_its_evaluation(
