@@ -243,7 +243,7 @@ def test_a_write_that_fails_midway_is_told_with_what_it_needs(
 
     def fails(name: str, arrays: dict) -> None:
         Path(name).write_bytes(b"part")
-        monkeypatch.setattr("mlx_linearard.files._free", lambda target: 1000)
+        monkeypatch.setattr("mlx_linearard.files.writing._free", lambda target: 1000)
         raise RuntimeError("[write] Unable to write 100 bytes to file (failed).")
 
     monkeypatch.setattr(mx, "save_safetensors", fails)

@@ -1,0 +1,73 @@
+"""Files: the names that rooms share, reading with one-line errors, and writing that is complete or absent.
+
+Every failure of reading, parsing or writing a named file becomes a UserError that names the file:
+
+- `read_text`, `read_json`, `read_object`, `read_config`, `read_json_lines` and `read_yaml` read a whole file;
+- `parse_json` parses text that was read another way, and `reading` guards any other code that reads a file;
+- `locked` holds a file or directory for one process;
+- `write_text`, `write_json`, `new_file` and `new_directory` write, and `disk_errors` guards any other code that writes.
+"""
+
+from __future__ import annotations
+
+from .locks import locked
+from .names import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    RunDir,
+)
+from .reading import (
+    check_file,
+    parse_json,
+    read_config,
+    read_json,
+    read_json_lines,
+    read_object,
+    read_text,
+    read_yaml,
+    reading,
+)
+from .writing import (
+    disk_errors,
+    existing_parent,
+    new_directory,
+    new_file,
+    refuse_existing,
+    sweep,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "ADAPTERS",
+    "ADAPTER_CONFIG",
+    "CONFIG",
+    "GENERATION_CONFIG",
+    "TOKENIZER_FILES",
+    "WEIGHTS",
+    "WEIGHTS_INDEX",
+    "RunDir",
+    "check_file",
+    "disk_errors",
+    "existing_parent",
+    "locked",
+    "new_directory",
+    "new_file",
+    "parse_json",
+    "read_config",
+    "read_json",
+    "read_json_lines",
+    "read_object",
+    "read_text",
+    "read_yaml",
+    "reading",
+    "refuse_existing",
+    "sweep",
+    "write_json",
+    "write_text",
+]

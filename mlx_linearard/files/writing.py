@@ -1,0 +1,203 @@
+"""Writing: a file or directory is complete or absent, and every failure becomes a UserError that names it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, one_line
+from .reading import shown, without_surrogates
+
+# The names that tempfile makes for the functions below: .NAME.xxxxxxxx, .NAME.old.xxxxxxxx, .NAME.xxxxxxxx.suffix.
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)(?P<old>\.old)?\.[a-z0-9_]{8}(\.\w+)?")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO)
+_IMPOSSIBLE = (errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EINVAL, errno.EILSEQ)
+
+
+@contextlib.contextmanager
+def disk_errors(target: str | Path, need: int | None = None) -> Iterator[None]:
+    """Turn a full disk, a read-only place, a size limit or a bad name into a UserError that names `target`.
+
+    `need` is the number of bytes that `target` takes. If the disk has fewer, the block does not begin.
+    """
+    try:
+        if need is not None and _free(target) < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(_no_space(target, need)) from None
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"cannot write {shown(target)}: {error.strerror}; raise the limit (ulimit -f) or write elsewhere"
+            ) from None
+        if not _about(error, Path(target)) and error.errno in (*_REFUSED, *_IMPOSSIBLE):  # a file that was being read
+            raise UserError(f"{shown(error.filename)}: {error.strerror}") from None
+        if error.errno in _REFUSED:
+            raise UserError(f"cannot write {shown(target)}: {error.strerror}; choose another place") from None
+        if error.errno in _IMPOSSIBLE and error.filename is not None:
+            raise UserError(f"cannot make {shown(target)} ({error.strerror}): choose another place") from None
+        raise
+    except UnicodeEncodeError:
+        if _encodes(target):
+            raise
+        raise UserError(f"cannot make {shown(target)}: not a file name that this system can hold") from None
+    except ValueError as error:
+        if str(error) != "embedded null byte":
+            raise
+        raise UserError(f"cannot make {shown(target)}: not a file name") from None
+    except RuntimeError as error:  # mlx reports a failed write of safetensors this way
+        if "write" in str(error).lower() and "fail" in str(error).lower():
+            if need is not None and _free(target) < need:
+                raise UserError(_no_space(target, need)) from None
+            raise UserError(f"cannot write {shown(target)}: {one_line(error)}") from None
+        raise
+
+
+def _no_space(target: str | Path, need: int | None) -> str:
+    needed = "" if need is None else f", {need / 1e6:.1f} MB needed"
+    return (
+        f"no space left on the disk that holds {shown(target)} ({_free(target) / 1e6:.1f} MB free{needed}): "
+        "free some, or write elsewhere"
+    )
+
+
+def _free(target: str | Path) -> int:
+    """Bytes free on the disk that holds, or would hold, `target`."""
+    return shutil.disk_usage(existing_parent(Path(target))).free
+
+
+def _about(error: OSError, target: Path) -> bool:
+    """Whether an error is about `target`, a file inside or beside it, or a folder above it, and no other file."""
+    if not isinstance(error.filename, str):
+        return True
+    failed, target = Path(error.filename).absolute(), target.absolute()
+    return failed.is_relative_to(target.parent) or failed in target.parents
+
+
+def _encodes(path: str | Path) -> bool:
+    """Whether this system can hold a file of that name."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest of `path` and the folders above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextlib.contextmanager
+def new_file(target: str | Path) -> Iterator[Path]:
+    """A temporary path beside `target`, synced and renamed to it if the block ends without an error, else removed."""
+    target = Path(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(target: str | Path, *, overwrite: bool = False, need: int | None = None) -> Iterator[Path]:
+    """A temporary directory beside `target`, renamed to it if the block ends without an error, else removed.
+
+    `need` is the number of bytes that will be written, if known: UserError if the disk has fewer.
+
+    An existing `target` is refused unless it is an empty directory or `overwrite` is set. It is replaced only
+    after the new one is complete.
+    """
+    target = Path(target)
+    if not overwrite:
+        refuse_existing(target)
+    with disk_errors(target, need):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    _sync(path)
+            temporary.chmod(0o755)
+            _swap(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(target: str | Path) -> None:
+    """UserError if `target` is a file, or a directory that is not empty."""
+    target = Path(target)
+    with disk_errors(target):
+        if target.is_dir() and not any(target.iterdir()):
+            return
+        if target.exists() or target.is_symlink():
+            raise UserError(f"{shown(target)} already exists: remove it, choose another name, or pass --overwrite")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, complete or not at all. Half of a surrogate pair becomes U+FFFD."""
+    with new_file(path) as temporary:
+        temporary.write_text(without_surrogates(text), encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        target.replace(old)
+        temporary.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.replace(target)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and directories of a killed process from `folder`.
+
+    If the process was killed between the two renames of `_swap`, the old directory gets its name back.
+    """
+    for path in sorted(folder.glob(".*")):
+        if not (match := _TEMPORARY.fullmatch(path.name)):
+            continue
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif match["old"] and any(path.iterdir()) and not (folder / match["name"]).exists():
+            path.replace(folder / match["name"])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
