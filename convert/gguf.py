@@ -1,207 +1,72 @@
-"""From a llama GGUF file to an mlx-lm directory.
+"""Converts a llama GGUF file to an mlx-lm directory.
 
-The file is read here rather than by mlx, whose reader casts every type it does not know to float16 and
-trusts the header. Layout: the GGUF specification, version 3 (ggml, docs/gguf.md).
+What each metadata key means follows llama.cpp's loader of the llama architecture. A key of RoPE or attention that is
+not known here is refused by name, because ignoring it could change what the model computes.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
-from ..files import disk_errors, write_json
+from ..errors import UserError, one_line
+from ..files import GENERATION_CONFIG, disk_errors, write_json
 from ..models import tokenizer
+from ..models.directory import refuse
 from ..models.dtypes import FLOATS
 from ..models.save import Tensor, model_directory
 from ..rope import inverse_frequencies, normalise
 from . import names
+from .gguf_file import Gguf
+from .gguf_tokenizer import from_metadata
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-MAX_DIMS = 4
-
-# Metadata value types: number -> struct format; 8 is a string and 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-# ggml type -> (values in a block, numpy layout of a block)
-_BLOCK = 32
-_LAYOUTS: dict[str, tuple[int, np.dtype]] = {
-    "F32": (1, np.dtype("<f4")),
-    "F16": (1, np.dtype("<f2")),
-    "BF16": (1, np.dtype("<u2")),
-    "Q8_0": (_BLOCK, np.dtype([("d", "<f2"), ("q", "i1", 32)])),
-    "Q4_0": (_BLOCK, np.dtype([("d", "<f2"), ("q", "u1", 16)])),
-    "Q4_1": (_BLOCK, np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)])),
-}
-# The type that a file's weights become where --dtype is not given. Quantized blocks carry float16 scales,
-# so float16 is within half a unit in its last place of what the file means; bfloat16 is 8 times coarser.
+ARCHITECTURE = "llama"
+# The type that a file's weights become without --dtype. Quantized blocks carry float16 scales, so float16 is within
+# half a unit in its last place of the file's values; bfloat16 is 8 times coarser.
 _NATURAL = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTIZED_DTYPE = "float16"
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as the file holds it: its ggml type, shape (outermost first) and place in the file."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-class Gguf:
-    """A GGUF file: `metadata` and `tensors` by name; values are read when asked for."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                size = self.path.stat().st_size
-                if size < 24:
-                    raise UserError(f"{self.path} is not a GGUF file: it has {size} bytes")
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
-        try:
-            cursor = _Cursor(self._data, self.path)
-            self.metadata, entries = _header(cursor)
-            self.tensors = _place(entries, cursor.position, self.metadata, len(self._data), self.path)
-        except (UnicodeDecodeError, RecursionError, OverflowError, MemoryError) as error:
-            raise UserError(f"{self.path} is a damaged GGUF file: {error}") from None
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value."""
-        return self.metadata.get(key, default)
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor `name`, dequantized to float32."""
-        entry = self.tensors[name]
-        block, layout = _LAYOUTS[entry.kind]
-        count = math.prod(entry.shape) // block
-        stored = np.frombuffer(self._data, dtype=layout, count=count, offset=entry.start)
-        return _dequantize(entry.kind, stored).reshape(entry.shape)
-
-
-class _Cursor:
-    """Reads little-endian values from bytes and refuses to pass their end."""
-
-    def __init__(self, data: mmap.mmap, path: Path):
-        self.data, self.path, self.position = data, path, 0
-
-    def take(self, count: int) -> bytes:
-        if count < 0 or self.position + count > len(self.data):
-            raise UserError(f"{self.path} is truncated: its header names more than its {len(self.data)} bytes")
-        self.position += count
-        return self.data[self.position - count : self.position]
-
-    def scalar(self, kind: str) -> Any:
-        return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
-
-    def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8")
-
-    def value(self, kind: int, depth: int = 0) -> Any:
-        if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY and depth < 2:
-            return self.array(depth)
-        raise UserError(f"{self.path} is damaged: unknown metadata type {kind}")
-
-    def array(self, depth: int) -> Any:
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
-            layout = np.dtype("<" + _SCALARS[kind])
-            if count * layout.itemsize > len(self.data):
-                raise UserError(f"{self.path} is truncated: an array of {count} values does not fit")
-            return np.frombuffer(self.take(count * layout.itemsize), dtype=layout)
-        if count > len(self.data):
-            raise UserError(f"{self.path} is truncated: an array of {count} values does not fit")
-        return [self.value(kind, depth + 1) for _ in range(count)]
-
-
-def _header(cursor: _Cursor) -> tuple[dict[str, Any], list[tuple[str, int, tuple[int, ...], int]]]:
-    path = cursor.path
-    if cursor.take(4) != MAGIC:
-        raise UserError(f"{path} is not a GGUF file")
-    version = cursor.scalar("I")
-    if version not in VERSIONS:
-        raise UserError(f"{path} is GGUF version {version}: only versions 2 and 3 are read")
-    tensor_count, value_count = cursor.scalar("Q"), cursor.scalar("Q")
-    if max(tensor_count, value_count) > len(cursor.data):
-        raise UserError(f"{path} is damaged: it claims {tensor_count} tensors and {value_count} values")
-    metadata = {}
-    for _ in range(value_count):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.scalar("I"))
-    entries = []
-    for _ in range(tensor_count):
-        name = cursor.string()
-        dims = cursor.scalar("I")
-        if not 1 <= dims <= MAX_DIMS:
-            raise UserError(f"{path} is damaged: tensor {name!r} has {dims} dimensions")
-        shape = tuple(cursor.scalar("Q") for _ in range(dims))[::-1]
-        entries.append((name, cursor.scalar("I"), shape, cursor.scalar("Q")))
-    return metadata, entries
-
-
-def _place(
-    entries: list[tuple[str, int, tuple[int, ...], int]],
-    header_end: int,
-    metadata: dict[str, Any],
-    size: int,
-    path: Path,
-) -> dict[str, Entry]:
-    """Where each tensor lies; UserError for types we do not read and for places outside the file."""
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-        raise UserError(f"{path} is damaged: alignment {alignment!r}")
-    base = -(-header_end // alignment) * alignment
-    tensors: dict[str, Entry] = {}
-    unread = sorted({names.GGML_TYPES.get(kind, str(kind)) for _, kind, _, _ in entries} - set(_LAYOUTS))
-    if unread:
-        raise UserError(f"{path} holds {', '.join(unread)} tensors; only {', '.join(_LAYOUTS)} are read")
-    for name, number, shape, offset in entries:
-        kind = names.GGML_TYPES[number]
-        block, layout = _LAYOUTS[kind]
-        if not shape or shape[-1] % block or name in tensors:
-            raise UserError(f"{path} is damaged: tensor {name!r} of shape {shape}")
-        nbytes = math.prod(shape) // block * layout.itemsize
-        if base + offset + nbytes > size:
-            raise UserError(f"{path} is truncated: tensor {name!r} ends beyond its {size} bytes")
-        tensors[name] = Entry(name, kind, shape, base + offset, nbytes)
-    return tensors
-
-
-def _dequantize(kind: str, stored: np.ndarray) -> np.ndarray:
-    """float32 values of stored blocks (ggml's block_q8_0, block_q4_0, block_q4_1)."""
-    if kind == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    if kind in ("F32", "F16"):
-        return stored.astype(np.float32)
-    scale = stored["d"].astype(np.float32)[:, None]
-    if kind == "Q8_0":
-        return stored["q"] * scale
-    # The low halves of the 16 bytes are the block's first 16 values, the high halves the other 16.
-    quants = np.concatenate([stored["q"] & 0x0F, stored["q"] >> 4], axis=1).astype(np.float32)
-    if kind == "Q4_0":
-        return (quants - 8) * scale
-    return quants * scale + stored["m"].astype(np.float32)[:, None]
-
-
-# -- the conversion --
+# The keys of RoPE and attention that the conversion reads. Any other one is refused.
+_READ = {
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",  # says how the model was made, not what it computes
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.scale",
+}
+# Keys that change what llama.cpp computes in a way that mlx-lm's llama does not, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),  # -1: llama.cpp's default, which is 1 under yarn
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+}
 
 
 def from_gguf(
@@ -212,38 +77,47 @@ def from_gguf(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Convert the llama GGUF `source` to an mlx-lm directory at `target` and return its path.
+    """Convert the llama GGUF file `source` to an mlx-lm directory at `target`; return its path.
 
-    dtype float32, float16 or bfloat16; by default what the file's matrices are stored as, and float16 where
-    they are quantized (their scales are float16). The tokenizer and chat template come from the metadata.
-    UserError for other architectures, tensor types and tokenizers, by name, and for damaged files.
+    dtype is float32, float16 or bfloat16. By default the type of the file's matrices, and float16 if they are
+    quantized, because their scales are float16. The tokenizer and the chat templates come from the metadata.
+    Raises UserError that names the architecture, tensor type, key or tokenizer that is not converted, and for
+    damaged files.
     """
     source, target = Path(source), Path(target)
     file = Gguf(source)
-    architecture = file.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{source} has architecture {architecture!r}; only llama is converted")
+    architecture = _text(file, "general.architecture", "")
+    if architecture != ARCHITECTURE:
+        raise UserError(f"{source} has architecture {architecture!r}; only {ARCHITECTURE} is converted")
     config = config_of(file)
     dtype = dtype or _natural_dtype(file)
     if dtype not in FLOATS:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}")
     config["dtype"] = config["torch_dtype"] = dtype
-    parts = tokenizer.from_gguf(file.metadata, str(source))
-    config.update(parts.token_ids)
+    rebuilt = from_metadata(file.metadata, str(source))
+    config.update(rebuilt.token_ids)
+    if (tokens := len(file.get("tokenizer.ggml.tokens"))) > config["vocab_size"] > 0:
+        raise UserError(f"{source} has {tokens} tokens, but embeddings for only {config['vocab_size']}")
     tensors = list(_tensors(file, config, FLOATS[dtype]))
     _check_complete(file, config, tensors)
     with (
         disk_errors(target),
         model_directory(target, config, tensors, overwrite=overwrite, progress=progress) as directory,
     ):
-        tokenizer.write(directory, parts)
-        generation = {key: value for key, value in parts.token_ids.items() if value is not None}
-        write_json(directory / "generation_config.json", generation)
+        tokenizer.write(directory, rebuilt)
+        generation = {key: value for key, value in rebuilt.token_ids.items() if value is not None}
+        write_json(directory / GENERATION_CONFIG, generation)
     return target
 
 
+# -- the config --
+
+
 def config_of(file: Gguf) -> dict[str, Any]:
-    """The Hugging Face config of a llama GGUF, RoPE in both spellings."""
+    """The Hugging Face config of a llama GGUF file, with RoPE in both spellings.
+
+    Raises UserError for a setting that mlx-lm's llama does not have.
+    """
     hidden = _integer(file, "embedding_length")
     heads = _integer(file, "attention.head_count")
     config: dict[str, Any] = {
@@ -264,62 +138,113 @@ def config_of(file: Gguf) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
-    _refuse_what_llama_has_not(file, config)
-    config["rope_scaling"] = _scaling(file, config)
-    return normalise(config)
+    _refuse_unknown(file)
+    _refuse_other_attention(file, config)
+    try:
+        config["rope_scaling"] = _scaling(file, config)
+        return normalise(config)
+    except ValueError as error:
+        raise UserError(f"{file.path}: {one_line(error)}") from None
 
 
-def _integer(file: Gguf, key: str, default: int | None = None) -> int:
-    value = file.get(f"llama.{key}", default)
+def _key(key: str) -> str:
+    return f"{ARCHITECTURE}.{key}"
+
+
+def _integer(file: Gguf, key: str, default: int | None = None, *, least: int = 1) -> int:
+    """An integer of the metadata; an array is accepted if all layers have the same value."""
+    value = file.get(_key(key), default)
     if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
         value = value[0].item()
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{file.path}: llama.{key} must be a positive integer, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise UserError(f"{file.path}: {_key(key)} must be {kind}, not {_short(value)}")
     return value
 
 
 def _real(file: Gguf, key: str, default: float | None = None) -> float:
-    value = file.get(f"llama.{key}", default)
-    if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{file.path}: llama.{key} must be a positive number, not {value!r}")
+    """A positive number of the metadata, in the fewest digits that give its float32 value."""
+    value = file.get(_key(key), default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{file.path}: {_key(key)} must be a positive number, not {_short(value)}")
     return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
 
 
-def _refuse_what_llama_has_not(file: Gguf, config: dict[str, Any]) -> None:
-    if file.get("llama.expert_count", 0):
+def _text(file: Gguf, key: str, default: str) -> str:
+    value = file.get(key, default)
+    if not isinstance(value, str):
+        raise UserError(f"{file.path}: {key} must be a string, not {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    """A metadata value for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _refuse_unknown(file: Gguf) -> None:
+    """UserError that names the RoPE and attention keys not known here, and the keys with a value not expressible."""
+    unknown = [
+        key
+        for key in sorted(file.metadata)
+        if key.startswith((_key("rope."), _key("attention.")))
+        and key.removeprefix(_key("")) not in _READ | _NEUTRAL.keys()
+    ]
+    if unknown:
+        raise UserError(f"{file.path} has {', '.join(unknown)}, which the conversion does not know")
+    if _integer(file, "expert_count", 0, least=0):
         raise UserError(f"{file.path} is a mixture of experts; only dense llama files are converted")
-    rotated = _integer(file, "rope.dimension_count", config["head_dim"])
-    if rotated != config["head_dim"]:
-        raise UserError(f"{file.path} rotates {rotated} of {config['head_dim']} dimensions, which llama does not")
-    sliding = file.get("llama.attention.sliding_window", 0)
+    for key, neutral in _NEUTRAL.items():
+        value = file.get(_key(key), neutral[0])
+        if not isinstance(value, int | float) or value not in neutral:
+            raise UserError(f"{file.path}: {_key(key)} is {_short(value)}, which mlx-lm's llama cannot express")
+
+
+def _refuse_other_attention(file: Gguf, config: dict[str, Any]) -> None:
+    """UserError for rotations, windows, head sizes and scales that mlx-lm's llama does not compute."""
+    head_dim, heads, groups = config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]
+    if head_dim % 2 or heads % groups:
+        raise UserError(f"{file.path} has {heads} heads of {head_dim} dimensions in {groups} groups, which cannot be")
+    rotated = _integer(file, "rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise UserError(f"{file.path} rotates {rotated} of {head_dim} dimensions, which mlx-lm's llama does not")
+    width = _integer(file, "attention.value_length", head_dim)
+    if width != head_dim:
+        raise UserError(f"{file.path} has values of {width} and keys of {head_dim} dimensions: they must be equal")
+    sliding = _integer(file, "attention.sliding_window", 0, least=0)
     if sliding and sliding < config["max_position_embeddings"]:
         raise UserError(f"{file.path} has a sliding window of {sliding}, which mlx-lm's llama does not apply")
+    scale = file.get(_key("attention.scale"), 0.0)  # 0: llama.cpp's default, the usual scale
+    if scale != 0.0 and not math.isclose(_real(file, "attention.scale"), head_dim**-0.5, rel_tol=1e-5):
+        raise UserError(f"{file.path}: {_key('attention.scale')} is {_short(scale)}, not head_dim ** -0.5")
 
 
 def _scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The native scaling of a GGUF: from its metadata, or from the factors of Llama 3.1."""
-    kind = file.get("llama.rope.scaling.type", "none")
-    scaling: dict[str, Any] | None = None
-    if file.get("llama.rope.scaling.attn_factor", 1.0) != 1.0:
-        raise UserError(f"{file.path} has a RoPE attention factor of its own, which mlx-lm cannot express")
-    if kind in ("linear", "yarn"):
-        scaling = {"rope_type": kind, "factor": _real(file, "rope.scaling.factor")}
-        if kind == "yarn":
-            original = _integer(file, "rope.scaling.original_context_length")
-            scaling["original_max_position_embeddings"] = original
-    elif kind != "none":
+    """The native RoPE scaling of a GGUF file: from its metadata, or from the stored factors of Llama 3.1."""
+    kind = _text(file, _key("rope.scaling.type"), "linear")  # llama.cpp's default, used if there is a factor
+    if kind not in ("none", "linear", "yarn"):
         raise UserError(f"{file.path}: RoPE scaling {kind!r} is not converted")
-    elif "llama.rope.scale_linear" in file.metadata:
-        scaling = {"rope_type": "linear", "factor": _real(file, "rope.scale_linear")}
+    factor = "rope.scaling.factor" if _key("rope.scaling.factor") in file.metadata else "rope.scale_linear"
+    scaling: dict[str, Any] | None = None
+    if kind == "yarn" or (kind == "linear" and _key(factor) in file.metadata):
+        scaling = {"rope_type": kind, "factor": _real(file, factor)}
+    if kind == "yarn" and scaling:
+        scaling["original_max_position_embeddings"] = _integer(file, "rope.scaling.original_context_length")
+        for beta in ("beta_fast", "beta_slow"):
+            if _key(f"rope.scaling.yarn_{beta}") in file.metadata:
+                scaling[beta] = _real(file, f"rope.scaling.yarn_{beta}")
+    if scaling and scaling["factor"] == 1:
+        scaling = None
     if "rope_freqs.weight" in file.tensors:
         if scaling:
-            raise UserError(f"{file.path} carries two RoPE scalings")
+            raise UserError(f"{file.path} has two RoPE scalings: {kind} and rope_freqs.weight")
         return _llama3_scaling(file, config)
-    return None if scaling and scaling["factor"] == 1 else scaling
+    return scaling
 
 
 def _llama3_scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """The Llama 3.1 scaling whose factors a file stores; UserError where they are of another kind."""
+    """The Llama 3.1 scaling whose factors a file stores; UserError if they are other factors."""
     factors = file.read("rope_freqs.weight").astype(np.float64)
     largest = float(factors.max(initial=0))
     scaling = {
@@ -337,18 +262,19 @@ def _llama3_scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     raise UserError(f"{file.path} scales RoPE by factors that are not Llama 3.1's; they cannot be expressed")
 
 
+# -- the weights --
+
+
 def _natural_dtype(file: Gguf) -> str:
-    """What the file's matrices are stored as; float16 where any is quantized."""
+    """The type of the file's matrices; float16 if any is quantized."""
     kinds = {entry.kind for entry in file.tensors.values() if len(entry.shape) > 1}
     if not kinds <= set(_NATURAL):
         return _QUANTIZED_DTYPE
-    for kind in ("F32", "F16", "BF16"):
-        if kind in kinds:
-            return _NATURAL[kind]
-    return _QUANTIZED_DTYPE
+    return next((_NATURAL[kind] for kind in ("F32", "F16", "BF16") if kind in kinds), _QUANTIZED_DTYPE)
 
 
 def _tensors(file: Gguf, config: dict[str, Any], dtype: mx.Dtype) -> Iterator[Tensor]:
+    """The file's tensors under mlx-lm's names; UserError that lists the tensors llama does not have."""
     unknown = []
     for name, entry in file.tensors.items():
         if name == "rope_freqs.weight":
@@ -364,10 +290,12 @@ def _tensors(file: Gguf, config: dict[str, Any], dtype: mx.Dtype) -> Iterator[Te
             heads = config["num_key_value_heads"]
         yield Tensor(ours, entry.shape, dtype, _maker(file, name, ours, heads, dtype))
     if unknown:
-        raise UserError(f"{file.path} holds tensors that llama has not: {', '.join(sorted(unknown))}")
+        raise UserError(f"{file.path} holds tensors that llama does not have: {', '.join(sorted(unknown))}")
 
 
 def _maker(file: Gguf, name: str, ours: str, heads: int, dtype: mx.Dtype) -> Callable[[], mx.array]:
+    """A function that reads one tensor; with `heads`, its rows are put into Hugging Face's order."""
+
     def make() -> mx.array:
         values = file.read(name)
         if not np.isfinite(values).all():
@@ -381,7 +309,7 @@ def _maker(file: Gguf, name: str, ours: str, heads: int, dtype: mx.Dtype) -> Cal
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from GGUF order (each rotated pair side by side) to Hugging Face order (two halves).
+    """Rows of q or k from GGUF's order (each rotated pair side by side) to Hugging Face's order (two halves).
 
     rows (heads * head_dim, ...); within each head, row 2i + h goes to row h * head_dim / 2 + i.
     """
@@ -390,21 +318,21 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _check_complete(file: Gguf, config: dict[str, Any], tensors: list[Tensor]) -> None:
-    """UserError listing every tensor that is missing, superfluous or of the wrong shape."""
+    """UserError that lists every tensor that is missing, unexpected or of the wrong shape."""
     expected = _expected_shapes(config)
-    found = {tensor.name: tensor.shape for tensor in tensors}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    problems = [f"missing {name}" for name in sorted(expected.keys() - shapes.keys())]
+    problems += [f"unexpected {name}" for name in sorted(shapes.keys() - expected.keys())]
     problems += [
-        f"{name} is {found[name]}, not {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
+        f"{name} is {shapes[name]}, not {expected[name]}"
+        for name in sorted(expected.keys() & shapes.keys())
+        if shapes[name] != expected[name]
     ]
-    if problems:
-        raise UserError(f"{file.path}: {'; '.join(problems)}")
+    refuse(problems, str(file.path))
 
 
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a llama model's tensors by mlx-lm's names."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]

@@ -21,10 +21,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
 from ..machine import on_gpu
-from ..models.directory import check_config, check_model_dir, check_tokenizer, resolve, shards
+from ..models.directory import check_config, check_model_dir, resolve, shards
 from ..models.pair import load_frozen
 from ..models.shape import Shape
-from ..models.tokenizer import tokenizer_of
+from ..models.tokenizer import check_tokenizer, tokenizer_of
 from ..ops.logits import token_nll
 from ..rope import native_window
 

@@ -19,9 +19,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
-from ..files import CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
+from ..files import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
 from ..rope import FAMILIES, family, normalise
 from .dtypes import DTYPES
+from .tokenizer import check_tokenizer
 
 # What a hub repository is fetched for; weights in any other format are left where they are.
 PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
@@ -297,28 +298,6 @@ def check_finite(arrays: Mapping[str, mx.array], where: Path) -> None:
             wrong.append(name)
         mx.clear_cache()
     refuse(wrong, f"{where} holds weights that are not finite")
-
-
-def check_tokenizer(directory: Path) -> None:
-    """UserError where there is no tokenizer, or its files are not what they should be."""
-    if (directory / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            Tokenizer.from_str((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"{directory / 'tokenizer.json'} is damaged: {one_line(error)[:200]}") from None
-    elif (directory / "tokenizer.model").is_file():
-        from .tokenizer import from_sentencepiece
-
-        from_sentencepiece(directory / "tokenizer.model")
-    elif not ((directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()):
-        raise UserError(f"{directory} has no tokenizer: it needs tokenizer.json or tokenizer.model")
-    for name in TOKENIZER_FILES:
-        if name.endswith(".json") and (directory / name).is_file():
-            value = read_json(directory / name)
-            if not isinstance(value, dict):
-                raise UserError(f"{directory / name} must hold a JSON object")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import struct
 
 import numpy as np
 
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "IQ3_S": 21, "BF16": 30}
+ZEROS = {"Q6_K": 210, "IQ3_S": 110}  # types that are written as zeros: bytes per 256 values
 
 
 def string(text):
@@ -66,6 +67,6 @@ def write(path, metadata, tensors, alignment=32):
         header += string(name) + struct.pack("<I", array.ndim)
         header += struct.pack(f"<{array.ndim}Q", *array.shape[::-1])
         header += struct.pack("<IQ", TYPES[kind], len(body))
-        body += encode(array, kind) if kind != "Q6_K" else b"\0" * (array.size // 256 * 210)
+        body += b"\0" * (array.size // 256 * ZEROS[kind]) if kind in ZEROS else encode(array, kind)
     path.write_bytes(header + b"\0" * (-len(header) % alignment) + body)
     return path

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_linearard.convert.gguf import Gguf, from_gguf, unpermute
+from mlx_linearard.convert.gguf import from_gguf, unpermute
+from mlx_linearard.convert.gguf_file import Gguf
 from mlx_lm.gguf import permute_weights
 from transformers import AutoTokenizer
 
@@ -222,14 +223,14 @@ def test_refused_by_name(tmp_path, over, said):
 
 def test_types_and_tensors_we_do_not_read(tmp_path):
     found = tensors(tiny.weights(tiny.config()))
-    found["blk.0.ffn_up.weight"] = (np.zeros((96, 256), np.float32), "Q6_K")
+    found["blk.0.ffn_up.weight"] = (np.zeros((96, 256), np.float32), "IQ3_S")
     path = gguf_files.write(tmp_path / "k.gguf", metadata(), found)
-    with pytest.raises(UserError, match="holds Q6_K tensors; only F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
+    with pytest.raises(UserError, match="holds IQ3_S tensors; only F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
         from_gguf(path, tmp_path / "ours")
     found = tensors(tiny.weights(tiny.config()))
     found["blk.0.mystery.weight"] = found["blk.0.ffn_up.weight"]
     path = gguf_files.write(tmp_path / "m.gguf", metadata(), found)
-    with pytest.raises(UserError, match=r"llama has not: blk\.0\.mystery"):
+    with pytest.raises(UserError, match=r"llama does not have: blk\.0\.mystery"):
         from_gguf(path, tmp_path / "ours")
 
 

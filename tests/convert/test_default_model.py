@@ -185,7 +185,7 @@ def test_smollm2_answers_in_plain_english(smollm2):
 
 @pytest.mark.slow
 def test_smollm2_tokens(smollm2):
-    from test_convert_tokenizer import independent_bpe
+    from test_gguf_tokenizer import independent_bpe
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

@@ -1,159 +1,18 @@
-"""Tokenizers against independent ones: byte-level BPE written out here, and sentencepiece itself."""
+"""Tokenizers rebuilt from sentencepiece models, against sentencepiece itself and transformers."""
 
 import functools
-import io
-import itertools
 import json
 import random
-import unicodedata
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from sentencepieces import CORPUS, TEXTS, train
 from transformers import AutoTokenizer
 
 from mlx_linearard.errors import UserError
 from mlx_linearard.models import tokenizer
-
-CORPUS = [
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune,",
-    "must be in want of a wife. However little known the feelings or views of such a man may be",
-    "on his first entering a neighbourhood, this truth is so well fixed in the minds of the",
-    "surrounding families, that he is considered as the rightful property of some one or other",
-    "of their daughters. In 1813 and 1984 and 2048 naïve cafés sold 27 apples for 3.50 each.",
-] * 4
-TEXTS = [
-    "a truth universally acknowledged",
-    " leading and  double   spaces ",
-    "1813 12345 3.50\n\ttab\n\n",
-    "naïve café Ünïcode 日本語 🤗",
-    "don't I'll we've",
-    "",
-]
-
-
-def byte_symbols():
-    """The printable characters that stand for bytes in byte-level BPE."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-
-
-def words(text):
-    """GPT-2's split with every digit alone, by character classes rather than by a regular expression."""
-    contractions = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-
-    def kind(character):
-        if character.isspace():
-            return "space"
-        return {"L": "letter", "N": "number"}.get(unicodedata.category(character)[0], "other")
-
-    found, start = [], 0
-    for piece in _digits_apart(text):
-        start = 0
-        while start < len(piece):
-            rest = piece[start:]
-            match = next((c for c in contractions if rest.startswith(c)), None)
-            if match is None:
-                body = 1 if rest[0] == " " and len(rest) > 1 and kind(rest[1]) != "space" else 0
-                what = kind(rest[body])
-                end = body
-                while end < len(rest) and kind(rest[end]) == what:
-                    end += 1
-                if what == "space" and end < len(rest) and end > 1:
-                    end -= 1  # the last space belongs to the next word
-                match = rest[:end]
-            found.append(match)
-            start += len(match)
-    return found
-
-
-def _digits_apart(text):
-    pieces = [""]
-    for character in text:
-        if character.isnumeric():
-            pieces += [character, ""]
-        else:
-            pieces[-1] += character
-    return [piece for piece in pieces if piece]
-
-
-def independent_bpe(text, vocab, merges):
-    """The ids of byte-level BPE: in each word, the pair of lowest rank is merged until none is left."""
-    ranks = {tuple(merge.split(" ", 1)): rank for rank, merge in enumerate(merges)}
-    symbols = byte_symbols()
-    ids = []
-    for word in words(text):
-        parts = [symbols[byte] for byte in word.encode()]
-        while len(parts) > 1:
-            pairs = [(ranks.get(pair, 1 << 60), i) for i, pair in enumerate(itertools.pairwise(parts))]
-            rank, at = min(pairs)
-            if rank == 1 << 60:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        ids += [vocab[part] for part in parts]
-    return ids
-
-
-@functools.cache
-def byte_level():
-    """tokens and merges learnt from the corpus by a plain count of pairs, and the tokenizer built of them."""
-    symbols = byte_symbols()
-    corpus = [[symbols[byte] for byte in word.encode()] for line in CORPUS for word in words(line)]
-    tokens, merges = ["<|end|>", *sorted(symbols.values())], []
-    for _ in range(150):
-        counts: dict[tuple[str, str], int] = {}
-        for parts in corpus:
-            for pair in itertools.pairwise(parts):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = max(sorted(counts), key=counts.get)
-        merges.append(" ".join(best))
-        tokens.append("".join(best))
-        for parts in corpus:
-            at = 0
-            while at < len(parts) - 1:
-                if (parts[at], parts[at + 1]) == best:
-                    parts[at : at + 2] = ["".join(best)]
-                at += 1
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": merges,
-    }
-    return tokens, merges, tokenizer.from_gguf(metadata, "test").tokenizer
-
-
-@pytest.mark.parametrize("text", [*TEXTS, *CORPUS[:5]])
-def test_byte_level_bpe_splits_as_the_definition(text):
-    tokens, merges, made = byte_level()
-    vocab = {token: index for index, token in enumerate(tokens)}
-    assert made.encode(text).ids == independent_bpe(text, vocab, merges)
-
-
-@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
-@settings(max_examples=200, deadline=None)
-def test_byte_level_bpe_gives_every_text_back(text):
-    made = byte_level()[2]
-    assert made.decode(made.encode(text).ids) == text
-
-
-def train(kind, **over):
-    stream = io.BytesIO()
-    options = {
-        "vocab_size": 420 if kind == "bpe" else 330,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "split_digits": True,
-        **over,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=stream, model_type=kind, minloglevel=2, **options
-    )
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -194,26 +53,6 @@ def test_a_bare_tokenizer_model_loads_in_transformers(tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|extra|>": 999}')
     with pytest.raises(UserError, match="do not follow the 420"):
         tokenizer.from_sentencepiece(tmp_path / "tokenizer.model")
-
-
-def test_a_gguf_sentencepiece_vocabulary(tmp_path):
-    data = train("bpe")
-    reference = sentencepiece.SentencePieceProcessor(model_proto=data)
-    import numpy as np
-
-    count = reference.vocab_size()
-    kinds = [6 if reference.is_byte(i) else 3 if reference.is_control(i) else 1 for i in range(count)]
-    kinds[reference.unk_id()] = 2
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in range(count)],
-        "tokenizer.ggml.scores": np.array([reference.get_score(i) for i in range(count)], np.float32),
-        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
-        "tokenizer.ggml.bos_token_id": 1,
-    }
-    made: Tokenizer = tokenizer.from_gguf(metadata, "test").tokenizer
-    for text in (*TEXTS, *CORPUS[:5]):
-        assert made.encode(text).ids == [1, *reference.encode(text)]
 
 
 @given(st.binary(max_size=60), st.integers(0, 4000))
