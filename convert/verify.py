@@ -1,4 +1,4 @@
-"""Two models on the same tokens: the largest difference of their logits, and where their configs differ."""
+"""Compares two models on the same tokens: how far their logits differ, and which settings differ."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..models.directory import resolve
 from ..rope import inverse_frequencies
 from .gguf import from_gguf
 
-# Settings that say how a file came to be and not what it computes.
+# Settings that say how a model was made and not what it computes.
 UNIMPORTANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")
 SEED = 0
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What `verify` found.
+class Verification:
+    """How far two models differ.
 
     logits       the largest absolute difference over all positions and the vocabulary
-    position     the position at which it stands
-    agreement    the fraction of positions at which both models prefer the same token
+    position     the position of that difference
+    agreement    top-1 agreement: the fraction of positions at which both models prefer the same token
     frequencies  the largest relative difference of the inverse frequencies, by layer type
     configs      the settings that differ, with both values
     """
@@ -41,23 +41,23 @@ class Comparison:
     configs: dict[str, tuple[Any, Any]]
 
     def lines(self) -> list[str]:
-        """The comparison as lines of text."""
-        found = [
+        """The result as lines of text."""
+        lines = [
             f"largest logit difference  {self.logits:.3g} (at position {self.position})",
-            f"same most likely token    {self.agreement:.2%}",
+            f"top-1 agreement           {self.agreement:.2%}",
         ]
-        found += [f"inverse frequencies       {kind} {value:.3g}" for kind, value in self.frequencies.items()]
+        lines += [f"inverse frequencies       {kind} {value:.3g}" for kind, value in self.frequencies.items()]
         if not self.configs:
-            found.append("configs                   equal")
-        found += [f"config {key}: {a!r} / {b!r}" for key, (a, b) in self.configs.items()]
-        return found
+            lines.append("configs                   equal")
+        lines += [f"config {key}: {a!r} / {b!r}" for key, (a, b) in self.configs.items()]
+        return lines
 
 
-def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool = False) -> Comparison:
+def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool = False) -> Verification:
     """Compare two model directories (or GGUF files) in float32 on `tokens` fixed pseudo-random token ids.
 
     Both run in mlx-lm, with their configs normalised; with `reference`, `b` runs in transformers on torch.
-    UserError where either is damaged or their vocabularies differ.
+    Raises UserError if either is damaged or if their vocabularies differ.
     """
     if tokens < 1:
         raise UserError(f"--tokens must be at least 1, not {tokens}")
@@ -70,7 +70,7 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
     if left.shape != right.shape:
         raise UserError(f"the vocabularies differ: {left.shape[-1]} and {right.shape[-1]} tokens")
     worst = np.abs(left - right).max(axis=-1)[0]
-    return Comparison(
+    return Verification(
         float(worst.max()),
         int(worst.argmax()),
         float((left.argmax(-1) == right.argmax(-1)).mean()),
@@ -81,11 +81,11 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
 
 @contextmanager
 def _directory(source: str | Path) -> Iterator[Path]:
-    """A model directory as it is; a GGUF file converted in a place that is removed afterwards."""
+    """The path of a model directory; for a GGUF file a converted copy, which is removed afterwards."""
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
-        with tempfile.TemporaryDirectory() as place:
-            yield from_gguf(path, Path(place) / "model", dtype="float32")
+        with tempfile.TemporaryDirectory() as folder:
+            yield from_gguf(path, Path(folder) / "model", dtype="float32")
     else:
         yield resolve(source)
 
@@ -113,7 +113,7 @@ def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def _frequencies(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, float]:
-    """The largest relative difference by layer type; infinite where the heads are of different size."""
+    """The largest relative difference by layer type; infinite if the heads have different sizes."""
     try:
         left, right = inverse_frequencies(a), inverse_frequencies(b)
     except ValueError:  # dynamic scaling has no fixed frequencies
