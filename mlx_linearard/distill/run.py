@@ -25,7 +25,8 @@ from ..data import Blocks, Tokenizer, hash_of, python_prose, read_documents, spl
 from ..distributed.ranks import ALONE, Ranks, joined
 from ..errors import UserError
 from ..evaluate.fidelity import Fidelity, measure
-from ..export.fuse import Verified, sample_logits, verify_export, write_adapters, write_base, write_fused
+from ..export.fuse import write_adapters, write_base, write_fused
+from ..export.verify import Verified, student_logits, verify_export
 from ..files import RunDir, disk_errors, existing_parent, new_file, read_config, read_json, sweep, write_json
 from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
 from ..models.adapters import drop_rows
@@ -336,6 +337,7 @@ def _finish(
     )
     _write_results(job, rows, result)
     write_report(job.run.root)
+    verified.check(job.run.model)  # after the results and the report, which do not depend on the export
     return result
 
 
@@ -425,21 +427,18 @@ def _restored(job: Job, listener: Listener) -> Fidelity:
 
 
 def _export(job: Job, listener: Listener) -> Verified:
-    """Write adapters and fused model, then load the model as mlx-lm does and compare."""
+    """Write adapters and fused model, then load the model as mlx-lm does and compare; a difference is only noted."""
     run, pair = job.run, job.pair
     listener.say("exporting")
     sample = next(iter(job.held_out.values()))[0][:VERIFY_TOKENS]
-    expected = sample_logits(pair.student, sample)
+    expected = student_logits(pair.student, sample)
     note = {"model": str(run.base), "linearard": {"method": job.config.method, "factor": job.config.factor}}
     write_adapters(pair, run.adapters, note)
     write_fused(pair, run.model)
     del pair.teacher, pair.student
     verified = verify_export(run.model, sample, expected)
-    if not verified.ok:
-        raise RuntimeError(
-            f"the export in {run.model} does not compute what was trained: KL {verified.kl:.2g} nats a token, "
-            f"logits differ by up to {verified.max_difference:.2g}"
-        )
+    if verified.note:
+        listener.say(f"verifying the export: {verified.note}")
     return verified
 
 

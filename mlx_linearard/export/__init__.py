@@ -1,4 +1,4 @@
-"""A finished run as files for other tools. Also `mlx_linearard.export(...)`."""
+"""Writes a finished run for other tools. `mlx_linearard.export(...)` is also a function."""
 
 from ..callable import make_callable
 

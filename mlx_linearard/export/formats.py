@@ -1,47 +1,17 @@
-"""What a run leaves behind: the scaled base, the adapters, and the fused model that any mlx-lm tool opens.
-
-`export` carries a finished run on to the format that somebody else's tool wants.
-"""
+"""`export`: a finished run in the format that another tool reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from ..convert.hf import from_hf, to_hf
 from ..convert.peft import to_peft
 from ..errors import UserError
 from ..files import RunDir, new_directory
-from ..models.adapters import MasterLinear
-from ..models.pair import Pair
-from ..models.save import (
-    Tensor,
-    lazy,
-    link,
-)
-from ..models.trees import named_arrays
+from ..models.save import link
 
 FORMATS = ("mlx", "hf", "peft", "adapters")
-
-
-def _adapter_tensors(pair: Pair, paths: list[str]) -> Iterator[Tensor]:
-    """The trained arrays by their full names; float32 masters in the dtype of the weights they replace."""
-    for index in pair.adapter.layers:
-        layer = pair.student.layers[index]
-        for name, array in named_arrays(layer.trainable_parameters()):
-            module = dict(layer.named_modules())[name.rpartition(".")[0]]
-            yield lazy(
-                f"{paths[index]}.{name}",
-                array.astype(module.source_dtype) if isinstance(module, MasterLinear) else array,
-            )
-
-
-# ---------------------------------------------------------------------------------------------------
-# Verification: what stock mlx-lm loads is what was trained.
-
-
-# ---------------------------------------------------------------------------------------------------
-# A finished run for other tools
 
 
 def export(
@@ -56,29 +26,45 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a finished run in another form; returns the directory written.
+    """Write a finished run in another format.
 
     Args:
-        format: `mlx`, the fused model for mlx-lm (optionally in another dtype, or quantized); `hf`, the fused
-            model for transformers; `peft`, the adapters for PEFT, to be loaded on a copy of the base with the
-            scaled config; `adapters`, mlx-lm's adapters with the scaled base beside them.
+        run_dir: the `--output` of a finished distillation.
+        out_dir: the directory to write.
+        format: `mlx`: the fused model for mlx-lm. `hf`: the fused model for transformers. `peft`: the adapters for
+            PEFT, which loads them on a copy of the base with the scaled config. `adapters`: mlx-lm's adapters with
+            the scaled base beside them.
+        dtype: float32, float16 or bfloat16 for the fused weights (`mlx`, `hf`); None keeps their dtype.
+        quantize: quantize the fused model (`mlx`), with `q_bits` per weight and one scale per `q_group_size` weights.
+        overwrite: replace the content of `out_dir`.
+        progress: called with one line per finished file.
+
+    Returns:
+        The directory that was written.
+
     Raises:
-        UserError: where the run is not finished or the options do not go together.
+        UserError: if the run is not finished, or the options do not fit together.
     """
     run = RunDir(run_dir)
     if run.comparison.exists():
-        raise UserError(f"{run.root} holds a comparison: give one of its runs, as in --run {run.root / 'logits'}")
+        raise UserError(f"{run.root} is a comparison: name one of its runs, as in --run {run.root / 'logits'}")
     if not all(folder.is_dir() for folder in (run.model, run.adapters, run.base)):
-        raise UserError(f"{run.root} holds no finished run: give the --output of a distillation that has ended")
+        raise UserError(f"{run.root} is not a finished run: give the --output of a finished distillation")
     if quantize and format != "mlx":
-        raise UserError(f"--quantize goes with --format mlx, not {format}")
+        raise UserError(f"--quantize needs --format mlx, not {format}")
     if dtype and format in ("peft", "adapters"):
-        raise UserError(f"--dtype goes with --format mlx or hf, not {format}")
+        raise UserError(f"--dtype needs --format mlx or hf, not {format}")
     if format == "mlx":
         return from_hf(
-            run.model, out_dir, dtype=dtype, quantize=quantize, q_bits=q_bits, q_group_size=q_group_size,
-            overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            run.model,
+            out_dir,
+            dtype=dtype,
+            quantize=quantize,
+            q_bits=q_bits,
+            q_group_size=q_group_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if format == "hf":
         return to_hf(run.model, out_dir, dtype=dtype, overwrite=overwrite, progress=progress)
     if format == "peft":
@@ -89,14 +75,10 @@ def export(
 
 
 def _with_base(run: RunDir, out_dir: Path, overwrite: bool) -> Path:
-    """adapters/ and base/ side by side: what mlx_lm.server --model base --adapter-path adapters takes."""
-    with new_directory(out_dir, overwrite=overwrite) as made:
+    """Write adapters/ and base/ side by side, for mlx_lm.server --model base --adapter-path adapters."""
+    with new_directory(out_dir, overwrite=overwrite) as folder:
         for source in (run.adapters, run.base):
-            (made / source.name).mkdir()
-            for file in _files(source):
-                link(file, made / source.name / file.name)
+            (folder / source.name).mkdir()
+            for file in sorted(path for path in source.iterdir() if path.is_file()):
+                link(file, folder / source.name / file.name)
     return out_dir
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file())

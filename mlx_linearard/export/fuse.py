@@ -1,19 +1,17 @@
-"""A trained pair as files: adapters, the scaled base, the fused model, and the check of what was written."""
+"""A trained pair as files: the adapters, the base model with the scaled config, and the fused model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx_lm.utils import load_model
 
 from ..files import ADAPTER_CONFIG, ADAPTERS, new_directory, write_json
 from ..models.adapters import MasterLinear
+from ..models.dtypes import FLOAT_NAMES
 from ..models.pair import Pair, layer_paths
 from ..models.save import (
     Tensor,
@@ -25,22 +23,48 @@ from ..models.save import (
     write_safetensors,
 )
 from ..models.trees import named_arrays
-from .formats import _adapter_tensors
+
+
+def write_adapters(pair: Pair, target: Path, note: Mapping[str, Any]) -> None:
+    """Write mlx-lm's adapter directory. adapter_config.json holds `note` beside the keys that mlx-lm reads."""
+    paths = layer_paths(pair.student)
+    with new_directory(target, overwrite=True) as folder:
+        write_safetensors(folder / ADAPTERS, _adapter_tensors(pair, paths))
+        write_json(folder / ADAPTER_CONFIG, {**pair.adapter.config(paths), **note})
+
+
+def write_base(pair: Pair, target: Path) -> None:
+    """Write the base model with the scaled config, which adapters need for their RoPE. Weights are linked."""
+    with new_directory(target, overwrite=True) as folder:
+        link_model_files(pair.path, folder)
+        write_config(folder, pair.scaled_config)
 
 
 def write_fused(pair: Pair, target: Path) -> None:
-    """The restored model: adapters folded into q, k, v, all other weights as they are.
+    """Write the restored model: adapters folded into q, k, v, all other weights as they are in memory.
 
-    Projections of a quantized base are written unquantized where they were adapted: quantizing them again
-    would throw away most of what was learnt. mlx-lm loads such a mixture as it stands.
+    The adapted projections of a quantized base are written unquantized, because quantizing them again would lose
+    most of the training; mlx-lm loads such a mixture. The config names the dtype of the weights that are written.
     """
     fused = {name: _fuse(module) for name, module in pair.student.named_modules() if _is_adapted(module)}
-    config = dict(pair.scaled_config)
+    tensors = list(_fused_tensors(pair, fused))
+    config = {**pair.scaled_config, **_dtype_keys(tensors)}
     for key in ("quantization", "quantization_config"):
         if isinstance(config.get(key), dict):
             config[key] = {name: value for name, value in config[key].items() if name not in fused}
-    with model_directory(target, config, _fused_tensors(pair, fused), overwrite=True) as made:
-        copy_tokenizer(pair.path, made)
+    with model_directory(target, config, _handed_over(tensors), overwrite=True) as folder:
+        copy_tokenizer(pair.path, folder)
+
+
+def _adapter_tensors(pair: Pair, paths: list[str]) -> Iterator[Tensor]:
+    """The trained arrays by their full names. Float32 masters are written in the dtype of the weights they replace."""
+    for index in pair.adapter.layers:
+        layer = pair.student.layers[index]
+        modules = dict(layer.named_modules())
+        for name, array in named_arrays(layer.trainable_parameters()):
+            module = modules[name.rpartition(".")[0]]
+            stored = array.astype(module.source_dtype) if isinstance(module, MasterLinear) else array
+            yield lazy(f"{paths[index]}.{name}", stored)
 
 
 def _is_adapted(module: Any) -> bool:
@@ -48,11 +72,16 @@ def _is_adapted(module: Any) -> bool:
 
 
 def _fuse(module: Any) -> nn.Module:
-    """One projection with its adapter folded in, unquantized and lazy."""
-    return module.as_linear() if isinstance(module, MasterLinear) else module.fuse(dequantize=True)
+    """One projection with its adapter folded in, unquantized, in the dtype of its base; not yet evaluated."""
+    if isinstance(module, MasterLinear):
+        return module.as_linear()
+    base = module.linear
+    fused: nn.Module = module.fuse(dequantize=True)
+    fused.set_dtype((base.scales if "scales" in base else base.weight).dtype)  # DoRA's fuse gives float32
+    return fused
 
 
-def _fused_tensors(pair: Pair, fused: dict[str, nn.Module]) -> Iterator[Tensor]:
+def _fused_tensors(pair: Pair, fused: Mapping[str, nn.Module]) -> Iterator[Tensor]:
     for name, array in named_arrays(pair.student.parameters()):
         if not any(name.startswith(f"{prefix}.") for prefix in fused):
             yield lazy(name, array)
@@ -61,61 +90,17 @@ def _fused_tensors(pair: Pair, fused: dict[str, nn.Module]) -> Iterator[Tensor]:
             yield lazy(f"{prefix}.{name}", array)
 
 
-def write_adapters(pair: Pair, target: Path, note: dict[str, Any]) -> None:
-    """mlx-lm's adapter directory; `note` is kept in adapter_config.json beside what mlx-lm reads."""
-    paths = layer_paths(pair.student)
-    with new_directory(target, overwrite=True) as made:
-        write_safetensors(made / ADAPTERS, _adapter_tensors(pair, paths))
-        write_json(made / ADAPTER_CONFIG, {**pair.adapter.config(paths), **note})
+def _handed_over(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """The tensors, each dropped from the list when it is taken, so that it is released once it is written."""
+    tensors.reverse()
+    while tensors:
+        yield tensors.pop()
 
 
-def write_base(pair: Pair, target: Path) -> None:
-    """The base model with the scaled config: weights linked, not copied, so that adapters find their RoPE."""
-    with new_directory(target, overwrite=True) as made:
-        link_model_files(pair.path, made)
-        write_config(made, pair.scaled_config)
-
-
-@dataclass(frozen=True)
-class Verified:
-    """How far the loaded export is from the student in memory, on one sample."""
-
-    max_difference: float  # of logits
-    kl: float  # nats a token
-    tokens: int
-    tolerance: float  # of the KL
-
-    @property
-    def ok(self) -> bool:
-        return self.kl <= self.tolerance
-
-
-def sample_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """A model's logits on one sample by its own stock code, (T, V) float32."""
-    model.eval()
-    return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
-
-
-def verify_export(directory: Path, tokens: np.ndarray, expected: np.ndarray) -> Verified:
-    """Load `directory` with stock mlx-lm and compare its logits on `tokens` with the student's."""
-    model, _ = load_model(directory)
-    found = sample_logits(model, tokens)
-    floats = [a.dtype for _, a in named_arrays(model.parameters()) if a.dtype in TOLERANCE]
-    tolerance = max((TOLERANCE[dtype] for dtype in floats), default=TOLERANCE[mx.bfloat16])
-    return Verified(float(np.abs(found - expected).max()), _mean_kl(expected, found), len(tokens), tolerance)
-
-
-def _mean_kl(a: np.ndarray, b: np.ndarray) -> float:
-    """KL(softmax a || softmax b), averaged over rows, in float64."""
-    log_a, log_b = _log_softmax(a), _log_softmax(b)
-    return float((np.exp(log_a) * (log_a - log_b)).sum(-1).mean())
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-# Mean KL between the student in memory and the export as stock mlx-lm loads it, in nats a token. Fusing
-# rounds W + scale B A once more, in the dtype of the export; beyond these bounds something else is wrong.
-TOLERANCE = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 5e-2}
+def _dtype_keys(tensors: list[Tensor]) -> dict[str, str]:
+    """The config's keys for the floating dtype that most of the numbers have."""
+    numbers = Counter[str]()
+    for tensor in tensors:
+        if tensor.dtype in FLOAT_NAMES:
+            numbers[FLOAT_NAMES[tensor.dtype]] += tensor.nbytes // tensor.dtype.size
+    return dict.fromkeys(("dtype", "torch_dtype"), numbers.most_common(1)[0][0]) if numbers else {}
