@@ -1,20 +1,11 @@
-"""RoPE: what a config says, how it is scaled, and the frequencies it means."""
+"""RoPE: the parameters of a config, how they are scaled, and the frequencies that they mean."""
 
 from __future__ import annotations
 
-from .scale import (
-    FAMILIES,
-    METHODS,
-    Family,
-    attention_factor,
-    disagreement,
-    family,
-    inverse_frequencies,
-    native_window,
-    normalise,
-    rotary_dims,
-    scale_rope,
-)
+from .families import FAMILIES, METHODS, Family, family, native_window
+from .frequencies import attention_factor, inverse_frequencies
+from .parameters import normalise, rotary_dims
+from .scale import disagreement, scale_rope
 
 __all__ = [
     "FAMILIES",

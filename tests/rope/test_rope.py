@@ -99,7 +99,7 @@ def test_what_each_method_writes():
 
 
 @pytest.mark.parametrize("factor", [1, 1.0, 0.5, -2, 0, math.nan, math.inf, "4", None, True])
-def test_a_factor_that_does_not_lengthen_is_refused(factor):
+def test_a_factor_that_does_not_lengthen_the_window_is_refused(factor):
     with pytest.raises(ValueError, match="factor must be"):
         scale_rope(config(), "linear", factor)
 
@@ -132,7 +132,7 @@ def test_a_native_scaling_is_composed_with_ntk_or_refused():
             scale_rope(config(rope_scaling=scaling), "ntk", 2.0)
 
 
-def test_phi3_says_linear_and_llama3_as_longrope_factors():
+def test_phi3_writes_linear_and_llama3_as_longrope_factors():
     for method in ("linear", "llama3"):
         phi = scale_rope(config("phi3"), method, 4.0)
         assert phi["rope_scaling"]["type"] == "longrope"
@@ -158,7 +158,7 @@ def test_gemma3_scales_its_global_layers_only():
     assert scaled["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 12345.0}
 
 
-def test_where_the_libraries_part_is_refused_with_the_reason():
+def test_a_disagreement_of_the_libraries_is_refused_with_the_reason():
     mistral = config("mistral", sliding_window=1024)
     assert "sliding window of 1024" in disagreement(mistral)
     with pytest.raises(ValueError, match="sliding_window to null"):
@@ -174,7 +174,7 @@ def test_where_the_libraries_part_is_refused_with_the_reason():
     assert "not read by mlx-lm's mixtral" in disagreement(config("mixtral", rope_scaling=LLAMA3))
 
 
-def test_a_scaling_without_its_original_window_gets_the_models_own():
+def test_a_scaling_without_an_original_window_gets_the_window_of_the_model():
     yarn = normalise(config(rope_scaling={"type": "yarn", "factor": 4}))
     assert yarn["rope_scaling"]["original_max_position_embeddings"] == 2048  # mlx-lm would assume 4096
 
@@ -202,3 +202,21 @@ def test_nonsense_raises_nothing_but_value_errors(kind, scaling, parameters, the
         return
     assert normalise(scaled) == scaled
     assert scaled["max_position_embeddings"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 1}, "rope_theta must be greater than 1"),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 0}}, "beta_slow must be greater than 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": [1]}}, "beta_fast must be a finite number"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "high_freq_factor must be greater"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [{}] * 32}}, "long_factor must be a finite number"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 31}}, "long_factor must hold 32 numbers"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' has no fixed frequencies"),
+    ],
+)
+def test_parameters_without_frequencies_raise_value_errors(changes, said):
+    with pytest.raises(ValueError, match=said):
+        inverse_frequencies(config(**changes))
