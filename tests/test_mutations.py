@@ -26,7 +26,8 @@ from mlx_linearard.distill import checkpoint
 from mlx_linearard.distill.outline import outline
 from mlx_linearard.distill.step import Best, Schedule, TrainState
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate.choice import check_choice, read_items
+from mlx_linearard.evaluate.suites.choice import check_choice
+from mlx_linearard.evaluate.suites.items import read_items
 from mlx_linearard.machine import Machine
 from mlx_linearard.models.pair import Pair, load_pair
 

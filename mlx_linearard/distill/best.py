@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..evaluate.fidelity import Fidelity
+from ..evaluate.held_out import Fidelity
 from .step import Best, TrainState
 
 

@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..config import OBJECTIVES, DistillConfig, objectives_of, read_yaml, to_yaml
 from ..data import hash_of
 from ..errors import UserError
-from ..evaluate.fidelity import Fidelity
+from ..evaluate.held_out import Fidelity
 from ..files import RunDir, disk_errors, read_json, write_json
 from ..report.content import write_report
 from ..results.store import COMPARISONS, merged_dict, read_results

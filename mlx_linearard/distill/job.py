@@ -13,7 +13,7 @@ from ..config import DistillConfig
 from ..data import Blocks, hash_of
 from ..distributed.ranks import ALONE, Ranks
 from ..distributed.watchdog import BEGIN
-from ..evaluate.fidelity import Fidelity, measure
+from ..evaluate.held_out import Fidelity, measure
 from ..files import RunDir
 from ..machine import Machine
 from ..models.pair import Pair

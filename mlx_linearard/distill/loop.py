@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from ..evaluate.fidelity import Fidelity
+from ..evaluate.held_out import Fidelity
 from ..files import disk_errors
 from . import checkpoint
 from .best import judge

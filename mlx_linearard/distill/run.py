@@ -24,7 +24,7 @@ from ..convert.default_model import default_model
 from ..data import Blocks, Tokenizer, hash_of, python_prose, read_documents, split, tokenize, windows
 from ..distributed.ranks import ALONE, Ranks, joined
 from ..errors import UserError
-from ..evaluate.fidelity import Fidelity, measure
+from ..evaluate.held_out import Fidelity, measure
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
 from ..files import RunDir, disk_errors, existing_parent, new_file, read_config, read_json, sweep, write_json

@@ -1,35 +1,80 @@
-"""Measurements of a model on text and tasks: one file a suite, `session` runs them, `compare` weighs them.
+"""Measurements of a model on text and tasks.
 
-Each suite is a function: `perplexity`, `fidelity_to`, `multiple_choice`, `last_word`, `passkeys` and `ruler_tasks`
-(functions.py) take a model's directory and data and return the suite's entry of results.json. What they are made
-of: `open_directory` and `load_subject` (subject.py), then `run_suite` (session.py) with a suite such as
-`Perplexity`; `evaluate` for several directories and one results.json.
+Each suite is a function of a model's directory and data that returns the suite's entry of results.json:
+`perplexity`, `fidelity_to`, `multiple_choice`, `last_word`, `passkeys` and `ruler_tasks` (api.py). Their parts are
+`open_directory` and `load_subject` (model.py), suites such as `Perplexity` (suites/), and `run_suite` (runner.py).
+`evaluate` (runner.py) measures several directories into one results.json.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# These bring models and tokenizers with them, so they load when first asked for.
+if TYPE_CHECKING:
+    from .api import fidelity_to, last_word, multiple_choice, passkeys, perplexity, ruler_tasks
+    from .model import Directory, Subject, load_subject, open_directory
+    from .runner import Evaluation, evaluate, run_suite
+    from .suites.choice import Choice
+    from .suites.fidelity import FidelityToReference
+    from .suites.lambada import LastWord
+    from .suites.passkey import Passkey
+    from .suites.ppl import Perplexity
+    from .suites.ruler import QuestionSet, Ruler
+
+# Where each public name is defined. A name is loaded at its first use, because models and tokenizers come with it.
 _HOMES = {
-    **dict.fromkeys(
-        ("perplexity", "fidelity_to", "multiple_choice", "last_word", "passkeys", "ruler_tasks"), "functions"
-    ),
-    **dict.fromkeys(("Directory", "Subject", "load_subject", "open_directory"), "subject"),
-    **dict.fromkeys(("Evaluation", "evaluate", "run_suite"), "session"),
-    **dict.fromkeys(("Choice", "LastWord"), "choice"),
-    "FidelityToReference": "fidelity",
-    "Passkey": "passkey",
-    "Perplexity": "ppl",
-    "QuestionSet": "ruler",
-    "Ruler": "ruler",
+    "Choice": "suites.choice",
+    "Directory": "model",
+    "Evaluation": "runner",
+    "FidelityToReference": "suites.fidelity",
+    "LastWord": "suites.lambada",
+    "Passkey": "suites.passkey",
+    "Perplexity": "suites.ppl",
+    "QuestionSet": "suites.ruler",
+    "Ruler": "suites.ruler",
+    "Subject": "model",
+    "evaluate": "runner",
+    "fidelity_to": "api",
+    "last_word": "api",
+    "load_subject": "model",
+    "multiple_choice": "api",
+    "open_directory": "model",
+    "passkeys": "api",
+    "perplexity": "api",
+    "ruler_tasks": "api",
+    "run_suite": "runner",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Choice",
+    "Directory",
+    "Evaluation",
+    "FidelityToReference",
+    "LastWord",
+    "Passkey",
+    "Perplexity",
+    "QuestionSet",
+    "Ruler",
+    "Subject",
+    "evaluate",
+    "fidelity_to",
+    "last_word",
+    "load_subject",
+    "multiple_choice",
+    "open_directory",
+    "passkeys",
+    "perplexity",
+    "ruler_tasks",
+    "run_suite",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

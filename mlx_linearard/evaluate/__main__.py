@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..cli import Parser, run_command
+from ..cli import LARGEST, Parser, integer, run_command
 from ..config import DTYPES
 from ..errors import UserError
 from ..files import RunDir
@@ -19,20 +19,13 @@ from ..progress import Progress
 from ..report.content import headline, read_run, write_report
 from ..results.statistics import NOISE
 from ..results.store import COMPARISONS
-from .options import (
-    SUITES,
-    Options,
-    make_suites,
-    named_directory,
-    parse_data,
-    parse_numbers,
-    parse_suites,
-    run_directories,
-)
-from .passkey import DEPTHS
-from .ruler import SEED, TASKS
-from .session import Evaluation, evaluate
-from .subject import CHUNK, Directory
+from . import api
+from .model import CHUNK, Directory, Subject, open_directory
+from .runner import Evaluation, evaluate
+from .suites.items import name_of
+from .suites.passkey import DEPTHS
+from .suites.ruler import QA_TASKS, SEED, TASKS
+from .suites.suite import Suite
 
 EPILOG = """\
 suites:
@@ -40,104 +33,246 @@ suites:
   fidelity  KL to a reference, top-1 and top-5 agreement         needs text and --reference or --against
   choice    multiple choice, acc and acc_norm                   needs JSONL: query, choices, gold
   lambada   last-word accuracy and perplexity                   needs JSONL: text
-  passkey   a number hidden in a long text, depth x length      needs text
+  passkey   a number hidden in a long text, by depth and length  needs text
   ruler     13 tasks of RULER (arXiv 2404.06654)                needs text; qa_1 and qa_2 need their own data
 
 data:
-  text is a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME.
-  --data FILE serves every suite that has none of its own; --data choice=FILE.jsonl serves one suite and may be
-  given several times. choice and lambada also take named sets, as hf:hellaswag (extra `datasets`).
+  Text is a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME.
+  --data FILE is for every suite without data of its own; --data choice=FILE.jsonl is for one suite. Both may be
+  given several times. choice and lambada also take named sets, such as hf:hellaswag (extra `datasets`).
   --data qa_1=QUESTIONS.jsonl,DOCUMENTS.jsonl: questions {query, outputs, doc or docs}, documents {doc, text}.
 
 examples:
   mlx_linearard.evaluate --run RUN --suite ppl,fidelity --data book.txt
   mlx_linearard.evaluate --model RUN/model --against native=NATIVE --suite choice --data choice=piqa.jsonl
 
-A run that was stopped goes on where it was when it is started again in the same words. Further lengths, depths,
-samples and tasks add to what is measured, and models measured one at a time are compared with those that
-the same results file has of the same text. lm-evaluation-harness
-runs on any of these directories as well: mlx_lm.evaluate --model DIR --tasks hellaswag piqa
+A stopped evaluation resumes when run again with the same options. Further lengths, depths, samples and tasks add to
+the earlier ones. Models that are measured one at a time, on the same text and into the same results file, are
+compared too. lm-evaluation-harness runs on any of these directories as well:
+mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    made = Parser("mlx_linearard.evaluate", "Measure models on text and tasks, side by side.", epilog=EPILOG)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = made.add_argument
-    add("--model", metavar="[NAME=]DIR", help="the model in question: a directory or a hub repository")
+    command = Parser(
+        "mlx_linearard.evaluate",
+        "Measure models on text and tasks, side by side.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("--model", metavar="[NAME=]DIR", help="the model to measure: a directory or a hub repository")
     add(
         "--against",
         metavar="[NAME=]DIR",
         nargs="+",
         action="extend",
         default=[],
-        help="models to compare it with; those named native and scaled are what the others are held against",
+        help="models to compare it with; all models are compared with those named native and scaled",
     )
     add(
         "--run",
         metavar="RUN",
-        help="a finished run, or a comparison: its native, scaled and restored models, into its results.json",
+        help="a finished run or comparison: measures its native, scaled and restored models into its results.json",
     )
-    add("--reference", metavar="DIR", help="what fidelity compares with; else native, or the first of --against")
-    add("--suite", metavar="A,B", required=True, help=f"which measurements: {', '.join(SUITES)}")
+    add("--reference", metavar="DIR", help="the reference of fidelity (native, else the first of --against)")
+    add("--suite", metavar="A,B", required=True, help=f"the suites to run: {', '.join(SUITES)}")
     add("--data", metavar="[SUITE=]SOURCE", action="append", default=[], help="text or items; see below")
-    add("--out", metavar="FILE", help="results, merged into what the file holds (results.json, or that of --run)")
+    add("--out", metavar="FILE", help="the results file to merge into (results.json, or that of --run)")
     add("--lengths", metavar="T,T", help="in tokens (2048, for passkey and ruler 4096, at most the window)")
-    add("--tokens", metavar="N", type=int, default=32768, help="tokens of text a length, for ppl and fidelity (32768)")
-    add("--stride", metavar="N", type=int, default=0, help="ppl with a window that slides by N tokens (0: whole ones)")
-    add("--depths", metavar="P,P", help=f"passkey: per cent of the text before the key ({_listed(DEPTHS)})")
-    add("--samples", metavar="N", type=int, default=3, help="prompts a task, length and depth (3)")
+    add("--tokens", metavar="N", type=integer(1), default=api.TOKENS,
+        help=f"tokens of text per length, for ppl and fidelity ({api.TOKENS})")  # fmt: skip
+    add("--stride", metavar="N", type=integer(0), default=0, help="ppl: slide the window by N tokens (0: side by side)")
+    add("--depths", metavar="P,P", help=f"passkey: per cent of the text before the key ({','.join(map(str, DEPTHS))})")
+    add("--samples", metavar="N", type=integer(1), default=api.SAMPLES,
+        help=f"prompts per task, length and depth ({api.SAMPLES})")  # fmt: skip
     add("--tasks", metavar="A,B", help="of ruler: niah_single_1, vt, ... (all that have data)")
-    add("--limit", metavar="N", type=int, help="only the first N items of choice and lambada")
-    add("--seed", metavar="N", type=int, default=SEED, help=f"of the prompts that are generated ({SEED})")
+    add("--limit", metavar="N", type=integer(1), help="only the first N items of choice and lambada")
+    add("--seed", metavar="N", type=integer(0), default=SEED, help=f"of generated prompts ({SEED})")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on a CPU, else the file's")
-    add("--chunk", metavar="N", type=int, default=CHUNK, help=f"tokens a forward pass takes ({CHUNK})")
-    return made
+    add("--chunk", metavar="N", type=integer(1), default=CHUNK, help=f"tokens per forward pass ({CHUNK})")
+    return command
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
+# ---------------------------------------------------------------------------------------------------
+# From options to an evaluation
 
 
-def options_of(given: argparse.Namespace) -> Options:
-    """The suites' options; UserError for numbers that make no sense."""
-    for name in ("tokens", "samples", "chunk", "limit"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be above 0")
-    if given.stride < 0:
-        raise UserError(f"--stride {given.stride}: must not be negative")
-    tasks = tuple(part.strip() for part in given.tasks.split(",")) if given.tasks else ()
-    for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"--tasks {task}: there is no such task; choose from {', '.join(TASKS)}")
-    return Options(
-        suites=parse_suites(given.suite),
-        data=tuple(map(parse_data, given.data)),
-        lengths=parse_numbers("--lengths", given.lengths, 2) if given.lengths else (),
-        tokens=given.tokens,
-        stride=given.stride,
-        depths=parse_numbers("--depths", given.depths, 0) if given.depths else DEPTHS,
-        samples=given.samples,
-        tasks=tasks,
-        limit=given.limit,
-        seed=given.seed,
-    )
+@dataclass(frozen=True)
+class Request:
+    """The suites that the command line asks for, with checked options."""
+
+    suites: tuple[str, ...]
+    data: tuple[tuple[str, str], ...]  # (suite or task, source); suite "" is every suite without data of its own
+    lengths: tuple[int, ...]
+    depths: tuple[int, ...]
+    tasks: tuple[str, ...]
+    given: argparse.Namespace
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Request:
+        """UserError for names or numbers that are not valid."""
+        return cls(
+            suites=_names("--suite", given.suite, tuple(SUITES)),
+            data=tuple(map(_parse_data, given.data)),
+            lengths=_numbers("--lengths", given.lengths, 2) if given.lengths else (),
+            depths=_numbers("--depths", given.depths, 0) if given.depths else DEPTHS,
+            tasks=_names("--tasks", given.tasks, tuple(TASKS)) if given.tasks else (),
+            given=given,
+        )
+
+    def sources(self, suite: str, need: str) -> list[str]:
+        """The data of a suite; UserError, with what it needs, if there are none."""
+        sources = [s for name, s in self.data if name == suite] or [s for name, s in self.data if not name]
+        if not sources:
+            raise UserError(f"suite {suite} needs {need}")
+        return sources
+
+    def text(self, suite: str) -> list[str]:
+        return self.sources(suite, f"text: give --data FILE, or --data {suite}=FILE")
+
+    def questions(self) -> dict[str, api.Questions]:
+        """The question sets of ruler by task."""
+        sets: dict[str, api.Questions] = {}
+        for task, source in self.data:
+            if task in QA_TASKS:
+                questions, comma, documents = source.partition(",")
+                if not comma:
+                    raise UserError(
+                        f"--data {task}={source}: give both files, as in {task}=QUESTIONS.jsonl,DOCUMENTS.jsonl"
+                    )
+                sets[task] = (questions, documents)
+        return sets
+
+    def make(self, directory: Directory, reference: Subject | None) -> list[Suite]:
+        """The suites with their data; `directory` is the first model."""
+        suites = [suite for name in self.suites for suite in SUITES[name](self, directory, reference)]
+        names = [suite.name for suite in suites]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two sets of data are called {twice[0]}: rename one of the files")
+        return suites
+
+
+def _ppl(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    given = request.given
+    return [
+        api.perplexity_suite(
+            directory, request.text("ppl"), lengths=request.lengths, tokens=given.tokens, stride=given.stride
+        )
+    ]
+
+
+def _fidelity(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    if reference is None:
+        raise UserError("suite fidelity needs a reference: give --reference DIR or --against DIR")
+    text = request.text("fidelity")
+    return [api.fidelity_suite(reference, directory, text, lengths=request.lengths, tokens=request.given.tokens)]
+
+
+def _choice(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    sources = request.sources("choice", "items: give --data choice=FILE.jsonl or --data choice=hf:NAME")
+    limit = request.given.limit
+    return [api.choice_suite(source, limit=limit, name=f"choice/{name_of(source)}") for source in sources]
+
+
+def _lambada(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    sources = request.sources("lambada", "passages: give --data lambada=FILE.jsonl or --data lambada=hf:lambada")
+    return [api.last_word_suite(sources, limit=request.given.limit)]
+
+
+def _passkey(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    given = request.given
+    return [
+        api.passkey_suite(
+            directory,
+            request.text("passkey"),
+            lengths=request.lengths,
+            depths=request.depths,
+            samples=given.samples,
+            seed=given.seed,
+        )
+    ]
+
+
+def _ruler(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    given = request.given
+    return [
+        api.ruler_suite(
+            directory,
+            request.text("ruler"),
+            lengths=request.lengths,
+            tasks=request.tasks,
+            samples=given.samples,
+            seed=given.seed,
+            qa=request.questions(),
+        )
+    ]
+
+
+SUITES: dict[str, Callable[[Request, Directory, Subject | None], list[Suite]]] = {
+    "ppl": _ppl,
+    "fidelity": _fidelity,
+    "choice": _choice,
+    "lambada": _lambada,
+    "passkey": _passkey,
+    "ruler": _ruler,
+}
+
+
+def _names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
+    """The names of `a,b,c`, each once; UserError for one that is not in `choices`."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    kind = option.removeprefix("--").removesuffix("s")
+    for name in names:
+        if name not in choices:
+            raise UserError(f"{option} {name}: there is no such {kind}; choose from {', '.join(choices)}")
+    if not names:
+        raise UserError(f"{option} is empty: choose from {', '.join(choices)}")
+    return names
+
+
+def _parse_data(text: str) -> tuple[str, str]:
+    """(suite or task, source) of `NAME=SOURCE`, or ("", SOURCE)."""
+    name, equals, source = text.partition("=")
+    return (name, source) if equals and name in (*SUITES, *QA_TASKS) else ("", text)
+
+
+def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    """The whole numbers of `1,2,3`, each once, ascending."""
+    parse = integer(least, LARGEST)
+    try:
+        return tuple(sorted({parse(part.strip()) for part in text.split(",")}))
+    except argparse.ArgumentTypeError:
+        raise UserError(
+            f"{option} {text[:80]}: must be whole numbers from {least} to {LARGEST}, such as {least},{least + 2048}"
+        ) from None
+
+
+def named_directory(text: str) -> Directory:
+    """The directory of `DIR` or `NAME=DIR`."""
+    name, equals, place = text.partition("=")
+    if equals and name and "/" not in name and not Path(text).exists():
+        if not place:
+            raise UserError(f"{text} names no directory: give NAME=DIR")
+        return open_directory(place, name)
+    return open_directory(text)
 
 
 def evaluation_of(given: argparse.Namespace) -> Evaluation:
-    """What is to be run; nothing is loaded yet."""
-    options = options_of(given)
+    """The evaluation that the options ask for; no weights are loaded yet."""
+    request = Request.of(given)
     if (given.model is None) == (given.run is None):
         raise UserError("give one of --model DIR and --run RUN; see mlx_linearard.evaluate --help")
-    directories = run_directories(given.run) if given.run else [named_directory(given.model)]
+    directories = api.run_directories(given.run) if given.run else [named_directory(given.model)]
     directories += [named_directory(text) for text in given.against]
     out = Path(given.out) if given.out else RunDir(given.run).results if given.run else Path("results.json")
-    reference = _reference(given, directories) if "fidelity" in options.suites else None
-    return Evaluation(
-        directories, partial(make_suites, options, directories[0]), out, reference, given.dtype, given.chunk
-    )
+    reference = _reference(given, directories) if "fidelity" in request.suites else None
+
+    def suites(loaded: Subject | None) -> list[Suite]:
+        return request.make(directories[0], loaded)
+
+    return Evaluation(directories, suites, out, reference, given.dtype, given.chunk)
 
 
 def _reference(given: argparse.Namespace, directories: list[Directory]) -> Directory | None:
@@ -147,13 +282,17 @@ def _reference(given: argparse.Namespace, directories: list[Directory]) -> Direc
     return native or (directories[1] if len(directories) > 1 else None)
 
 
+# ---------------------------------------------------------------------------------------------------
+# What the command prints
+
+
 def table(results: Mapping[str, Any], labels: Sequence[str], suites: Sequence[str]) -> Iterator[str]:
-    """The measured metrics as aligned lines: a row a metric, a column a model."""
+    """The metrics as aligned lines: a row per metric, a column per model."""
     rows = [["", *labels]]
     for suite in suites:
-        found = {label: results.get(label, {}).get(suite, {}).get("metrics", {}) for label in labels}
-        for name in dict.fromkeys(name for metrics in found.values() for name in metrics):
-            rows.append([f"{suite} {name}", *(_cell(found[label].get(name)) for label in labels)])
+        by_label = {label: results.get(label, {}).get(suite, {}).get("metrics", {}) for label in labels}
+        for name in dict.fromkeys(name for metrics in by_label.values() for name in metrics):
+            rows.append([f"{suite} {name}", *(_cell(by_label[label].get(name)) for label in labels)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         yield "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -167,7 +306,7 @@ def _cell(value: Mapping[str, Any] | None) -> str:
 
 
 def tests(results: Mapping[str, Any], suites: Sequence[str]) -> Iterator[str]:
-    """Each paired test in words; what is inside the noise is said to be."""
+    """The outcome of each paired test, as a sentence."""
     for suite in suites:
         for name, rows in results.get(COMPARISONS, {}).get(suite, {}).get("metrics", {}).items():
             for row in rows.values():
@@ -181,7 +320,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         results = evaluate(job, progress=Progress(sys.stderr).tokens)
     except KeyboardInterrupt:
-        print(f"what is measured is kept beside {job.out}; the same command goes on from there", file=sys.stderr)
+        print(f"finished items are kept beside {job.out}; the same command resumes from them", file=sys.stderr)
         raise
     labels = [directory.label for directory in job.directories]
     suites = list(dict.fromkeys(name for label in labels for name, entry in results[label].items() if _measured(entry)))
@@ -190,8 +329,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if lines:
         print("\n" + "\n".join(lines))
         if any(NOISE in line for line in lines):
-            print(f'"{NOISE}": a difference this large often comes from chance alone (p of 0.05 or more).')
-    print(f"\nWritten to {job.out}; at most {mx.get_peak_memory() / 1e9:.2f} GB were in use")
+            print(f'"{NOISE}": a difference of this size often comes from chance alone (p of 0.05 or more).')
+    print(f"\nWritten to {job.out}; the peak memory was {mx.get_peak_memory() / 1e9:.2f} GB")
     if given.run and job.out == RunDir(given.run).results:
         report = write_report(given.run)
         print(f"{' '.join(headline(read_run(given.run)))}\nThe report is {report}")

@@ -18,7 +18,7 @@ from mlx_linearard.distill.__main__ import run as command
 from mlx_linearard.distill.best import judge, reference_length, score
 from mlx_linearard.distill.step import TrainState
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate.fidelity import Fidelity
+from mlx_linearard.evaluate.held_out import Fidelity
 
 # A rate at which held-out text gets better, then worse, while no loss leaves the guard's bound.
 ROUGH: dict[str, Any] = {"learning_rate": 6e-3, "steps": 12, "eval_every": 2, "warmup": 0}

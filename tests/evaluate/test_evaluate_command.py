@@ -13,9 +13,9 @@ from tiny import tiny_model
 
 from mlx_linearard.cli import run_command
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate import hub
 from mlx_linearard.evaluate.__main__ import run
-from mlx_linearard.evaluate.choice import Choice
+from mlx_linearard.evaluate.suites import hub
+from mlx_linearard.evaluate.suites.choice import Choice
 from mlx_linearard.results.store import ItemLog, merge_results
 
 ITEMS = [
@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     out = tmp_path / "results.json"
     arguments = ["--model", str(model_dir), "--suite", "choice", "--data", str(items), "--out", str(out)]
     assert run_command(lambda: run(arguments)) == 130
-    assert "goes on from there" in capsys.readouterr().err and not out.exists()
+    assert "resumes from them" in capsys.readouterr().err and not out.exists()
     log = next((tmp_path / "results.items").iterdir())
     log.write_text(log.read_text() + '{"id": "4", "samp')  # cut while it was written
     assert run(arguments) == 0
@@ -150,7 +150,7 @@ def test_a_finished_run_is_evaluated_into_its_own_results(
         (["--suite", "ruler", "--data", "TEXT", "--tasks", "niah"], "--tasks niah: there is no such task"),
         (["--suite", "ruler", "--data", "TEXT", "--tasks", "qa_1"], "task qa_1 needs questions"),
         (["--suite", "ruler", "--data", "TEXT", "--data", "qa_1=a.jsonl"], "give both files"),
-        (["--suite", "ppl", "--data", "TEXT", "--tokens", "0"], "--tokens 0: must be above 0"),
+        (["--suite", "ppl", "--data", "TEXT", "--tokens", "0"], "--tokens: 0 is not a whole number from 1"),
         (["--suite", "ppl", "--data", "TEXT", "--run", "/nowhere"], "one of --model DIR and --run RUN"),
         (["--suite", "ppl", "--data", "TEXT", "--against", "/nowhere"], "/nowhere is not a model directory"),
     ],
@@ -246,7 +246,7 @@ def test_rows_of_named_sets_become_items(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_hub_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="hf:piq is not a set that is known here"):
+    with pytest.raises(UserError, match="hf:piq is not a known set"):
         hub.load_set("piq")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs the extra `datasets`"):
@@ -260,7 +260,7 @@ def test_hub_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.load_set("piqa")
     rows = types.SimpleNamespace(load_dataset=lambda *where, split: [{"other": 1}])
     monkeypatch.setitem(sys.modules, "datasets", rows)
-    with pytest.raises(UserError, match="not laid out as expected"):
+    with pytest.raises(UserError, match="does not have the expected columns"):
         hub.load_set("piqa")
 
 

@@ -13,10 +13,11 @@ from mlx_linearard.convert.default_model import default_model
 from tiny import PROSE, tiny_model
 
 from mlx_linearard.data import python_prose, tokenize
-from mlx_linearard.evaluate.choice import Choice, LastWord
-from mlx_linearard.evaluate.ppl import Perplexity, buckets
-from mlx_linearard.evaluate.session import run_suite
-from mlx_linearard.evaluate.subject import Subject, load_subject, open_directory
+from mlx_linearard.evaluate.model import Subject, load_subject, open_directory
+from mlx_linearard.evaluate.runner import run_suite
+from mlx_linearard.evaluate.suites.choice import Choice
+from mlx_linearard.evaluate.suites.lambada import LastWord
+from mlx_linearard.evaluate.suites.ppl import Perplexity, buckets
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from mlx_linearard import evaluate as room
 from mlx_linearard.cli import run_command
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run
-from mlx_linearard.evaluate.subject import load_subject, open_directory
+from mlx_linearard.evaluate.model import load_subject, open_directory
 from mlx_linearard.results.statistics import DECISION, Metric, compare
 from mlx_linearard.results.store import ItemLog
 
@@ -143,7 +143,7 @@ def test_a_stopped_process_measures_nothing_twice(
     assert process.wait() == status and not broken.exists()
     if sent == signal.SIGINT:
         told = errors.read_text()
-        assert "goes on from there" in told and told.endswith("stopped\n") and "Traceback" not in told
+        assert "resumes from them" in told and told.endswith("stopped\n") and "Traceback" not in told
     assert run([*arguments, str(broken)]) == 0
     lines = _lines(tmp_path)
     assert lines[: len(measured) - 1] == measured[:-1]  # the last line may have been cut

@@ -13,9 +13,9 @@ from tiny import CONFIG
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate.haystack import Prose, join
-from mlx_linearard.evaluate.ruler import TASKS, QuestionSet, Ruler, score
-from mlx_linearard.evaluate.subject import Directory, open_directory
+from mlx_linearard.evaluate.model import Directory, open_directory
+from mlx_linearard.evaluate.suites.haystack import Prose, join
+from mlx_linearard.evaluate.suites.ruler import TASKS, QuestionSet, Ruler, score
 
 LENGTHS = (4096, 3000)
 SENTENCE = "{} {} walked to the {} {} and {} of {}, for {} and {} were {}."
@@ -162,11 +162,13 @@ def test_what_cannot_be_made_is_said(ruler: Ruler, directory: Directory, tmp_pat
     with pytest.raises(UserError, match="cwe at 500: its question alone takes"):
         Ruler(ruler.prose, (500,), ("cwe",)).items(directory, 8192)
     long_words = Prose(" ".join("".join(random.Random(i).choices("qxzjkvw", k=32)) for i in range(50)))
-    with pytest.raises(UserError, match=r"niah_single_2 at \d+: its lines are too long to fill that; give longer"):
+    with pytest.raises(
+        UserError, match=r"niah_single_2 at \d+: its lines are too long to fill that length; give longer"
+    ):
         for length in range(300, 500, 7):
             Ruler(long_words, (length,), ("niah_single_2",)).sample(directory, "niah_single_2", length, 0)
     few = QuestionSet({0: {"text": "one two"}}, [{"query": "q", "outputs": ["one"], "docs": [0]}])
-    with pytest.raises(UserError, match="qa_1 at 3000: all its text makes"):
+    with pytest.raises(UserError, match="qa_1 at 3000: all its text has"):
         Ruler(ruler.prose, (3000,), ("qa_1",), {"qa_1": few}).items(directory, 8192)
     bad = tmp_path / "q.jsonl"
     bad.write_text('{"query": "q", "outputs": ["a"], "doc": 3}\n')

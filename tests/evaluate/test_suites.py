@@ -11,13 +11,15 @@ import pytest
 from tiny import PROSE, tiny_model
 
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate.choice import Choice, LastWord, check_choice, split_tokens
-from mlx_linearard.evaluate.fidelity import FidelityToReference
-from mlx_linearard.evaluate.haystack import Prose
-from mlx_linearard.evaluate.passkey import BUDGET, Passkey
-from mlx_linearard.evaluate.ppl import Perplexity, buckets
-from mlx_linearard.evaluate.session import run_suite
-from mlx_linearard.evaluate.subject import Subject, load_subject, open_directory
+from mlx_linearard.evaluate.model import Subject, load_subject, open_directory
+from mlx_linearard.evaluate.runner import run_suite
+from mlx_linearard.evaluate.suites.choice import Choice, check_choice
+from mlx_linearard.evaluate.suites.continuation import split_tokens
+from mlx_linearard.evaluate.suites.fidelity import FidelityToReference
+from mlx_linearard.evaluate.suites.haystack import Prose
+from mlx_linearard.evaluate.suites.lambada import LastWord
+from mlx_linearard.evaluate.suites.passkey import BUDGET, Passkey
+from mlx_linearard.evaluate.suites.ppl import Perplexity, buckets
 
 ROUNDING = 1e-4  # nats, float32 over three layers
 QUESTIONS = [

@@ -1,4 +1,4 @@
-"""What every suite is: items, a measurement of one item, and metrics with their uncertainty."""
+"""The protocol of a suite: items, a measurement of one item, and metrics with their uncertainty."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..results.statistics import Metric, summarize
-from ..results.store import Record
-from .subject import Directory, Subject, Tick
+from ...results.statistics import Metric, summarize
+from ...results.store import Record
+from ..model import Directory, Subject, Tick
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to measure. `id` is unique in its suite; `cost` is its share of the work, in tokens."""
+    """One thing to measure. `id` is unique in its suite; `cost` is its number of tokens."""
 
     id: str
     content: Any
@@ -21,10 +21,11 @@ class Item:
 
 
 class Suite(Protocol):
-    """A suite. `options` are what, beside the model, its numbers depend on: a resumed run must have the same.
+    """A suite.
 
-    `parts` names those of the options that only choose which items are measured: an item of the same id is the
-    same whatever they are, so that evaluations of several parts add up.
+    options: what its numbers depend on beside the model; a resumed evaluation must have the same.
+    parts: the names of those options that only choose which items are measured. Items of the same id are the same for
+    all values of these options, so evaluations of several parts add up.
     """
 
     @property
@@ -37,20 +38,20 @@ class Suite(Protocol):
     def parts(self) -> tuple[str, ...]: ...
 
     def items(self, directory: Directory, window: int) -> Sequence[Item]:
-        """The items in the directory's tokens; UserError where one does not fit `window` or the data are not right."""
+        """The items in the directory's tokens; UserError if one does not fit `window` or the data are not valid."""
 
     def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
-        """The record of one item, JSON all through."""
+        """The record of one item; all its values are JSON values."""
 
     def metric(self, name: str) -> Metric:
-        """What kind of number the metric is."""
+        """The kind of the metric `name`."""
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
-        """What results.json keeps of a suite beside its metrics."""
+        """Further entries of the suite in results.json, beside its metrics."""
 
 
 def samples(records: Iterable[Record], metric: str) -> dict[str, float]:
-    """A metric's samples by item."""
+    """The samples of one metric by item."""
     return {record["id"]: float(record["samples"][metric]) for record in records if metric in record["samples"]}
 
 
@@ -60,12 +61,15 @@ def metric_names(records: Iterable[Record]) -> list[str]:
 
 
 def identity(options: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """The options without the parts: where they are equal, items of one id are the same."""
+    """The options without the parts: if two suites agree on them, their items of one id are the same."""
     return {name: value for name, value in options.items() if name not in parts}
 
 
 def all_options(suite: Suite, before: Mapping[str, Any]) -> dict[str, Any]:
-    """A suite's options with what was measured `before` of the same identity: lists joined, of numbers the larger."""
+    """The options of a suite and of an earlier evaluation `before` with the same identity.
+
+    Parts that are lists are joined; of two numbers the larger is taken.
+    """
     options = suite.options
     if identity(before, suite.parts) != identity(options, suite.parts) or before.keys() != options.keys():
         return options
@@ -79,7 +83,7 @@ def _both(before: Any, now: Any) -> Any:
 
 
 def summary(suite: Suite, records: Sequence[Record]) -> dict[str, Any]:
-    """What results.json keeps of one suite of one model."""
+    """The entry of one suite of one model in results.json."""
     metrics: Mapping[str, Any] = {
         name: summarize(list(samples(records, name).values()), suite.metric(name)).as_json()
         for name in metric_names(records)

@@ -1,8 +1,8 @@
-"""Suite `ruler`: the 13 tasks of RULER (arXiv 2404.06654), made here from the user's own text.
+"""Suite `ruler`: the 13 tasks of RULER (arXiv 2404.06654), made from the user's own text.
 
-Parameters and scoring are the paper's; the wording of the prompts is our own. A task is a function that
-makes a sample of some size from a seeded generator; `fill` finds the size whose prompt, answer prefix and
-generation budget meet the asked length in the model's own tokenizer without exceeding it.
+Parameters and scoring follow the paper; the wording of the prompts is our own. A task is a function that makes a
+sample of a given size from a seeded generator. `fill` finds the size for which prompt, answer prefix and generation
+budget together have the asked length in the model's own tokenizer and do not exceed it.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ import string
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..results.statistics import Metric
-from ..results.store import Record
-from .choice import read_items
+from ...errors import UserError
+from ...results.statistics import Metric
+from ...results.store import Record
+from ..model import Directory, Subject, Tick, digest
 from .haystack import NOISE, Prose, fill, noise, sentences
+from .items import read_items
 from .ppl import check_length
-from .subject import Directory, Subject, Tick, digest
 from .suite import Item
 from .words import ADJECTIVES, NOUNS, compound, compounds
 
 SEED = 42
-DEPTHS = tuple(100 * i / 39 for i in range(40))  # per cent, where needles may stand in an essay
-EXAMPLE_TOKENS = 500  # at most, of the solved example of variable tracking
-EXAMPLE_ROUNDS = 3  # of the filler
+DEPTHS = tuple(100 * i / 39 for i in range(40))  # per cent, the possible places of needles in an essay
+EXAMPLE_TOKENS = 500  # the largest number of tokens of the solved example of variable tracking
+EXAMPLE_ROUNDS = 3  # of the filler in that example
 HOPS = 4
 COMMON = 10  # common words
-SHORT = 4096  # below it the lists of common words are smaller
-NEAR = 0.98  # share of the asked length that a prompt must have
+SHORT = 4096  # tokens; shorter prompts have smaller lists of common words
+NEAR = 0.98  # a prompt must have this share of the asked length
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt that ends with the beginning of its answer, and the references of which all or one is to be found."""
+    """A prompt that ends with the beginning of its answer, and the right answers."""
 
     text: str
     answer_prefix: str
@@ -52,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Source:
-    """What a task makes its samples of: prose, and for question answering documents and questions."""
+    """The material of a task's samples: prose and, for question answering, documents and questions."""
 
     prose: Prose
     length: int
@@ -70,7 +71,7 @@ Task = Callable[[random.Random, int, Source], Sample]  # (generator, size, sourc
 
 @dataclass(frozen=True)
 class Niah:
-    """A kind of haystack, what keys and values are, and how many of each are hidden and asked for."""
+    """The kinds of haystack, keys and values, and how many are hidden and asked for."""
 
     haystack: str  # noise, essay or needles
     key: str = "word"
@@ -100,7 +101,7 @@ class Niah:
         if self.haystack == "noise":
             hay = noise(size).split("\n")
         else:
-            # A line counts as the noise words it is as long as, which stand for the rest of a line.
+            # A line counts as many noise words of the same length; noise fills the rest of the last line.
             lines, rest = divmod(size, max(1, source.count(needles[0]) * len(NOISE.split()) // source.count(NOISE)))
             hay = [self._distractor(rng, used) for _ in range(lines)] + ([noise(rest)] if rest else [])
         return "\n".join(insert(hay, needles, sorted(rng.randint(0, len(hay)) for _ in needles)))
@@ -127,7 +128,7 @@ class Niah:
 
 
 def insert(hay: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> list[str]:
-    """`hay` with needles[i] before what stood at places[i]; places ascend."""
+    """`hay` with needles[i] inserted before hay[places[i]]; places ascend."""
     result: list[str] = []
     start = 0
     for needle, place in zip(needles, places, strict=True):
@@ -143,17 +144,17 @@ def _token(kind: str, rng: random.Random) -> str:
 
 
 def _distinct(draw: Callable[[], str], count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[draw()] = None
-    return list(found)
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw()] = None
+    return list(drawn)
 
 
 def _unused(draw: Callable[[], str], used: Iterable[str] | str) -> str:
-    """The first draw that is not among `used`."""
-    while (found := draw()) in used:
+    """The first draw that is not in `used`."""
+    while (drawn := draw()) in used:
         pass
-    return found
+    return drawn
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -168,7 +169,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def variable_tracking(rng: random.Random, size: int, source: Source) -> Sample:
-    """One chain of assignments in noise of `size` words, behind a solved example with names of its own."""
+    """One chain of assignments in noise of `size` words, after a solved example with other names."""
     seed = rng.random()
 
     def example(words: int) -> str:
@@ -182,25 +183,26 @@ def variable_tracking(rng: random.Random, size: int, source: Source) -> Sample:
 
 
 def _chain(rng: random.Random, words: int, before: str = "") -> Sample:
-    """A chain in noise; neither its value nor a name of it stands in what goes `before`."""
+    """A chain in noise; the text `before` contains neither its value nor its names."""
     value = _unused(lambda: str(rng.randint(10_000, 99_999)), before)
     names = _distinct(lambda: _unused(lambda: "".join(rng.choices(string.ascii_uppercase, k=5)), before), HOPS + 1)
-    given = [value, *(f"VAR {name}" for name in names)]
-    needles = [f"VAR {name} = {what}" for name, what in zip(names, given, strict=False)]
+    right_sides = [value, *(f"VAR {name}" for name in names)]
+    needles = [f"VAR {name} = {right}" for name, right in zip(names, right_sides, strict=False)]
     hay = noise(words).split("\n") if words else []
     lines = insert(hay, needles, sorted(rng.randint(0, len(hay)) for _ in needles))
+    text = "\n".join(lines)
     return Sample(
-        "Variables are assigned in the text below. Keep track of them.\n" + "\n".join(lines) +
-        f"\nQuestion: which variables have the value {value}?",
+        f"Variables are assigned in the text below. Keep track of them.\n{text}\n"
+        f"Question: which variables have the value {value}?",
         f" Answer: the {len(names)} variables with the value {value} are",
         tuple(names),
-    )  # fmt: skip
+    )
 
 
 def common_words(rng: random.Random, size: int, source: Source) -> Sample:
-    """A numbered list with ten words more often than the `size` others, behind a solved example.
+    """A numbered list in which ten words appear more often than `size` others, after a solved example.
 
-    None of the ten is a part of another word of the list, which would count as having found it.
+    None of the ten is a part of another word of the list, because that word would count as a right answer.
     """
     short = source.length < SHORT
     words = _list_words(rng, source)
@@ -214,16 +216,16 @@ def common_words(rng: random.Random, size: int, source: Source) -> Sample:
 
 
 def _apart(words: Iterable[str]) -> Iterator[str]:
-    """Those words of which none is a part of another one before it, nor the other way round."""
-    found: list[str] = []
+    """The words that neither contain an earlier one nor are a part of it."""
+    earlier: list[str] = []
     for word in words:
-        if not any(word in other or other in word for other in found):
-            found.append(word)
+        if not any(word in other or other in word for other in earlier):
+            earlier.append(word)
             yield word
 
 
 def _list_words(rng: random.Random, source: Source) -> list[str]:
-    """The text's own words in random order, and adjective-noun words behind them where they do not suffice."""
+    """The text's own words in random order, then adjective-noun words in case they are too few."""
     own = list(source.prose.vocabulary)
     rng.shuffle(own)
     return [*own, *compounds(rng)]
@@ -245,10 +247,10 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def frequent_words(rng: random.Random, size: int, source: Source) -> Sample:
-    """Coded words whose rank-k one appears floor(N k^-2 / zeta(2)) times; rank 1 is dots, 2 to 4 are asked for.
+    """Coded words; the word of rank k appears floor(N k^-2 / zeta(2)) times. Rank 1 is dots; 2 to 4 are the answer.
 
-    N is an eighth of the size, and further dots, which mean nothing, stand for the rest. In a short text ranks 4
-    and 5 would appear equally often: those behind 4 always appear less often.
+    N is an eighth of the size; further dots, which mean nothing, fill the rest. In a short text ranks 4 and 5 would
+    appear equally often, so all ranks after 4 are made less frequent.
     """
     count = max(5, (source.length - 50) // 50)
     words = ["...", *_distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), count - 1)]
@@ -271,25 +273,25 @@ def frequent_words(rng: random.Random, size: int, source: Source) -> Sample:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Documents by number, and questions that say which of them hold the answer (the first ones given)."""
+    """Documents by number, and questions with the numbers of the documents that hold their answer."""
 
     documents: Mapping[Any, Mapping[str, Any]]
     questions: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def read(cls, questions: str, documents: str) -> QuestionSet:
-        """From JSONL: documents `doc`, `text` and perhaps `title`; questions `query`, `outputs`, `doc` or `docs`."""
+    def read(cls, questions: str | Path, documents: str | Path) -> QuestionSet:
+        """From JSONL: documents {doc, text, title (optional)}, questions {query, outputs, doc or docs}."""
         texts: dict[Any, Mapping[str, Any]] = {}
-        for where, item in read_items(documents):
+        for place, item in read_items(documents):
             if not isinstance(item.get("text"), str) or not isinstance(item.get("doc"), int | str):
-                raise UserError(f"{where} needs `doc`, its number, and `text`")
+                raise UserError(f"{place} needs `doc`, its number, and `text`")
             texts[item["doc"]] = item
-        return cls(texts, [_question(item, where, texts) for where, item in read_items(questions)])
+        return cls(texts, [_question(item, place, texts) for place, item in read_items(questions)])
 
     def ordered(self, question: Mapping[str, Any], rng: random.Random) -> tuple[list[Any], int]:
-        """(documents in the order in which they are taken, how many of them are the question's own).
+        """(documents in the order of their use, how many of them are the question's own).
 
-        Behind the question's own come those of the same title, then all others at random.
+        The question's own come first, then those of the same title, then all others in random order.
         """
         own = question["docs"]
         titles = {self.documents[doc].get("title") for doc in own} - {None}
@@ -299,22 +301,22 @@ class QuestionSet:
         return [*own, *others], len(own)
 
 
-def _question(item: Mapping[str, Any], where: str, documents: Mapping[Any, Any]) -> dict[str, Any]:
+def _question(item: Mapping[str, Any], place: str, documents: Mapping[Any, Any]) -> dict[str, Any]:
     outputs = item.get("outputs")
     if not isinstance(item.get("query"), str):
-        raise UserError(f"{where} has no `query` that is text")
+        raise UserError(f"{place} has no `query` that is text")
     if not isinstance(outputs, list) or not outputs or not all(isinstance(o, str) and o for o in outputs):
-        raise UserError(f"{where} has no `outputs`: the list of right answers is needed")
+        raise UserError(f"{place} has no `outputs`: the list of right answers is needed")
     docs = item.get("docs", [item["doc"]] if "doc" in item else None)
     if not isinstance(docs, list) or not docs or not all(isinstance(doc, int | str) for doc in docs):
-        raise UserError(f"{where} has no `doc` or `docs`: which documents hold the answer")
+        raise UserError(f"{place} has no `doc` or `docs`: the numbers of the documents that hold the answer")
     if missing := [doc for doc in docs if doc not in documents]:
-        raise UserError(f"{where} names document {missing[0]!r}, which is not among the documents")
+        raise UserError(f"{place} names document {missing[0]!r}, which is not among the documents")
     return {"query": item["query"], "outputs": outputs, "docs": docs}
 
 
 def question_answering(rng: random.Random, size: int, source: Source) -> Sample:
-    """Question number `index` on its documents and `size` words of others, the last one cut."""
+    """Question number `index` on its documents and `size` words of others; the last document is cut."""
     assert source.qa is not None
     question = source.qa.questions[source.index]
     order, own = source.qa.ordered(question, rng)
@@ -337,21 +339,21 @@ def question_answering(rng: random.Random, size: int, source: Source) -> Sample:
 
 
 def _question_number(source: Source, budget: int, what: str) -> int:
-    """Which question is number `index`, going round, of those that can be asked in `budget` tokens.
+    """The number of the `index`-th question that can be asked in `budget` tokens; after the last comes the first.
 
-    A question cannot be asked whose own documents do not fit, or hold none of its answers (a yes or a no).
+    A question cannot be asked if its own documents do not fit, or do not contain an answer (such as yes or no).
     """
-    found: list[int] = []
+    fitting: list[int] = []
     assert source.qa is not None
     for number in range(len(source.qa.questions)):
         if _answerable(source.qa, number):
             alone = question_answering(random.Random(0), 0, replace(source, index=number))
-            found += [number] if source.count(alone.prompt) <= budget else []
-        if len(found) > source.index:
-            return found[-1]
-    if not found:
+            fitting += [number] if source.count(alone.prompt) <= budget else []
+        if len(fitting) > source.index:
+            return fitting[-1]
+    if not fitting:
         raise UserError(f"{what}: no question's own documents hold its answer and fit; give longer --lengths")
-    return found[source.index % len(found)]
+    return fitting[source.index % len(fitting)]
 
 
 def _answerable(qa: QuestionSet, number: int) -> bool:
@@ -383,18 +385,18 @@ QA_TASKS = tuple(name for name in TASKS if name.startswith("qa_"))
 
 
 def score(task: str, prediction: str, outputs: Sequence[str]) -> float:
-    """The share of references found in a prediction (NIAH, vt, cwe, fwe), or 1 if any is (qa); case is ignored."""
+    """The share of right answers in a prediction (NIAH, vt, cwe, fwe), or 1 if it has any (qa). Case is ignored."""
     text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
-    found = [output.lower() in text for output in outputs]
-    return float(any(found)) if task in QA_TASKS else sum(found) / len(found)
+    present = [output.lower() in text for output in outputs]
+    return float(any(present)) if task in QA_TASKS else sum(present) / len(present)
 
 
 @dataclass(frozen=True)
 class Ruler:
-    """`samples` prompts a task and length, greedy answers. Metrics, in per cent: `TASK@LENGTH`, `average@LENGTH`.
+    """`samples` prompts per task and length, answered greedily. Metrics, in per cent: `TASK@LENGTH`, `average@LENGTH`.
 
-    prose: the text of essay haystacks and of common words. qa: question sets by task name; the tasks without
-    one are left out by whoever builds the suite.
+    prose: the text of essay haystacks and of common words. qa: question sets by task name; a question-answering task
+    in `tasks` must have one.
     """
 
     prose: Prose
@@ -409,13 +411,16 @@ class Ruler:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "lengths": list(self.lengths), "tasks": list(self.tasks), "samples": self.samples, "seed": self.seed,
+            "lengths": list(self.lengths),
+            "tasks": list(self.tasks),
+            "samples": self.samples,
+            "seed": self.seed,
             "text": digest(self.prose.text),
             "qa": {name: digest([q.documents, q.questions]) for name, q in sorted(self.qa.items())},
-        }  # fmt: skip
+        }
 
     def items(self, directory: Directory, window: int) -> list[Item]:
-        """Task, length and number of each sample; its text is made when it is measured, from the seed alone."""
+        """Task, length and number of each sample. Its text is made when it is measured, and depends on the seed."""
         for length in self.lengths:
             check_length(length, window)
         for task in self.tasks:
@@ -424,14 +429,16 @@ class Ruler:
             if task in QA_TASKS and task not in self.qa:
                 raise UserError(f"task {task} needs questions: give --data {task}=QUESTIONS.jsonl,DOCUMENTS.jsonl")
             for length in self.lengths:
-                self.sample(directory, task, length, 0)  # a length that cannot hold the task is told at once
+                self.sample(directory, task, length, 0)  # raises if the length cannot hold the task
         return [
             Item(f"{task}/{length}/{i}", (task, length, i), length)
-            for task in self.tasks for length in self.lengths for i in range(self.samples)
-        ]  # fmt: skip
+            for task in self.tasks
+            for length in self.lengths
+            for i in range(self.samples)
+        ]
 
     def sample(self, directory: Directory, task: str, length: int, index: int) -> Sample:
-        """One sample: prompt, answer prefix and generation budget together take at most `length` tokens."""
+        """One sample: prompt, answer prefix and generation budget together have at most `length` tokens."""
         make, budget = TASKS[task]
         seed = f"{self.seed}/{task}/{length}/{index}"
 
@@ -448,9 +455,9 @@ class Ruler:
         most = _most(task, source)
         sample = build(fill(lambda n: build(n).prompt, count, room, what, most=most))
         if (tokens := count(sample.prompt) + budget) < NEAR * length:
-            if most is None:  # there is more text, but a line of it is more than what is missing
-                raise UserError(f"{what}: its lines are too long to fill that; give longer --lengths")
-            raise UserError(f"{what}: all its text makes {tokens} tokens; give more, or shorter --lengths")
+            if most is None:  # one more line of the text would be too much
+                raise UserError(f"{what}: its lines are too long to fill that length; give longer --lengths")
+            raise UserError(f"{what}: all its text has {tokens} tokens; give more text, or shorter --lengths")
         if task not in QA_TASKS and not all(output in sample.text for output in sample.outputs):
             raise UserError(f"{what}: too short to hold its answers; give longer --lengths")
         return sample
@@ -466,8 +473,13 @@ class Ruler:
         answer = subject.directory.decode(subject.greedy(tokens, TASKS[task][1], tick, enough=right))
         points = 100 * score(task, answer, sample.outputs)
         names = (f"average@{length}", f"{task}@{length}")
-        return {"id": item.id, "samples": dict.fromkeys(names, points), "answer": answer,
-                "outputs": list(sample.outputs), "prompt_tokens": len(tokens)}  # fmt: skip
+        return {
+            "id": item.id,
+            "samples": dict.fromkeys(names, points),
+            "answer": answer,
+            "outputs": list(sample.outputs),
+            "prompt_tokens": len(tokens),
+        }
 
     def metric(self, name: str) -> Metric:
         return Metric(ideal=100.0)
@@ -477,7 +489,7 @@ class Ruler:
 
 
 def _most(task: str, source: Source) -> int | None:
-    """The largest size a task has text for; None where it has no end."""
+    """The largest size for which a task has text; None if there is no limit."""
     if source.qa is not None:
         return sum(len(document["text"].split(" ")) for document in source.qa.documents.values())
     return len(source.prose.vocabulary) + len(ADJECTIVES) * len(NOUNS) - 50 if task == "cwe" else None

@@ -1,7 +1,7 @@
-"""A model directory under evaluation: stock mlx-lm over a KV cache, prompts taken in chunks.
+"""A model under evaluation: stock mlx-lm with a KV cache, which reads prompts in chunks.
 
-A prompt of any length costs the memory of its KV cache and of one chunk: logits exist for one chunk only,
-and where nobody reads them they are never computed.
+A prompt of any length takes the memory of its KV cache and of one chunk. Logits exist for one chunk only, and are
+not computed if nothing needs them.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ..models.tokenizer import check_tokenizer, tokenizer_of
 from ..ops.logits import token_nll
 from ..rope import native_window
 
-CHUNK = 512  # positions a forward pass takes
-LOGITS_BYTES = 128 << 20  # what one chunk's float32 logits may take: a large vocabulary makes chunks shorter
+CHUNK = 512  # positions per forward pass
+LOGITS_BYTES = 128 << 20  # of one chunk's float32 logits at most: a large vocabulary makes chunks shorter
 FLOAT32 = 4
-PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # told apart by any two tokenizers
+PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # shows that two tokenizers differ
 
-Tick = Callable[[int], None]  # that many more tokens are done
+Tick = Callable[[int], None]  # called with the number of tokens done since the last call
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A model directory before its weights are loaded: all that choosing and checking items needs."""
+    """A model directory before its weights are loaded: enough to choose and check items."""
 
     label: str
     path: Path
@@ -54,7 +54,7 @@ class Directory:
 
     @property
     def balance(self) -> float:
-        """Tokens of context whose attention takes as much arithmetic as the layers' weights; inf where none is told."""
+        """The number of context tokens at which attention costs as much as the layers' weights; inf if unknown."""
         try:
             shape = Shape.of(self.config)
             return shape.block_weights / (2 * shape.layers * shape.heads * shape.head_dim)
@@ -63,27 +63,27 @@ class Directory:
 
     @property
     def starts_with_bos(self) -> bool:
-        """Whether the family computes nonsense without its first token (Gemma), as lm-evaluation-harness has it."""
+        """Whether the family computes nonsense without its first token (Gemma), as in lm-evaluation-harness."""
         return str(self.config.get("model_type", "")).startswith("gemma")
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, with the first token in front only where the family cannot do without."""
+        """The tokens of `text`, after the first token if the family needs it."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         bos = getattr(self.tokenizer, "bos_token_id", None)
         return [bos, *ids] if self.starts_with_bos and bos is not None else ids
 
     def prefix_token(self) -> int:
-        """What stands before a text that has no context: the first token, or else the end-of-text token."""
+        """The token before a text without context: the first token, or else the end-of-text token."""
         for name in ("bos_token_id", "eos_token_id"):
             if (token := getattr(self.tokenizer, name, None)) is not None:
                 return int(token)
-        raise UserError(f"{self.path} names neither a first nor an end-of-text token: empty contexts need one")
+        raise UserError(f"{self.path} names neither a first nor an end-of-text token: a text without context needs one")
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids)))
 
     def fingerprint(self) -> str:
-        """Tells one state of a directory from another without reading its weights: config, sizes, times."""
+        """A hash of config, file sizes and times, which changes if the directory changes."""
         files = [*shards(self.path), *(self.path / name for name in TOKENIZER_FILES)]
         states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
         return digest([self.config, states])
@@ -95,7 +95,7 @@ def digest(value: Any) -> str:
 
 
 def open_directory(source: str | Path, label: str | None = None) -> Directory:
-    """Config and tokenizer of a local directory or a hub repository; UserError where either is missing or broken."""
+    """Config and tokenizer of a local directory or a hub repository; UserError if one is missing or broken."""
     path = resolve(source)
     config = check_config(path)
     check_tokenizer(path)
@@ -103,7 +103,7 @@ def open_directory(source: str | Path, label: str | None = None) -> Directory:
 
 
 def same_tokenizer(directories: Sequence[Directory]) -> None:
-    """UserError where two directories cut text into different tokens: their numbers could not be compared."""
+    """UserError if two directories tokenize text differently: their numbers could not be compared."""
     first = directories[0]
     for other in directories[1:]:
         if first.encode(PROBE) != other.encode(PROBE) or _vocabulary(first) != _vocabulary(other):
@@ -119,7 +119,7 @@ def _vocabulary(directory: Directory) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model with its directory. Positions and tokens are those of one sequence, batch size 1."""
+    """A loaded model with its directory. All methods take one sequence, batch size 1."""
 
     directory: Directory
     model: Any
@@ -130,10 +130,10 @@ class Subject:
         return self.directory.label
 
     # -----------------------------------------------------------------------------------------------
-    # The three ways through the model
+    # The three uses of the model
 
     def logits(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> Iterator[tuple[int, mx.array]]:
-        """(start, logits (1, C, V)) for chunk after chunk of `tokens` (T,), in order."""
+        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order."""
         cache = make_prompt_cache(self.model)
         ids = mx.array(np.asarray(tokens, np.int32))[None]
         size = self._logits_chunk(ids)
@@ -147,18 +147,18 @@ class Subject:
                 tick(min(size, ids.shape[1] - start))
 
     def nll(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> np.ndarray:
-        """Negative log-likelihood of tokens[1:] given what stands before each, in nats; (T + 1,) -> (T,) float32."""
+        """Negative log-likelihood of tokens[1:], each given all tokens before it, in nats; (T + 1,) -> (T,) float32."""
         tokens = np.asarray(tokens, np.int32)
-        found = []
+        parts = []
         for start, logits in self.logits(tokens[:-1], tick):
             targets = mx.array(tokens[start + 1 : start + 1 + logits.shape[1]])[None]
-            found.append(np.array(token_nll(logits, itself, targets, workspace_bytes=4 * LOGITS_BYTES))[0])
-        return np.concatenate(found)
+            parts.append(np.array(token_nll(logits, itself, targets, workspace_bytes=4 * LOGITS_BYTES))[0])
+        return np.concatenate(parts)
 
     def continuations(self, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy) of the last `lengths[i]` tokens of each sequence.
+        """(log-likelihood in nats, whether all are the model's first choice) of the last `lengths[i]` tokens of each.
 
-        What all sequences share at their beginning is computed once.
+        The common beginning of all sequences is computed once.
         """
         shared = min(_common_prefix(sequences), min(len(s) - n for s, n in zip(sequences, lengths, strict=True)) - 1)
         cache = make_prompt_cache(self.model)
@@ -177,31 +177,34 @@ class Subject:
         return results
 
     def greedy(
-        self, prompt: Sequence[int], budget: int, tick: Tick | None = None,
+        self,
+        prompt: Sequence[int],
+        budget: int,
+        tick: Tick | None = None,
         enough: Callable[[str], bool] | None = None,
-    ) -> list[int]:  # fmt: skip
-        """At most `budget` tokens that the model puts first after `prompt`, without the one that ends the text.
+    ) -> list[int]:
+        """At most `budget` tokens after `prompt`, each the model's first choice.
 
-        No more are made once `enough` says of their text that nothing behind it would change the score.
+        Generation stops at an end token, which is not returned, or once `enough` is true of the text so far.
         """
         cache = make_prompt_cache(self.model)
         self.prefill(cache, prompt[:-1], tick)
         ends = set(getattr(self.directory.tokenizer, "eos_token_ids", None) or ())
-        found: list[int] = []
+        tokens: list[int] = []
         last = int(prompt[-1])
-        while len(found) < budget:
+        while len(tokens) < budget:
             logits = self.model(mx.array([[last]]), cache=cache)
             self._check_finite(logits[:, -1:])
             last = int(mx.argmax(logits[0, -1]).item())  # type: ignore[arg-type]
             if last in ends:
                 break
-            found.append(last)
-            if enough and enough(self.directory.decode(found)):
+            tokens.append(last)
+            if enough and enough(self.directory.decode(tokens)):
                 break
-        return found
+        return tokens
 
     def prefill(self, cache: list[Any], tokens: Sequence[int], tick: Tick | None = None) -> None:
-        """Put `tokens` into the cache. Their logits are never evaluated, so they cost nothing."""
+        """Put `tokens` into the cache. Their logits are not computed."""
         ids = mx.array(np.asarray(tokens, np.int32))[None]
         for start in range(0, len(tokens), self.chunk):
             part = ids[:, start : start + self.chunk]
@@ -214,15 +217,15 @@ class Subject:
     # -----------------------------------------------------------------------------------------------
 
     def _check_finite(self, logits: mx.array) -> None:
-        """UserError where a model overflows, which no number of it could show as such."""
+        """UserError if logits are not finite: a score would not show it."""
         if not mx.isfinite(logits.max(axis=-1).sum()).item():
             raise UserError(
-                f"{self.directory.path} computes logits that are not finite: its weights are broken, or need a "
-                "wider type, as in --dtype float32"
+                f"{self.directory.path} computes logits that are not finite: its weights are damaged, or need a "
+                "wider type, such as --dtype float32"
             )
 
     def _logits_chunk(self, ids: mx.array) -> int:
-        vocabulary = self.model(ids[:, :1]).shape[-1]  # known from the graph, nothing is computed
+        vocabulary = self.model(ids[:, :1]).shape[-1]  # read from the graph, nothing is computed
         return max(1, min(self.chunk, LOGITS_BYTES // (FLOAT32 * vocabulary)))
 
     def _score(self, cache: list[Any], tokens: Sequence[int]) -> tuple[float, bool]:
@@ -236,9 +239,9 @@ class Subject:
 
 
 def load_subject(directory: Directory, *, dtype: str = "auto", chunk: int = CHUNK) -> Subject:
-    """Load the weights; dtype `auto` is float32 on a CPU, where half precision is many times slower, else the file's.
+    """Load the weights. dtype `auto` is the file's on a GPU and float32 on a CPU, where half precision is slow.
 
-    Raises UserError where the weights do not fit the config.
+    Raises UserError if the weights do not fit the config.
     """
     config = check_model_dir(directory.path).config
     if dtype == "auto":
@@ -249,7 +252,7 @@ def load_subject(directory: Directory, *, dtype: str = "auto", chunk: int = CHUN
 
 
 def itself(logits: mx.array) -> mx.array:
-    """The head of hidden states that are logits already."""
+    """The head of a model whose hidden states are logits already."""
     return logits
 
 

@@ -1,4 +1,4 @@
-"""Named evaluation sets from the hub, through the `datasets` extra: one table, one small function a set."""
+"""Named evaluation sets from the hub, through the extra `datasets`: a table, and one function per set."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError, one_line
+from ...errors import UserError, one_line
 
 LETTERS = "ABCDE"
-CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps the rows of a set that is a script
+CONVERTED = "refs/convert/parquet"  # the branch with the rows of a set that is a script
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a set lies on the hub and how a row of it becomes an item ({query, choices, gold} or {text})."""
+    """The place of a set on the hub, and how a row becomes an item ({query, choices, gold} or {text})."""
 
     repository: str
     config: str | None
@@ -26,7 +26,7 @@ class HubSet:
 
 
 def _clean(text: str) -> str:
-    """Text without the marks that WikiHow's pages left in it; spaces are those that lm-evaluation-harness has."""
+    """Text without the marks of WikiHow's pages; spaces are as in lm-evaluation-harness."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -75,10 +75,12 @@ def _mmlu(row: Row) -> dict[str, Any]:
 
 
 def _mathqa(row: Row) -> dict[str, Any]:
-    """Choices end at their first comma, as lm-evaluation-harness cuts them, the last one at the end; where that does
-    not give five, each ends before the next letter."""
-    found = re.findall(r"[abcd] \) (.*?), |e \) (.*)$", row["options"])
-    choices = [(other or last).rstrip(" ,") for other, last in found]
+    """A choice ends at its first comma, as in lm-evaluation-harness, and the last one at the end of the text.
+
+    If that does not give five choices, each ends before the next letter.
+    """
+    pairs = re.findall(r"[abcd] \) (.*?), |e \) (.*)$", row["options"])
+    choices = [(other or last).rstrip(" ,") for other, last in pairs]
     if len(choices) != len(LETTERS) or not all(choices):
         choices = [text.strip(" ,") for text in re.findall(r"[abcde] ?\) ?(.*?)(?=, ?[abcde] ?\)|$)", row["options"])]
     return _question(row["Problem"], choices, "abcde".index(row["correct"]))
@@ -105,7 +107,7 @@ SETS: dict[str, HubSet] = {
 def load_set(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The items of a named set, at most `limit`; UserError for an unknown name, no extra, or no connection."""
     if name not in SETS:
-        raise UserError(f"hf:{name} is not a set that is known here: choose from {', '.join(sorted(SETS))}")
+        raise UserError(f"hf:{name} is not a known set: choose from {', '.join(sorted(SETS))}")
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -113,16 +115,16 @@ def load_set(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     where = SETS[name]
     try:
         rows = _rows(datasets, where)
-    except Exception as error:  # whatever the hub's client raises, it is the name or the network
+    except Exception as error:  # the hub's client raises many types, for a wrong name or no network
         raise UserError(f"hf:{name} cannot be loaded from {where.repository}: {one_line(error)}") from None
     try:
         return [where.item(row) for row, _ in zip(rows, range(limit if limit is not None else len(rows)), strict=False)]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where.repository} is not laid out as expected: {one_line(repr(error))}") from None
+        raise UserError(f"{where.repository} does not have the expected columns: {one_line(repr(error))}") from None
 
 
 def _rows(datasets: Any, where: HubSet) -> Any:
-    """The rows of a set; where it is a script, which `datasets` has ceased to run, what the hub made of it."""
+    """The rows of a set. If the set is a script, which `datasets` does not run, the rows that the hub converted."""
     try:
         return datasets.load_dataset(where.repository, where.config, split=where.split)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Suites over directories: each is loaded once, each item measured once, and what is done is never lost."""
+"""Runs suites over directories: each is loaded once, each item is measured once, and finished items are kept."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import Any
 from ..errors import UserError
 from ..results.statistics import compare
 from ..results.store import COMPARISONS, NOT_MODELS, ItemLog, Record, merge_results, read_results
-from .subject import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
-from .suite import Item, Suite, all_options, identity, metric_names, samples, summary
+from .model import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
+from .suites.suite import Item, Suite, all_options, identity, metric_names, samples, summary
 
-Progress = Callable[[str, int, int], None]  # (label, tokens done by the work they are, tokens in all)
+Progress = Callable[[str, int, int], None]  # (label, tokens done, tokens in all), tokens weighed by their work
 
 
 def run_suite(
-    subject: Subject, suite: Suite, *, log: ItemLog | None = None, progress: Progress | None = None,
+    subject: Subject,
+    suite: Suite,
+    *,
+    log: ItemLog | None = None,
+    progress: Progress | None = None,
     window: int | None = None,
-) -> tuple[dict[str, Any], list[Record]]:  # fmt: skip
-    """One suite on one loaded model: (what results.json keeps of it, the records of its items).
+) -> tuple[dict[str, Any], list[Record]]:
+    """One suite on one loaded model: (its entry in results.json, the records of its items).
 
-    Items that `log` already holds are not measured again. `window` is the longest context that is let
-    through, by default the model's own. Raises UserError where data or lengths do not fit.
+    Items in `log` are not measured again. `window` is the longest allowed context, by default the model's own.
+    Raises UserError if data or lengths do not fit.
     """
     items = suite.items(subject.directory, window or subject.directory.window)
     done = log.read() if log else {}
@@ -39,9 +43,9 @@ def run_suite(
 
 
 class _Done:
-    """Tells how much is done, item by item and within an item; only what is left is counted in all.
+    """Reports progress, within items too, of the items that are not measured yet.
 
-    It is told in tokens, but each counts for the work it is: the more of its item stand before it, the more.
+    Progress is in tokens, and each counts for its work: more if more tokens of its item are before it.
     """
 
     def __init__(
@@ -50,32 +54,32 @@ class _Done:
         self.label, self.progress, self.balance = label, progress, balance
         left = [item.cost for item in items if item.id not in done]
         self.total, self.work = sum(left), sum(map(self._work, left))
-        self.before, self.within, self.told = 0.0, 0, 0
+        self.before, self.within, self.reported = 0.0, 0, 0
 
     def tick(self, tokens: int) -> None:
         self.within += tokens
-        self._tell(self.before + self._work(self.within))
+        self._report(self.before + self._work(self.within))
 
     def finish(self, item: Item) -> None:
         self.before, self.within = self.before + self._work(item.cost), 0
-        self._tell(self.before)
+        self._report(self.before)
 
     def _work(self, tokens: int) -> float:
-        """Work of an item's first `tokens`, in tokens that see nothing before them."""
+        """The work of an item's first `tokens`, in units of a token without context."""
         return tokens + tokens * tokens / (2 * self.balance)
 
-    def _tell(self, work: float) -> None:
+    def _report(self, work: float) -> None:
         now = min(round(work / self.work * self.total), self.total)
-        if self.progress and now > self.told:
-            self.told = now
+        if self.progress and now > self.reported:
+            self.reported = now
             self.progress(self.label, now, self.total)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Which directories, what is asked of them and where it is written. The first directory is the model in question.
+    """Directories, suites and the results file. The first directory is the model in question.
 
-    suites: made once the reference is loaded, where `fidelity` needs one.
+    suites: makes the suites, given the loaded reference, which only `fidelity` needs.
     """
 
     directories: Sequence[Directory]
@@ -87,22 +91,22 @@ class Evaluation:
 
     @property
     def window(self) -> int:
-        """The longest window of the directories: what is measured must be a fair question to one of them."""
+        """The longest window of the directories. Shorter ones are measured beyond their window on purpose."""
         return max(directory.window for directory in self.directories)
 
 
 def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Run an evaluation; returns results.json as it then stands.
+    """Run an evaluation; returns the content of results.json.
 
-    A suite's numbers are merged into `job.out` when it ends, its items into a log beside it as they are done,
-    so a run that is stopped and started again goes on where it was, and a part measured later (further lengths
-    or tasks) adds to what is there. Comparisons with all models that were measured on the same, now or before,
-    stand under `comparisons`.
+    A suite's numbers are merged into `job.out` when the suite ends, and each item is written to a log beside it when
+    the item is measured. So a stopped evaluation resumes when run again, and a part measured later (further lengths
+    or tasks) adds to the earlier ones. `comparisons` has all models that were measured on the same items, now or
+    before.
     """
     check(job)
     reference = _load(job, job.reference) if job.reference else None
     suites = job.suites(reference)
-    for suite in suites:  # complaints about data and lengths come before the weights
+    for suite in suites:  # errors in data and lengths come before the weights are loaded
         suite.items(job.directories[0], job.window)
     records: dict[str, dict[str, list[Record]]] = {suite.name: {} for suite in suites}
     for directory in job.directories:
@@ -118,12 +122,12 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
     everything = {suite.name: {**_before(job.out, suite), **records[suite.name]} for suite in suites}
     compared = [suite for suite in suites if len(everything[suite.name]) > 1]
     if compared:
-        merge_results(job.out, {COMPARISONS: comparisons(compared, everything, _measure(job))})
+        merge_results(job.out, {COMPARISONS: comparisons(compared, everything, _baseline(job))})
     return read_results(job.out)
 
 
 def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:
-    """Put what a log holds into results.json, in the place of what an earlier part of it gave."""
+    """Put the records of a log into results.json, in place of the entry of an earlier part of it."""
     before = read_results(out).get(label, {})
     entry = before.get(suite.name, {}) if isinstance(before, Mapping) else {}
     same = isinstance(entry, Mapping) and entry.get("items") == log.path.name
@@ -133,8 +137,8 @@ def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:
 
 
 def _before(out: Path, suite: Suite) -> dict[str, list[Record]]:
-    """label -> records of the models that results.json has of the same suite, text and seed."""
-    found: dict[str, list[Record]] = {}
+    """label -> records of the models in results.json that were measured with the same suite, text and seed."""
+    before: dict[str, list[Record]] = {}
     for label, row in read_results(out).items():
         entry = row.get(suite.name) if isinstance(row, Mapping) and label not in NOT_MODELS else None
         options = entry.get("options") if isinstance(entry, Mapping) else None
@@ -145,12 +149,12 @@ def _before(out: Path, suite: Suite) -> dict[str, list[Record]]:
         ):
             continue
         if identity(options, suite.parts) == identity(suite.options, suite.parts):
-            found[label] = list(ItemLog.named(out, entry["items"]).read().values())
-    return {label: records for label, records in found.items() if records}
+            before[label] = list(ItemLog.named(out, entry["items"]).read().values())
+    return {label: records for label, records in before.items() if records}
 
 
-def _measure(job: Evaluation) -> str:
-    """The model that others are measured by: native, or else the reference, or the first that was given against."""
+def _baseline(job: Evaluation) -> str:
+    """The label that others are compared with: native, else the reference, else the first of --against."""
     labels = [directory.label for directory in job.directories]
     if "native" in labels or len(labels) < 2:
         return "native"
@@ -159,7 +163,7 @@ def _measure(job: Evaluation) -> str:
 
 
 def check(job: Evaluation) -> None:
-    """UserError where labels clash, tokenizers differ, or the results file is no place to merge into."""
+    """UserError if labels are not unique, tokenizers differ, or the results file is not valid."""
     labels = [directory.label for directory in job.directories]
     for label in labels:
         if labels.count(label) > 1:
@@ -176,19 +180,19 @@ def _load(job: Evaluation, directory: Directory) -> Subject:
 
 
 def comparisons(
-    suites: Sequence[Suite], records: Mapping[str, Mapping[str, list[Record]]], measure: str
+    suites: Sequence[Suite], records: Mapping[str, Mapping[str, list[Record]]], baseline: str
 ) -> dict[str, Any]:
-    """suite -> {metrics: metric -> label -> the row of `compare`}; models are held against native, or `measure`."""
+    """suite -> {metrics: metric -> label -> the row of `compare`}; models are compared with native, else `baseline`."""
     result: dict[str, Any] = {}
     for suite in suites:
-        found = records[suite.name]
-        native = "native" if "native" in found else measure
-        names = dict.fromkeys(name for rows in found.values() for name in metric_names(rows))
+        by_label = records[suite.name]
+        native = "native" if "native" in by_label else baseline
+        names = dict.fromkeys(name for rows in by_label.values() for name in metric_names(rows))
         result[suite.name] = {
             "against": native,
             "metrics": {
                 name: compare(
-                    {label: samples(rows, name) for label, rows in found.items()}, suite.metric(name), native=native
+                    {label: samples(rows, name) for label, rows in by_label.items()}, suite.metric(name), native=native
                 )
                 for name in names
             },

@@ -1,4 +1,4 @@
-"""Suite `ppl`: perplexity by length and by position, on whole windows or with a sliding one."""
+"""Suite `ppl`: perplexity by length and by position, in windows side by side or in a sliding window."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..data import windows
-from ..errors import UserError
-from ..results.statistics import PERPLEXITY, Metric, summarize
-from ..results.store import Record
-from .subject import Directory, Subject, Tick, digest
+from ...data import windows
+from ...errors import UserError
+from ...results.statistics import PERPLEXITY, Metric, summarize
+from ...results.store import Record
+from ..model import Directory, Subject, Tick, digest
 from .suite import Item, samples
 
-FIRST_BUCKET = 128  # positions; every further bucket ends at twice the last
+FIRST_BUCKET = 128  # positions; each further bucket ends at twice the position of the last
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of `tokens` (N,) in windows of each of `lengths`, about `budget` tokens a length.
+    """Perplexity of `tokens` (N,) in windows of each of `lengths`, about `budget` tokens per length.
 
-    With `stride` a window moves on by that many tokens and only the last `stride` of each are scored, so that
-    every token has at least length - stride before it; without, windows lie side by side and count whole.
+    Without `stride`, windows are side by side and all their tokens count. With `stride`, the window moves by that
+    many tokens and only its last `stride` tokens count, so each has at least length - stride tokens before it.
     Metrics: `perplexity@LENGTH`, over windows, and by position within the longest length.
     """
 
@@ -41,8 +41,8 @@ class Perplexity:
         return {"lengths": list(self.lengths), "tokens": self.budget, "stride": self.stride, "text": text}
 
     def items(self, directory: Directory, window: int) -> list[Item]:
-        """Windows of length + 1 tokens; UserError where a length exceeds `window` or the text is too short."""
-        found = []
+        """Windows of length + 1 tokens; UserError if a length exceeds `window` or the text is too short."""
+        items = []
         for length in self.lengths:
             check_length(length, window)
             cut = self._windows(length)
@@ -51,14 +51,14 @@ class Perplexity:
                     f"the text of suite {self.name} has {len(self.tokens)} tokens, too few for one window of "
                     f"{length}: give more text with --data or a shorter --lengths"
                 )
-            found += [Item(f"{length}/{i}", row, length) for i, row in enumerate(cut)]
-        return found
+            items += [Item(f"{length}/{i}", row, length) for i, row in enumerate(cut)]
+        return items
 
     def _windows(self, length: int) -> np.ndarray:
         if not self.stride:
             return windows(self.tokens, length, max(1, self.budget // length))
         if self.stride > length:
-            raise UserError(f"--stride {self.stride} is above the length of {length}: tokens would be left out")
+            raise UserError(f"--stride {self.stride} is above --lengths {length}: tokens would be left out")
         starts = range(0, len(self.tokens) - length, self.stride)[: max(1, self.budget // self.stride)]
         cut = [self.tokens[s : s + length + 1] for s in starts]
         return np.stack(cut) if cut else np.zeros((0, length + 1), np.int32)
@@ -75,7 +75,7 @@ class Perplexity:
         return Metric(PERPLEXITY, higher_is_better=False)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
-        """`by_length`: length -> perplexity; `by_position`: buckets of the longest windows, `end` not included."""
+        """`by_length`: length -> perplexity. `by_position`: buckets of the longest windows; `end` is not included."""
         lengths = sorted({record["length"] for record in records})
         by_length = {}
         for length in lengths:
@@ -92,7 +92,7 @@ class Perplexity:
 
 
 def check_length(length: int, window: int) -> None:
-    """UserError where no model at hand has a window of `length`."""
+    """UserError if `length` exceeds `window`."""
     if length > window:
         raise UserError(
             f"--lengths {length} does not fit the longest window of the directories given, {window} tokens: "
@@ -101,7 +101,7 @@ def check_length(length: int, window: int) -> None:
 
 
 def buckets(length: int, first: int = 0) -> list[tuple[int, int]]:
-    """[start, end) of the buckets of positions `first` to length: 0-128, 128-256, 256-512, ..., both ends cut."""
+    """[start, end) of the buckets of positions `first` to `length`: 0-128, 128-256, 256-512, ..., cut at both ends."""
     edges = [first]
     edge = FIRST_BUCKET
     while edge < length:
@@ -111,7 +111,7 @@ def buckets(length: int, first: int = 0) -> list[tuple[int, int]]:
 
 
 def bucket_means(nll: np.ndarray, first: int = 0) -> list[float]:
-    """The mean of (T,) values, those of positions from `first` on, in each position bucket."""
+    """The mean in each bucket of `nll` (T,), which belongs to the positions from `first` on."""
     return [
         float(nll[start - first : end - first].mean(dtype=np.float64))
         for start, end in buckets(first + len(nll), first)

@@ -1,4 +1,4 @@
-"""Text to hide something in, cut to a number of tokens in a model's own tokenizer."""
+"""Text to hide something in, cut to a number of tokens of a model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..errors import UserError
+from ...errors import UserError
 
-CLOSE = 0.995  # share of the budget at which the search may stop
-WORD = 32  # characters: what is longer (a language without spaces, a table of digits) is cut into several words
-SENTENCE = 200  # words (a piece of a long one counts as ten): what is longer (text without full stops) is cut, so that
-# needles find a place in it
-_CUT = "\0"  # at the end of a word that goes on in the next one
+CLOSE = 0.995  # the search stops at this share of the budget
+WORD = 32  # characters; a longer word (of a language without spaces, of a table of digits) is cut into several
+# Words; a piece of a long word counts as ten. A longer sentence (text without full stops) is cut, so that needles
+# can be placed in it.
+SENTENCE = 200
+_CUT = "\0"  # marks the end of a word that continues in the next one
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 @dataclass(frozen=True)
 class Prose:
-    """A user's text as words, taken from anywhere and cycled where it is short."""
+    """A user's text as words. They may be taken from any place, and a short text is repeated."""
 
     text: str
     _words: list[str] = field(init=False, repr=False, compare=False)
@@ -39,7 +40,7 @@ class Prose:
         return sorted(set(re.findall(r"(?<![A-Za-z'’-])[a-z]{4,10}(?![A-Za-z'’-])", self.text)))
 
     def take(self, count: int, start: int = 0) -> list[str]:
-        """`count` words from word `start` on, going round at the end; `join` makes text of them."""
+        """`count` words from word `start` on, then from the first word again. `join` makes text of them."""
         if count < 1:
             return []
         first = self._words[start % self.words :]
@@ -48,7 +49,7 @@ class Prose:
 
 
 def _parts(word: str) -> list[str]:
-    """A word, in pieces where it is longer than `WORD` characters."""
+    """A word, cut into pieces if it is longer than `WORD` characters."""
     if len(word) <= WORD:
         return [word]
     pieces = re.findall(r".{1,15}?[。！？]|.{1,16}", word)
@@ -56,12 +57,12 @@ def _parts(word: str) -> list[str]:
 
 
 def join(words: Iterable[str]) -> str:
-    """Words as text: spaces between them, none where a long word was cut."""
+    """Words as text, with spaces between them but not between the pieces of a long word."""
     return " ".join(words).replace(f"{_CUT} ", "").replace(_CUT, "")
 
 
 def prose(documents: Iterable[str], limit: int = 4_000_000) -> Prose:
-    """The beginning of some documents, at most about `limit` characters."""
+    """The first documents, up to about `limit` characters."""
     pieces, have = [], 0
     for text in documents:
         pieces.append(text[:limit])
@@ -72,24 +73,24 @@ def prose(documents: Iterable[str], limit: int = 4_000_000) -> Prose:
 
 
 def noise(words: int) -> str:
-    """`words` words of a repeated five-sentence filler, a line a round."""
+    """`words` words of a filler of five sentences, repeated in one line each."""
     unit = NOISE.split()
     rounds, rest = divmod(words, len(unit))
     return "\n".join([NOISE] * rounds + ([" ".join(unit[:rest])] if rest else []))
 
 
 def sentences(words: list[str]) -> list[str]:
-    """Words joined again and split behind full stops, question and exclamation marks; long ones further."""
-    found: list[str] = []
+    """The sentences of some words: they end at full stops, question marks and exclamation marks, or are cut."""
+    complete: list[str] = []
     part: list[str] = []
     taken = 0
     for word in words:
         part.append(word)
         taken += 10 if word.endswith(_CUT) else 1
         if taken >= SENTENCE or _ENDS.search(word):
-            found.append(join(part))
+            complete.append(join(part))
             part, taken = [], 0
-    return [*found, join(part)] if part else found
+    return [*complete, join(part)] if part else complete
 
 
 _ENDS = re.compile(rf"[.!?。！？]{_CUT}?$")
@@ -104,26 +105,26 @@ def fill(
     least: int = 0,
     most: int | None = None,
 ) -> int:
-    """The size whose text build(size) has as many tokens as `budget` allows, and never more.
+    """The size for which the text build(size) has as many tokens as `budget` allows, and never more.
 
-    Each guess lies where the budget would if tokens grew evenly with size; the search stops where no larger
-    size fits, at `most`, or when 99.5% of the budget are used.
+    Each guess assumes that tokens grow evenly with size. The search stops if no larger size fits, at `most`, or if
+    99.5 % of the budget are used.
 
-    Raises UserError where even build(least) is over the budget.
+    Raises UserError if build(least) exceeds the budget.
     """
     low = least
     tokens = smallest = count(build(least))
     if tokens > budget:
         raise UserError(f"{what}: its question alone takes {tokens} of {budget} tokens; give longer --lengths")
     high = None if most is None else most + 1  # the smallest size known not to fit
-    slope = 1.0  # tokens a unit of size
+    slope = 1.0  # tokens per unit of size
     while tokens < CLOSE * budget and (high is None or high - low > 1):
         guess = low + max(1, int((budget - tokens) / slope))
         guess = guess if high is None else min(guess, high - 1)
-        found = count(build(guess))
-        if found > budget:
-            high, slope = guess, max((found - tokens) / (guess - low), 0.01)
+        reached = count(build(guess))
+        if reached > budget:
+            high, slope = guess, max((reached - tokens) / (guess - low), 0.01)
         else:
-            low, tokens = guess, found
+            low, tokens = guess, reached
             slope = max((tokens - smallest) / (low - least), 0.01)
     return low

@@ -1,4 +1,4 @@
-"""Words for keys, values and lists: adjectives and nouns joined by a hyphen, so that few are found by chance."""
+"""Words for keys, values and lists: an adjective and a noun joined by a hyphen, which no text has by chance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compound(rng: random.Random) -> str:
 
 
 def compounds(rng: random.Random) -> Iterator[str]:
-    """Adjective-noun words, each once, as many as there are."""
+    """All adjective-noun words in random order."""
     total = len(ADJECTIVES) * len(NOUNS)
     for number in rng.sample(range(total), total):
         adjective, noun = divmod(number, len(NOUNS))

@@ -1,4 +1,4 @@
-"""Suite `passkey`: a number hidden at some depth of a long text, asked for at its end."""
+"""Suite `passkey`: a number is hidden at some depth of a long text; the question for it ends the text."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..results.statistics import DECISION, Metric
-from ..results.store import Record
+from ...errors import UserError
+from ...results.statistics import DECISION, Metric
+from ...results.store import Record
+from ..model import Directory, Subject, Tick, digest
 from .haystack import Prose, fill, join
 from .ppl import check_length
-from .subject import Directory, Subject, Tick, digest
 from .suite import Item
 
-BUDGET = 16  # tokens of the answer: five digits, with room for what a model says before them
+BUDGET = 16  # tokens of the answer: five digits, and room for words before them
 DEPTHS = (0, 10, 25, 50, 75, 90, 100)
 INTRODUCTION = "Somewhere in the text below there is a pass key. Read on and keep it in mind.\n\n"
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key."
@@ -24,10 +24,10 @@ QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Passkey:
-    """`samples` prompts at each length and depth (per cent of the text before the key), greedy answers.
+    """`samples` prompts at each length and depth (the percentage of the text before the key), answered greedily.
 
-    Prompt and answer together have at most `length` tokens and at least 98% of them. Metrics: `accuracy`
-    and `accuracy@LENGTH`; `grid` in results.json is length -> depth -> share of keys found.
+    Prompt and answer together have 98 % to 100 % of `length` tokens. Metrics: `accuracy` and `accuracy@LENGTH`;
+    `grid` in results.json is length -> depth -> share of right answers.
     """
 
     prose: Prose
@@ -41,24 +41,29 @@ class Passkey:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "lengths": list(self.lengths), "depths": list(self.depths), "samples": self.samples, "seed": self.seed,
+            "lengths": list(self.lengths),
+            "depths": list(self.depths),
+            "samples": self.samples,
+            "seed": self.seed,
             "text": digest(self.prose.text),
-        }  # fmt: skip
+        }
 
     def items(self, directory: Directory, window: int) -> list[Item]:
-        """Where each prompt goes; its text is made when it is measured, from the seed alone."""
+        """Length, depth and number of each prompt. Its text is made when it is measured, and depends on the seed."""
         for length in self.lengths:
             check_length(length, window)
-            self.prompt(directory, length, 50, 0)  # a length that cannot hold the question is told at once
+            self.prompt(directory, length, 50, 0)  # raises if the length cannot hold the question
         if bad := [depth for depth in self.depths if not 0 <= depth <= 100]:
-            raise UserError(f"--depths {bad[0]}: a depth is per cent of the text, from 0 to 100")
+            raise UserError(f"--depths {bad[0]}: a depth is a percentage of the text, from 0 to 100")
         return [
             Item(f"{length}/{depth}/{i}", (length, depth, i), length)
-            for length in self.lengths for depth in self.depths for i in range(self.samples)
-        ]  # fmt: skip
+            for length in self.lengths
+            for depth in self.depths
+            for i in range(self.samples)
+        ]
 
     def prompt(self, directory: Directory, length: int, depth: int, sample: int) -> tuple[list[int], str]:
-        """(tokens of the prompt, the key); UserError where `length` cannot hold even the question."""
+        """(tokens of the prompt, the key); UserError if `length` cannot hold the question."""
         rng = random.Random(f"{self.seed}/{length}/{depth}/{sample}")
         key, start = str(rng.randrange(10_000, 100_000)), rng.randrange(self.prose.words)
         build = self._builder(key, start, depth)
@@ -78,10 +83,17 @@ class Passkey:
         length, depth, sample = item.content
         prompt, key = self.prompt(subject.directory, length, depth, sample)
         answer = subject.directory.decode(subject.greedy(prompt, BUDGET, tick, enough=lambda text: key in text))
-        found = float(key in answer)
+        right = float(key in answer)
         names = ["accuracy", f"accuracy@{length}"]
-        return {"id": item.id, "samples": dict.fromkeys(names, found), "key": key, "answer": answer,
-                "length": length, "depth": depth, "prompt_tokens": len(prompt)}  # fmt: skip
+        return {
+            "id": item.id,
+            "samples": dict.fromkeys(names, right),
+            "key": key,
+            "answer": answer,
+            "length": length,
+            "depth": depth,
+            "prompt_tokens": len(prompt),
+        }
 
     def metric(self, name: str) -> Metric:
         return Metric(DECISION, ideal=1.0)

@@ -1,0 +1,56 @@
+"""Continuations of a context, scored by log-likelihood as lm-evaluation-harness scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import UserError
+from ..model import Directory
+from .suite import Item
+
+
+@dataclass(frozen=True)
+class Request:
+    """One item as tokens: the sequences to score, and how many tokens at the end of each count."""
+
+    sequences: list[list[int]]
+    lengths: list[int]
+    content: dict[str, Any]
+
+
+def split_tokens(directory: Directory, context: str, continuation: str) -> tuple[list[int], int]:
+    """(tokens of context and continuation, how many are the continuation's), as lm-evaluation-harness splits them.
+
+    Spaces at the end of the context belong to the continuation. The joined text is encoded, and the continuation is
+    what follows as many tokens as the context alone has. An empty context is one first token.
+    """
+    bare = context.rstrip()
+    continuation, context = context[len(bare) :] + continuation, bare
+    if not context:
+        ids = list(directory.tokenizer.encode(continuation, add_special_tokens=False))
+        return [directory.prefix_token(), *ids], len(ids)
+    whole = directory.encode(context + continuation)
+    own = max(1, len(whole) - len(directory.encode(context)))  # at least one, if tokens merge across the border
+    return (whole if own < len(whole) else [directory.prefix_token(), *whole]), own
+
+
+def request_item(
+    directory: Directory,
+    window: int,
+    number: int,
+    context: str,
+    continuations: Sequence[str],
+    content: Mapping[str, Any],
+) -> Item:
+    """The item `number` of a suite; UserError if it does not fit `window` tokens."""
+    pairs = [split_tokens(directory, context, continuation) for continuation in continuations]
+    longest = max(len(tokens) for tokens, _ in pairs)
+    if longest > window + 1:  # the last token is only a target
+        raise UserError(
+            f"item {number} has {longest} tokens and does not fit the longest window of the directories given, "
+            f"{window} tokens: shorten the item or leave it out"
+        )
+    request = Request([tokens for tokens, _ in pairs], [length for _, length in pairs], dict(content))
+    return Item(str(number), request, sum(request.lengths) + longest)
