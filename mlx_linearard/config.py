@@ -1,8 +1,7 @@
-"""Every option of a distillation once: type, default, help and check. Flags, YAML and help texts come from it."""
+"""Every option of distill, defined once: type, default, help and check. Flags, YAML and help use this definition."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import math
@@ -15,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from .cli import Parser
 from .errors import UserError
 from .rope import METHODS
 
@@ -25,7 +23,7 @@ NORMALIZATIONS = ("heads", "paper-code")
 KEEPS = ("best", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-Check = Callable[[Any], str | None]  # the complaint, or None where the value is fine
+Check = Callable[[Any], str | None]  # the complaint, or None if the value is right
 
 
 def _positive(value: Any) -> str | None:
@@ -64,7 +62,7 @@ def _relations(value: str) -> str | None:
 
 
 def objectives_of(compare: Any) -> tuple[str, ...]:
-    """The objectives of `--compare a,b`, or of that line of a config.yaml, in order; () for none."""
+    """The objectives of `--compare a,b`, or of that line of a config.yaml, in order; () if there is none."""
     return tuple(filter(None, (part.strip() for part in str(compare or "").split(","))))
 
 
@@ -90,7 +88,12 @@ def option(
     metavar: str | None = None,
     group: str = "run",
 ) -> Any:
-    """A dataclass field that carries all there is to know of an option."""
+    """A dataclass field with everything that defines an option.
+
+    Args:
+        check: returns a complaint about a wrong value, or None.
+        group: the heading of the option in --help.
+    """
     if choices is not None:
         check = _one_of(choices)
         metavar = metavar or "|".join(choices)
@@ -100,24 +103,27 @@ def option(
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The options of `mlx_linearard.distill`. None means: chosen for the model, the data and the machine."""
+    """The options of `mlx_linearard.distill`. None means: chosen for the model, the data and the machine.
+
+    Raises UserError for a wrong value.
+    """
 
     model: str | None = option(
         None,
-        "a local mlx-lm or Hugging Face directory, or a hub repository; without it SmolLM2-135M-Instruct",
+        "a local mlx-lm or Hugging Face directory, or a hub repository; by default SmolLM2-135M-Instruct",
         metavar="PATH_OR_REPO",
         group="model and data",
     )
     data: str | None = option(
         None,
         "training text: a .txt, a folder of .txt, a .jsonl with a `text` field (each optionally .gz or .xz), "
-        "or hf:NAME; without it the prose of this Python's own documentation",
+        "or hf:NAME; by default the prose of this Python's own documentation",
         metavar="PATH_OR_DATASET",
         group="model and data",
     )
     valid_data: str | None = option(
         None,
-        "held-out text, in the same forms; without it the last part of --data",
+        "held-out text, in the same forms; by default the last part of --data",
         metavar="PATH_OR_DATASET",
         group="model and data",
     )
@@ -135,15 +141,14 @@ class DistillConfig:
     )
     objective: str = option(
         "relation",
-        "what is distilled: attention relations (LinearARD), the teacher's logits, both, or plain "
-        "next-token cross-entropy",
+        "the loss: attention relations (LinearARD), the teacher's logits, both, or plain next-token cross-entropy",
         choices=OBJECTIVES,
         group="objective",
     )
     compare: str | None = option(
         None,
-        "train each of these objectives on the same tokens from the same start, each in a run of its own below "
-        "--output, and weigh them in one report; `restored` is the first of them",
+        "train each of these objectives on the same tokens from the same start, each in its own run below --output, "
+        "and compare them in one report; `restored` is the first of them",
         check=_several_objectives,
         metavar="OBJECTIVE,OBJECTIVE",
         group="objective",
@@ -164,15 +169,15 @@ class DistillConfig:
     )
     seq_len: int | None = option(
         None,
-        "tokens a block; at most the model's native window",
+        "tokens per block; at most the model's native window",
         check=_positive,
         metavar="T",
         group="training",
     )
-    batch_size: int = option(1, "blocks a forward pass", check=_positive, metavar="N", group="training")
+    batch_size: int = option(1, "blocks per forward pass", check=_positive, metavar="N", group="training")
     grad_accum: int | None = option(
         None,
-        "forward passes a step, of all processes together; by default as many as make about 8192 tokens",
+        "forward passes per step, of all processes together; by default enough for about 8192 tokens",
         check=_positive,
         metavar="N",
         group="training",
@@ -198,7 +203,7 @@ class DistillConfig:
     lora_dropout: float = option(0.0, "dropout before the adapters", check=_fraction, metavar="P", group="training")
     fine_tune_type: str = option(
         "lora",
-        "what is trained of q, k and v: low-rank adapters, DoRA adapters, or the projections themselves",
+        "how the q, k and v projections are trained: with low-rank adapters, with DoRA adapters, or in full",
         choices=FINE_TUNE_TYPES,
         group="training",
     )
@@ -212,8 +217,8 @@ class DistillConfig:
     )
     keep: str = option(
         "best",
-        "which state is exported: the best on held-out text, by KL to the teacher (with objective ce by perplexity), "
-        "among the start, what --eval-every evaluated and the end; or the last",
+        "which state is exported: the last one, or the best one on held-out text, by KL to the teacher (by perplexity "
+        "with objective ce), among the start, the states that --eval-every evaluated, and the end",
         choices=KEEPS,
     )
     patience: int = option(
@@ -222,8 +227,8 @@ class DistillConfig:
         check=_not_negative,
         metavar="N",
     )
-    keep_checkpoints: int = option(2, "how many checkpoints stay, beside the best", check=_positive, metavar="N")
-    eval_tokens: int | None = option(None, "held-out tokens a length", check=_positive, metavar="N")
+    keep_checkpoints: int = option(2, "how many checkpoints stay, besides the best one", check=_positive, metavar="N")
+    eval_tokens: int | None = option(None, "held-out tokens per length", check=_positive, metavar="N")
     eval_lengths: str = option(
         "auto",
         "lengths at which perplexity is measured; auto is the block length, and on a GPU also twice the native window",
@@ -232,24 +237,24 @@ class DistillConfig:
     )
     dtype: str = option(
         "auto",
-        "of the frozen weights in memory; auto is float32 on a CPU, the model's own elsewhere",
+        "dtype of the frozen weights in memory; auto is float32 on a CPU, else the model's own",
         choices=DTYPES,
     )
-    workspace: int = option(256, "MB that tiles of scores may take", check=_positive, metavar="MB")
+    workspace: int = option(256, "MB for tiles of scores", check=_positive, metavar="MB")
     memory_limit: int | None = option(
         None,
-        "MB of arrays beyond which mlx waits for work to finish and frees its cache",
+        "MB of arrays above which mlx waits for running work and frees its cache",
         check=_positive,
         metavar="MB",
     )
-    cache_limit: int | None = option(None, "MB that mlx may keep for reuse", check=_not_negative, metavar="MB")
+    cache_limit: int | None = option(None, "MB that mlx keeps for reuse", check=_not_negative, metavar="MB")
     wired_limit: int | None = option(
-        None, "MB that stay in memory whatever else runs (Apple GPUs)", check=_positive, metavar="MB"
+        None, "MB that the system never moves out of memory (Apple GPUs)", check=_positive, metavar="MB"
     )
-    resume: bool = option(False, "go on from the last checkpoint in --output")
-    overwrite: bool = option(False, "replace a run that --output already holds")
+    resume: bool = option(False, "continue from the last checkpoint in --output")
+    overwrite: bool = option(False, "replace the run that --output already holds")
     dry_run: bool = option(False, "print the plan (data, steps, memory) and stop, without loading the weights")
-    force: bool = option(False, "run although the plan needs more memory than the machine has")
+    force: bool = option(False, "run even if the plan needs more memory than the machine has")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -265,7 +270,7 @@ class DistillConfig:
         if self.compare and self.objective != "relation":
             raise UserError("--compare and --objective both say what is distilled: give one of them")
         if self.resume and self.overwrite:
-            raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
+            raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
 
 def flag(name: str) -> str:
@@ -273,56 +278,12 @@ def flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _type_of(item: dataclasses.Field[Any]) -> type:
+def type_of(item: dataclasses.Field[Any]) -> type:
     """The plain type of a field, with `| None` taken off."""
     hint = typing.get_type_hints(DistillConfig)[item.name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in hint.__args__ if part is not type(None))
     return typing.cast(type, hint)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `distill`, made from DistillConfig. Absent flags are absent from the namespace."""
-    made = Parser(
-        "mlx_linearard.distill",
-        "Extend a model's context window and restore what that costs, by distilling the frozen native model. "
-        "Without any option it runs a real demonstration sized to this machine. Several processes share a run "
-        "where mlx.launch starts it: `mlx.launch -n 2 -- python -m mlx_linearard.distill ...` on one machine, or "
-        "`mlx.launch --hostfile hosts.json -- ...` on several; each makes its part of every step's --grad-accum times "
-        "--batch-size blocks, the result is that of one process, and only the first one writes.",
-        argument_default=argparse.SUPPRESS,
-    )
-    made.add_argument("-c", "--config", metavar="FILE.yaml", help="options from a file; flags win over it")
-    options = dataclasses.fields(DistillConfig)
-    for name in dict.fromkeys(item.metadata["group"] for item in options):
-        group = made.add_argument_group(name)
-        for item in options:
-            if item.metadata["group"] == name:
-                _add_flag(group, item)
-    return made
-
-
-def _add_flag(group: Any, item: dataclasses.Field[Any]) -> None:
-    kind, help_ = _type_of(item), item.metadata["help"].replace("%", "%%")
-    if kind is bool:
-        group.add_argument(f"--{flag(item.name)}", action="store_true", help=help_, default=argparse.SUPPRESS)
-        return
-    if item.default is not None:
-        help_ = f"{help_} (default: {item.default})"
-    group.add_argument(
-        f"--{flag(item.name)}",
-        type=kind,
-        help=help_,
-        metavar=item.metadata["metavar"],
-        default=argparse.SUPPRESS,
-    )
-
-
-def parse(arguments: Sequence[str] | None = None) -> DistillConfig:
-    """The configuration of a command line: a flag wins over --config's file, which wins over the default."""
-    given = vars(parser().parse_args(arguments))
-    path = given.pop("config", None)
-    return DistillConfig(**{**(read_yaml(path) if path else {}), **given})
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -347,7 +308,7 @@ def _checked(path: str | Path, key: str, value: Any) -> Any:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see mlx_linearard.distill --help"
         raise UserError(f"--config {path}: there is no option {one_word(key)}{hint}")
-    kind = _type_of(known[name])
+    kind = type_of(known[name])
     if value is None and known[name].default is None:
         return None
     if kind is str and name in ("layers", "eval_lengths", "compare") and isinstance(value, int | list):
@@ -367,7 +328,7 @@ def _number(value: int | str) -> Any:
 
 
 def one_word(value: Any) -> str:
-    """A value quoted for a message, cut where it is long."""
+    """A value quoted for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -124,6 +124,10 @@ def _runs(root: Path) -> None:
     def broken(name: str, change: Callable[[Path], object], file: str) -> None:
         shutil.copytree(root / "run", root / name)
         change(root / name / file)
+        if "checkpoints" in file:  # a run would resume from another checkpoint that is undamaged
+            for other in (root / name / "checkpoints").iterdir():
+                if not (root / name / file).is_relative_to(other):
+                    shutil.rmtree(other)
 
     checkpoint = next((root / "run" / "checkpoints").glob("step-*2")).relative_to(root / "run")
     state = str(checkpoint / "state.json")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_linearard.config import DistillConfig, parse, parser, read_yaml, to_yaml
+from mlx_linearard.config import DistillConfig, read_yaml, to_yaml
+from mlx_linearard.distill.__main__ import parse, parser
 from mlx_linearard.errors import UserError
 
 

@@ -23,7 +23,7 @@ from tiny import PROSE, tiny_model
 from mlx_linearard.config import DistillConfig, read_yaml, to_yaml
 from mlx_linearard.data import read_documents
 from mlx_linearard.distill import checkpoint
-from mlx_linearard.distill.outline import outline
+from mlx_linearard.distill.plan import inspect_model, plan_run
 from mlx_linearard.distill.step import Best, Schedule, TrainState
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.suites.choice import check_choice
@@ -170,7 +170,7 @@ def test_config(sound: Path, mutation: Any) -> None:
     folder = _copy(sound / "model", sound / "mutant" / "model", "config.json", edits)
     machine = Machine("test", False, 1 << 34, 100.0)
     options = DistillConfig(model=str(folder), method=method, lora_rank=2)
-    only_our_error(lambda: list(outline(options, folder, lambda: machine).lines()))
+    only_our_error(lambda: list(plan_run(options, inspect_model(options, folder), machine).lines()))
 
 
 def _load(sound: Path, name: str, edits: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_linearard.config import DistillConfig
-from mlx_linearard.distill.job import Listener
+from mlx_linearard.distill.listener import Listener
 from mlx_linearard.distill.step import StepRecord
 
 

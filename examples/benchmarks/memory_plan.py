@@ -121,17 +121,17 @@ def child(work: dict[str, Any]) -> None:
     import mlx.core as mx
 
     from mlx_linearard.config import DistillConfig
-    from mlx_linearard.distill.outline import objective_of, outline
+    from mlx_linearard.distill.plan import inspect_model, objective_of, plan_run
     from mlx_linearard.distill.step import Schedule, TrainState, train_step
     from mlx_linearard.machine import Machine, describe, on_gpu
     from mlx_linearard.models.pair import load_pair
 
     path = Path(work.pop("path"))
     config = DistillConfig(model=str(path), grad_accum=1, **work)
-    found = outline(config, path, lambda: Machine(describe(), on_gpu(), 1 << 40, 1.0))
-    plan = found.memory
+    run = plan_run(config, inspect_model(config, path), Machine(describe(), on_gpu(), 1 << 40, 1.0))
+    plan = run.memory
     pair = load_pair(
-        path, method=config.method, factor=config.factor, lora_rank=config.lora_rank, dtype=found.dtype,
+        path, method=config.method, factor=config.factor, lora_rank=config.lora_rank, dtype=run.dtype,
         adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
     )  # fmt: skip
     objective = objective_of(config, pair.student)
@@ -139,12 +139,12 @@ def child(work: dict[str, Any]) -> None:
     state = TrainState.start(pair, schedule)
     peak = 0
     for _ in range(STEPS):
-        tokens = mx.random.randint(0, 1000, (1, found.sizing.seq_len + 1))
+        tokens = mx.random.randint(0, 1000, (1, run.sizing.seq_len + 1))
         mx.eval(tokens)
         peak = max(peak, train_step(pair, objective, schedule, state, [tokens]).peak_memory)
     parts = ("weights", "adapters", "optimizer", "activations", "workspace")
     print(json.dumps({
-        "machine": describe(), "mlx": mx.__version__, "model": path.name, "dtype": found.dtype or "file's",
+        "machine": describe(), "mlx": mx.__version__, "model": path.name, "dtype": run.dtype or "file's",
         "objective": config.objective, "length": config.seq_len, "layers": config.layers,
         "workspace_limit_mb": config.workspace, "planned_mb": round(plan.total / 1e6, 1),
         "measured_mb": round(peak / 1e6, 1), "ratio": round(plan.total / peak, 4), "moment": plan.moment,

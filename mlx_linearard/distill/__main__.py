@@ -2,20 +2,86 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cli import run_command
-from ..config import DistillConfig, parse
+from ..cli import Parser, run_command
+from ..config import DistillConfig, flag, read_yaml, type_of
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
 from ..progress import Progress, duration
 from ..report.content import read_run, verdict
 from .compare import compare_objectives
-from .run import Listener, Result, distill
+from .listener import Listener
+from .run import Result, distill
 from .step import StepRecord
+
+DESCRIPTION = (
+    "Extend a model's context window and restore what that costs, by distilling the frozen native model. "
+    "Without any option it runs a real demonstration sized to this machine. Several processes share a run that "
+    "mlx.launch starts: `mlx.launch -n 2 -- python -m mlx_linearard.distill ...` on one machine, or "
+    "`mlx.launch --hostfile hosts.json -- ...` on several. Each process makes its part of every step's --grad-accum "
+    "times --batch-size blocks, the result is that of one process, and only the first process writes."
+)
+
+# ---------------------------------------------------------------------------------------------------
+# Options
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, made from DistillConfig. A flag that is not given is absent from the namespace."""
+    command = Parser("mlx_linearard.distill", DESCRIPTION, argument_default=argparse.SUPPRESS)
+    command.add_argument("-c", "--config", metavar="FILE.yaml", help="options from a file; flags win over it")
+    options = dataclasses.fields(DistillConfig)
+    for name in dict.fromkeys(item.metadata["group"] for item in options):
+        group = command.add_argument_group(name)
+        for item in options:
+            if item.metadata["group"] == name:
+                _add_flag(group, item)
+    return command
+
+
+def _add_flag(group: Any, item: dataclasses.Field[Any]) -> None:
+    kind, text = type_of(item), item.metadata["help"].replace("%", "%%")
+    if kind is bool:
+        group.add_argument(f"--{flag(item.name)}", action="store_true", help=text, default=argparse.SUPPRESS)
+        return
+    if item.default is not None:
+        text = f"{text} (default: {item.default})"
+    group.add_argument(
+        f"--{flag(item.name)}",
+        type=kind,
+        help=text,
+        metavar=item.metadata["metavar"],
+        default=argparse.SUPPRESS,
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> DistillConfig:
+    """The options of a command line: a flag wins over --config's file, which wins over the default."""
+    given = vars(parser().parse_args(arguments))
+    path = given.pop("config", None)
+    return DistillConfig(**{**(read_yaml(path) if path else {}), **given})
+
+
+def _parse_for_all(arguments: Sequence[str] | None, ranks: Ranks) -> DistillConfig:
+    """The options of the first rank's command line, for all ranks."""
+    with ranks.meeting():
+        options: dict[str, Any] = {}
+        if ranks.leads:
+            config = parse(arguments)
+            if config.compare and ranks.size > 1:
+                raise UserError("--compare makes one run after another in one process: leave mlx.launch out")
+            options = dataclasses.asdict(config)
+        options = ranks.from_first(options)
+    return DistillConfig(**options)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Output
 
 
 class Printer(Listener):
@@ -54,48 +120,41 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def _guarded(result: Result) -> str:
-    return f"; the guard skipped {result.skipped} of them" if result.skipped else ""
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command's body: parse, distil, tell."""
+    """The command's body: parse, distil, print the table."""
     with joined() as ranks:
-        config = DistillConfig(**ranks.from_first(lambda: dataclasses.asdict(_parsed(arguments, ranks))))
+        config = _parse_for_all(arguments, ranks)
         if config.compare:
             return _compare(config)
         result = distill(config, Printer(), ranks)
-    if result is None:
-        return 0
+    if result is not None:
+        _print_result(result)
+    return 0
+
+
+def _print_result(result: Result) -> None:
     print(f"\n{table({name: getattr(result, name).as_json() for name in ('native', 'scaled', 'restored')})}\n")
     print("\n".join(verdict(read_run(result.run.root))))
+    skipped = f"; the guard skipped {result.skipped} of them" if result.skipped else ""
     print(
-        f"Exported is the state after step {result.exported_step} of {result.steps}{_guarded(result)}; "
+        f"Exported is the state after step {result.exported_step} of {result.steps}{skipped}; "
         f"{duration(result.seconds)} in all; the report is {result.run.report}."
     )
     model = result.run.model
     print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
-    return 0
-
-
-def _parsed(arguments: Sequence[str] | None, ranks: Ranks) -> DistillConfig:
-    """The options of the command line, which those of the first rank are for all."""
-    config = parse(arguments)
-    if config.compare and ranks.size > 1:
-        raise UserError("--compare makes one run after another, which processes do not share: leave mlx.launch out")
-    return config
 
 
 def _compare(config: DistillConfig) -> int:
-    """--compare: all rows, what they say, and where everything is."""
-    made = compare_objectives(config, Printer())
-    if made is None:
+    """--compare: print all rows, the verdict, and the paths."""
+    comparison = compare_objectives(config, Printer())
+    if comparison is None:
         return 0
-    print(f"\n{table({name: made.results[name] for name in ('native', 'scaled', *made.objectives)})}\n")
-    print("\n".join(verdict(read_run(made.run.root))))
+    rows = ("native", "scaled", *comparison.objectives)
+    print(f"\n{table({name: comparison.results[name] for name in rows})}\n")
+    print("\n".join(verdict(read_run(comparison.run.root))))
     print(
-        f"{duration(made.seconds)} in all; the report is {made.run.report}, the models are in "
-        f"{made.run.root}/{{{','.join(made.objectives)}}}/model."
+        f"{duration(comparison.seconds)} in all; the report is {comparison.run.report}, the models are in "
+        f"{comparison.run.root}/{{{','.join(comparison.objectives)}}}/model."
     )
     return 0
 

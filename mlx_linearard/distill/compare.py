@@ -1,16 +1,17 @@
-"""Several objectives on the same tokens from the same start, each a run of its own, weighed in one report.
+"""Several objectives trained on the same tokens from the same start, each in its own run, compared in one report.
 
-The comparison's directory holds a run directory for each objective, named after it, and a results.json whose
-rows are native, scaled and each objective's restored model; `restored` repeats the first of them.
+The comparison's directory holds one run directory per objective, named after it, and a results.json whose rows
+are native, scaled and each objective's restored model; `restored` repeats the first of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ import mlx.core as mx
 from ..config import OBJECTIVES, DistillConfig, objectives_of, read_yaml, to_yaml
 from ..data import hash_of
 from ..errors import UserError
-from ..evaluate.held_out import Fidelity
-from ..files import RunDir, disk_errors, read_json, write_json
+from ..files import RunDir, disk_errors, locked, read_json, write_json
 from ..report.content import write_report
 from ..results.store import COMPARISONS, merged_dict, read_results
 from ..results.weighing import HELD_OUT, weigh
 from .checkpoint import differences
+from .listener import Listener
 from .plan import steps_of
-from .run import FREE_ON_RESUME, Job, Listener, Text, check_place, execute, plan_only, prepare, read_before
+from .prepare import FREE_ON_RESUME, Job, Text, check_not_in_use, check_place, check_text, load, make_plan
+from .run import Rows, execute, read_before
 
 RESTORED = "restored"
 
@@ -43,217 +45,250 @@ class Comparison:
 
 
 def compare_objectives(config: DistillConfig, listener: Listener | None = None) -> Comparison | None:
-    """Train every objective of `config.compare` and weigh them; None after a dry run.
+    """Train every objective of `config.compare` and compare the results; None after a dry run.
 
-    With `resume`, finished objectives are not trained again, a stopped one goes on, and others may be added.
-    Raises UserError for a user's mistake, before anything is written; KeyboardInterrupt after saving.
+    With `resume`, finished objectives are not trained again, a stopped one is continued, and others may be added.
+
+    Raises:
+        UserError: a user's mistake, raised before anything is written.
+        KeyboardInterrupt: a signal asked the run to stop; the state is saved.
     """
     started = time.perf_counter()
-    session = _Session(config, listener or Listener())
-    for number, name in enumerate(session.names, 1):
-        session.one(number, name)
-        mx.clear_cache()
+    listener = listener or Listener()
+    place, objectives = RunDir(config.output), objectives_of(config.compare)
+    check_comparison_place(config, place)
     if config.dry_run:
+        plan_all(config, place, objectives, listener)
         return None
-    session.write_config()
-    return Comparison(session.place, session.names, session.gather(), time.perf_counter() - started)
+    manifest: Manifest | None = None
+    text: Text | None = None
+    with contextlib.ExitStack() as opened:
+        if config.resume:
+            opened.enter_context(locked(place.root))
+            manifest = read_manifest(place, config)
+        for number, objective in enumerate(objectives, 1):
+            label = f"{objective}, {number} of {len(objectives)}"
+            if manifest and manifest.has_finished(objective, place, config):
+                listener.say(f"{label}: finished before")
+                continue
+            listener.say(f"{label}:")
+            run_started = time.perf_counter()
+            plan = make_plan(config_of(objective, config, manifest), listener=listener)
+            job = load(plan, listener=listener, text=text)
+            text = job.text
+            if manifest is None:
+                manifest = Manifest.of(job)
+                opened.enter_context(new_comparison(config, place, manifest))
+            manifest.check(_identity(job))
+            write_config(place, manifest.with_sizes(config), str(job.pair.path))
+            run_objective(objective, job, listener, run_started, measured_before(place, objectives))
+            del plan, job  # the models, before the next ones are loaded
+            mx.clear_cache()
+            manifest = manifest.with_finished(objective, config)
+            manifest.write(place.comparison)
+            gather(place, manifest, config, objectives)
+        assert manifest is not None
+        write_config(place, manifest.with_sizes(config))
+        results = gather(place, manifest, config, objectives)
+    return Comparison(place, objectives, results, time.perf_counter() - started)
+
+
+def check_comparison_place(config: DistillConfig, place: RunDir) -> None:
+    """UserError if the comparison cannot be written to `place`."""
+    root = place.root
+    check_place(config, root, "comparison", holds=place.comparison.exists(), missing="comparison to resume")
+    check_not_in_use(config, root)
+    if config.overwrite and config.model and Path(config.model).resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--overwrite would remove --model {config.model}: choose another --output")
+
+
+def plan_all(config: DistillConfig, place: RunDir, objectives: Sequence[str], listener: Listener) -> None:
+    """A dry run: check and report the plan of every objective."""
+    manifest = read_manifest(place, config) if config.resume else None
+    for number, objective in enumerate(objectives, 1):
+        listener.say(f"{objective}, {number} of {len(objectives)}:")
+        check_text(make_plan(config_of(objective, config, manifest), listener=listener), listener=listener)
+
+
+def config_of(objective: str, config: DistillConfig, manifest: Manifest | None) -> DistillConfig:
+    """The options of one objective's run."""
+    run = RunDir(Path(config.output) / objective)
+    sized = manifest.with_sizes(config) if manifest else config
+    return dataclasses.replace(
+        sized,
+        compare=None,
+        objective=objective,
+        output=str(run.root),
+        resume=config.resume and run.config.exists(),
+    )
+
+
+def run_objective(objective: str, job: Job, listener: Listener, started: float, before: Rows | None) -> None:
+    """Train one objective; a UserError names it."""
+    try:
+        execute(job, listener, started, before)
+    except UserError as error:
+        raise UserError(f"{objective}: {error}") from None
+
+
+def measured_before(place: RunDir, objectives: Sequence[str]) -> Rows | None:
+    """The rows of native and scaled, if a run of this comparison has measured them."""
+    rows = (read_before(RunDir(place.root / objective)) for objective in objectives)
+    return next((pair for pair in rows if pair), None)
 
 
 # ---------------------------------------------------------------------------------------------------
-# What the runs have in common
+# The manifest
 
 
-@dataclass
-class _Common:
-    """comparison.json: what all runs must agree on, their sizes, and which are finished after how many steps."""
+@dataclass(frozen=True)
+class Manifest:
+    """comparison.json: the facts on which all runs agree, their sizes, and the steps of each finished objective."""
 
     identity: dict[str, Any]
     sizes: dict[str, int]
     finished: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: Job) -> _Common:
+    def of(cls, job: Job) -> Manifest:
+        """The manifest of a new comparison, whose first job this is."""
         sizing = job.sizing
         sizes = {
-            "seq_len": sizing.seq_len, "grad_accum": sizing.grad_accum, "steps": job.schedule.steps,
+            "seq_len": sizing.seq_len,
+            "grad_accum": sizing.grad_accum,
+            "steps": job.schedule.steps,
             "eval_tokens": sizing.eval_tokens,
-        }  # fmt: skip
+        }
         return cls(_identity(job), sizes)
 
     @classmethod
-    def read(cls, path: Path) -> _Common:
-        found = read_json(path)
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in `path`; UserError if the file holds something else."""
+        value = read_json(path)
         names = [item.name for item in dataclasses.fields(cls)]
-        if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in names):
-            raise UserError(f"{path} is not a comparison's: start again with --overwrite")
-        return cls(*(found[name] for name in names))
+        if not isinstance(value, dict) or not all(isinstance(value.get(name), dict) for name in names):
+            raise UserError(f"{path} is not a comparison's manifest: start again with --overwrite")
+        numbers = [*value["sizes"].values(), *value["finished"].values()]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise UserError(f"{path} is not a comparison's manifest: start again with --overwrite")
+        return cls(*(value[name] for name in names))
 
     def write(self, path: Path) -> None:
         write_json(path, dataclasses.asdict(self))
 
-    def fixed(self, config: DistillConfig) -> DistillConfig:
-        """`config` with sizes where it leaves them open, and --tokens as steps."""
+    def with_sizes(self, config: DistillConfig) -> DistillConfig:
+        """`config` with the sizes that it leaves open, and with --tokens as steps."""
         sizes: dict[str, Any] = {name: getattr(config, name) or size for name, size in self.sizes.items()}
         if config.tokens:
             sizes["steps"] = steps_of(config.tokens, sizes["seq_len"] * config.batch_size * sizes["grad_accum"])
         return dataclasses.replace(config, tokens=None, **sizes)
 
-    def check(self, now: Mapping[str, Any]) -> None:
-        """UserError that names what differs from the runs there are; what `now` does not say is not looked at."""
-        if different := differences(self.identity, now, now):
+    def with_finished(self, objective: str, config: DistillConfig) -> Manifest:
+        """The manifest after `objective` has made all steps that `config` asks for."""
+        steps = self.with_sizes(config).steps
+        assert steps is not None
+        return dataclasses.replace(self, finished={**self.finished, objective: steps})
+
+    def has_finished(self, objective: str, place: RunDir, config: DistillConfig) -> bool:
+        """Whether `objective` has made all steps that `config` asks for, and its run is still there."""
+        run = RunDir(place.root / objective)
+        complete = self.finished.get(objective) == self.with_sizes(config).steps
+        return complete and all(path.exists() for path in (run.results, run.held_out, run.metrics, run.model))
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """UserError that names the differences between `facts` and those of the runs so far."""
+        if different := differences(self.identity, facts, facts):
             raise UserError(
-                f"--resume: the runs of this comparison would differ: {different}; give the options it "
-                "began with, or another --output"
+                f"--resume: the runs of this comparison would differ: {different}; give the options with which the "
+                "comparison began, or another --output"
             )
 
 
+def read_manifest(place: RunDir, config: DistillConfig) -> Manifest:
+    """The manifest of the comparison in `place`; UserError if `config` asks for another comparison."""
+    manifest = Manifest.read(place.comparison)
+    options = dataclasses.asdict(manifest.with_sizes(config))
+    manifest.check({name: options[name] for name in options.keys() - FREE_ON_RESUME - {"objective"}})
+    return manifest
+
+
 def _identity(job: Job) -> dict[str, Any]:
-    """What a job must share with the others: all that a checkpoint asks for but the objective, and held-out text."""
+    """The facts on which all jobs agree: those of a checkpoint without the objective, and the held-out text."""
     same = {name: value for name, value in job.identity.items() if name != "objective"}
-    return json.loads(json.dumps({**same, "held_out": hash_of(*job.held_out.values())}))
+    return json.loads(json.dumps({**same, "held_out": hash_of(*job.text.held_out.values())}))
 
 
 # ---------------------------------------------------------------------------------------------------
-# The runs
+# The directory
 
 
-class _Session:
-    """One call of `compare_objectives`: the options, made definite by the first run, and what is shared."""
-
-    def __init__(self, config: DistillConfig, listener: Listener):
-        self.config, self.listener = config, listener
-        self.names = objectives_of(config.compare)
-        self.place = RunDir(config.output)
-        _check_place(config, self.place)
-        self.text: Text | None = None
-        self.common: _Common | None = None
-        if config.resume:
-            self.common = _Common.read(self.place.comparison)
-            self.config = self.common.fixed(config)
-            free = {*FREE_ON_RESUME, "objective"}
-            self.common.check({k: v for k, v in dataclasses.asdict(self.config).items() if k not in free})
-
-    def child(self, name: str) -> RunDir:
-        return RunDir(self.place.root / name)
-
-    def one(self, number: int, name: str) -> None:
-        """Train one objective, where it is not finished, and put it beside the others."""
-        label = f"{name}, {number} of {len(self.names)}"
-        if self.finished(name):
-            self.listener.say(f"{label}: finished before")
-            return
-        self.listener.say(f"{label}:")
-        started = time.perf_counter()
-        run = self.child(name)
-        config = dataclasses.replace(
-            self.config, compare=None, objective=name, output=str(run.root),
-            resume=self.config.resume and run.config.exists(),
-        )  # fmt: skip
-        if self.config.dry_run and self.common is None:
-            plan_only(config, self.listener)
-            return
-        job = prepare(config, self.listener, self.text)
-        self.text = job.blocks.tokens, job.held_out
-        self._agree(job)
-        if not self.config.dry_run:
-            try:
-                execute(job, self.listener, started, self._measured())
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-            self._finish(name)
-
-    def finished(self, name: str) -> bool:
-        """Whether a run has come to its end, as long as it is asked to be, and is still there."""
-        common, run = self.common, self.child(name)
-        ended = common is not None and common.finished.get(name) == self.config.steps
-        return ended and all(path.exists() for path in (run.results, run.held_out, run.metrics, run.model))
-
-    def _agree(self, job: Job) -> None:
-        """The first run sets what the others must share; the directory is made when it is ready to start."""
-        if self.common is None:
-            self.common = _Common.of(job)
-            self.config = self.common.fixed(self.config)
-            if not self.config.dry_run:
-                _open(self.place, self.common)
-        self.common.check(_identity(job))
-        if not self.config.dry_run:
-            self.write_config(str(job.pair.path))
-
-    def write_config(self, model: str | None = None) -> None:
-        """config.yaml, with the objectives of this call and the model where it lies."""
-        before = read_yaml(self.place.config) if self.place.config.exists() else {}
-        config = dataclasses.replace(self.config, model=model or before.get("model"))
-        with disk_errors(self.place.config):
-            self.place.config.write_text(to_yaml(config), encoding="utf-8")
-
-    def _measured(self) -> tuple[Fidelity, Fidelity] | None:
-        """Native and scaled as another run of this comparison has measured them."""
-        found = (read_before(self.child(name)) for name in self.names)
-        return next((rows for rows in found if rows), None)
-
-    def _finish(self, name: str) -> None:
-        assert self.common is not None and self.config.steps
-        self.common.finished[name] = self.config.steps
-        self.common.write(self.place.comparison)
-        self.gather()
-
-    def gather(self) -> dict[str, Any]:
-        """results.json and the report of what is finished; what `evaluate` has put into it stays."""
-        names = [name for name in self.names if self.finished(name)]
-        parts = _results({name: self.child(name) for name in names}, self.names)
-        gone = {*OBJECTIVES, RESTORED}.difference(names)
-        kept = {key: value for key, value in read_results(self.place.results).items() if key not in gone}
-        results = merged_dict(kept, parts)
-        write_json(self.place.results, results)
-        write_report(self.place.root)
-        return results
-
-
-def _check_place(config: DistillConfig, place: RunDir) -> None:
-    root = place.root
-    check_place(config, root, "comparison", holds=place.comparison.exists(), missing="comparison to go on with")
-    if config.overwrite and config.model and Path(config.model).resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--overwrite would remove --model {config.model}: choose another --output")
-
-
-def _open(place: RunDir, common: _Common) -> None:
-    """Make the directory; of an earlier comparison nothing stays."""
+@contextlib.contextmanager
+def new_comparison(config: DistillConfig, place: RunDir, manifest: Manifest) -> Iterator[None]:
+    """Make the directory, remove an earlier comparison, and keep other processes out while the block runs."""
     with disk_errors(place.root):
         place.root.mkdir(parents=True, exist_ok=True)
-        for old in [*(place.root / name for name in OBJECTIVES), place.items]:
-            if old.is_dir():
-                shutil.rmtree(old)
-        for file in (place.results, place.report, place.report_markdown):
-            file.unlink(missing_ok=True)
-        common.write(place.comparison)
+    with locked(place.root):
+        check_place(config, place.root, "comparison", holds=place.comparison.exists(), missing="")
+        with disk_errors(place.root):
+            for old in [*(place.root / objective for objective in OBJECTIVES), place.items]:
+                if old.is_dir():
+                    shutil.rmtree(old)
+            for file in (place.results, place.report, place.report_markdown):
+                file.unlink(missing_ok=True)
+            manifest.write(place.comparison)
+        yield
+
+
+def write_config(place: RunDir, config: DistillConfig, model: str | None = None) -> None:
+    """config.yaml: the options with all sizes, and the model's path (by default the one that is there)."""
+    if model is None and place.config.exists():
+        model = read_yaml(place.config).get("model")
+    with disk_errors(place.config):
+        place.config.write_text(to_yaml(dataclasses.replace(config, model=model)), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------
-# One table of all
+# One table for all runs
 
 
-def _results(runs: Mapping[str, RunDir], names: Sequence[str]) -> dict[str, Any]:
-    """results.json of the comparison from the finished runs'; {} where none is."""
+def gather(place: RunDir, manifest: Manifest, config: DistillConfig, objectives: Sequence[str]) -> dict[str, Any]:
+    """Write results.json and the report of the finished objectives; rows that `evaluate` has added stay."""
+    finished = [name for name in objectives if manifest.has_finished(name, place, config)]
+    parts = _results({name: RunDir(place.root / name) for name in finished}, objectives)
+    gone = {*OBJECTIVES, RESTORED}.difference(finished)
+    kept = {key: value for key, value in read_results(place.results).items() if key not in gone}
+    results = merged_dict(kept, parts)
+    write_json(place.results, results)
+    write_report(place.root)
+    return results
+
+
+def _results(runs: Mapping[str, RunDir], objectives: Sequence[str]) -> dict[str, Any]:
+    """The rows of the comparison's results.json, from those of the finished runs; {} if there is none."""
     if not runs:
         return {}
-    found = {name: read_json(run.results) for name, run in runs.items()}
+    results = {name: read_json(run.results) for name, run in runs.items()}
     pieces = {name: read_json(run.held_out) for name, run in runs.items()}
     first = next(iter(runs))
-    rows = {name: {**found[name][RESTORED], "training": _training(run)} for name, run in runs.items()}
-    models = {**{name: pieces[first][name] for name in ("native", "scaled")},
-              **{name: pieces[name][RESTORED] for name in runs}}  # fmt: skip
-    own = ("method", "factor", "native_window", "machine", "versions")
+    rows = {name: {**results[name][RESTORED], "training": _training(run)} for name, run in runs.items()}
+    samples = {
+        "native": pieces[first]["native"],
+        "scaled": pieces[first]["scaled"],
+        **{name: pieces[name][RESTORED] for name in runs},
+    }
+    shared = ("method", "factor", "native_window", "machine", "versions")
     return {
-        **{name: found[first][name] for name in ("native", "scaled")},
-        **({RESTORED: rows[names[0]]} if names[0] in rows else {}),
+        "native": results[first]["native"],
+        "scaled": results[first]["scaled"],
+        **({RESTORED: rows[objectives[0]]} if objectives[0] in rows else {}),
         **rows,
-        COMPARISONS: {HELD_OUT: weigh(models, list(runs))},
+        COMPARISONS: {HELD_OUT: weigh(samples, list(runs))},
         "run": {
-            **{key: found[first]["run"][key] for key in own},
+            **{key: results[first]["run"][key] for key in shared},
             "training_tokens": max(row["training"]["tokens"] for row in rows.values()),
             "seconds": round(sum(row["training"]["seconds"] for row in rows.values()), 1),
         },
-    }  # fmt: skip
+    }
 
 
 def _training(run: RunDir) -> dict[str, Any]:

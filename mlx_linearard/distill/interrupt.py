@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that is honoured between two steps; a second one leaves at once."""
+"""Ctrl-C and SIGTERM as a request to stop between two steps; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Request:
-    """Whether somebody asked to stop. One of `at_once` that comes after another leaves at once."""
+    """Whether a signal asked the run to stop. A second signal, if it is one of `hurried`, raises KeyboardInterrupt."""
 
-    def __init__(self, at_once: Collection[int] = SIGNALS) -> None:
+    def __init__(self, hurried: Collection[int] = SIGNALS) -> None:
         self.made = False
-        self.at_once = at_once
+        self.hurried = hurried
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.made and number in self.at_once:
+        if self.made and number in self.hurried:
             raise KeyboardInterrupt
         self.made = True
 
 
 @contextlib.contextmanager
-def between_steps(at_once: Collection[int] = SIGNALS) -> Iterator[Request]:
-    """While the block runs, the first signal only sets `made`; outside the main thread signals stay as they are."""
-    request = Request(at_once)
+def stop_requests(hurried: Collection[int] = SIGNALS) -> Iterator[Request]:
+    """While the block runs, a first signal only sets `made`. Outside the main thread, signals are not changed."""
+    request = Request(hurried)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in SIGNALS}
+    handlers = {number: signal.signal(number, request) for number in SIGNALS}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,169 +1,170 @@
-"""A run's training: the steps that are left, and what is told, measured and saved between them."""
+"""The training loop: the remaining steps of a run, and what is logged, evaluated and saved between them."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from ..config import DistillConfig
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity
 from ..files import disk_errors
-from . import checkpoint
 from .best import judge
-from .interrupt import SIGNALS, between_steps
-from .job import Job, Listener
-from .step import Best, StepRecord, TrainState, train
-
-T = TypeVar("T")
+from .interrupt import SIGNALS, Request, stop_requests
+from .listener import Listener
+from .prepare import Job
+from .step import StepRecord, TrainState, train
 
 
 def train_run(job: Job, state: TrainState, scaled: Fidelity | None, listener: Listener) -> None:
-    """All steps that are left; afterwards `state` is the last one, and checkpoints hold it and the best.
+    """Train until the last step; `state` is then the last one, and checkpoints hold it and the best one.
 
-    `scaled` is the row of the start; of several ranks only the first needs it, which measures, writes and tells for
-    all. Raises KeyboardInterrupt, after saving, where somebody asked any rank to stop, and UserError where the guard
-    gives up, also after saving, or the disk is full.
+    All ranks train. Only the first one logs, evaluates and saves, so only it needs `scaled`, the row of the start.
+
+    Raises:
+        KeyboardInterrupt: a signal asked a rank to stop; the state is saved.
+        UserError: the guard gives up, and the state is saved; or the disk is full.
     """
-    run = _Run(job, state, listener)
-    run.judge_start(scaled)
-    with job.ranks.on_loss(job.way_on, run.rescue):
-        run.steps()
+    ranks, rescue = job.ranks, _Rescue(job)
+    # mlx.launch sends SIGTERM to ranks that still save when others have stopped, so there only Ctrl-C counts twice.
+    hurried = SIGNALS if ranks.size == 1 else (signal.SIGINT,)
+    with ranks.on_loss(job.how_to_continue, rescue.save), stop_requests(hurried) as stop:
+        if ranks.leads:
+            ensure_best(job, state, scaled)
+            save_if_due(job, state, improved=evaluate_if_due(job, state, listener))
+        if not ranks.any(out_of_patience(job, state, listener)):
+            for record in train(job.pair, job.objective, job.schedule, job.blocks, state, ranks):
+                if ranks.leads:
+                    log(job, record, listener)
+                    rescue.keep(state)
+                    check_guard(job, state, record, listener)
+                stop_if_asked(job, state, stop, listener)
+                if not is_due(job.config, state.step):
+                    continue
+                if ranks.leads:
+                    save_if_due(job, state, improved=evaluate_if_due(job, state, listener))
+                if ranks.any(out_of_patience(job, state, listener)):
+                    break
+        if ranks.leads:
+            job.save(state)
 
 
-class _Run:
-    """A job, its state, and who listens, for as long as the steps go on."""
+class _Rescue:
+    """The state after the last logged step, which another thread saves if a rank is lost."""
 
-    def __init__(self, job: Job, state: TrainState, listener: Listener):
-        self.job, self.state, self.listener = job, state, listener
-        self.whole: TrainState | None = None  # as the last step that is in metrics.jsonl left it
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.state: TrainState | None = None
 
-    def at_first(self, body: Callable[[], T]) -> T:
-        """The value (of JSON) that `body` has at the first rank, where it may write."""
-
-        def writing() -> T:
-            with disk_errors(self.job.run.root):
-                return body()
-
-        return self.job.ranks.from_first(writing)
-
-    def append(self, path: Path, value: dict[str, Any]) -> None:
-        """Add a line to a file of the run."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
-
-    def rescue(self) -> None:
-        """Save the last whole state, where this rank saves; called from another thread."""
-        if self.whole is not None:
-            self.job.rescue(self.whole)
-
-    # -----------------------------------------------------------------------------------------------
-    # The loop
-
-    def steps(self) -> None:
-        """Steps to the end, or to the moment where they have to stop."""
-        job, state, ranks = self.job, self.state, self.job.ranks
-        # mlx.launch sends SIGTERM to those that are still saving when others have stopped.
-        with between_steps(SIGNALS if ranks.size == 1 else (signal.SIGINT,)) as stop:
-            steps = train(job.pair, job.objective, job.schedule, job.blocks, state, ranks)
-            enough = self.milestone()
-            while not enough and (record := next(steps, None)):
-                self.at_first(lambda record=record: self.tell(record))  # type: ignore[misc]
-                if any(ranks.gathered(lambda: stop.made)):
-                    self.at_first(self.stop)
-                    raise KeyboardInterrupt
-                enough = self.milestone()
-            self.at_first(self.save)
-
-    def tell(self, record: StepRecord) -> None:
-        """Write a step down, and tell what the guard did; UserError, after saving, where it has done enough."""
-        self.append(self.job.run.metrics, record.as_json())
+    def keep(self, state: TrainState) -> None:
         if self.job.ranks.size > 1:
-            self.whole = self.state.frozen()
-        self.listener.step(record, self.job.schedule.steps)
-        if record.skipped is None:
-            return
-        if self.state.guard.exhausted:
-            raise UserError(
-                f"step {record.step}: {record.skipped}, although the guard has lowered the learning rate to "
-                f"{record.learning_rate:.2g}; the last good state is saved in {self.job.save(self.state)}: begin again "
-                f"(--overwrite) with a lower --learning-rate than {self.job.schedule.learning_rate:g}, with --dtype "
-                "float32, or with other --data"
-            )
-        self.listener.say(
-            f"step {record.step}: {record.skipped}; no update is made, and the learning rate is lowered to "
-            f"{record.rate_factor:g} of the scheduled one"
-        )
+            self.state = state.frozen()
 
     def save(self) -> None:
-        """A checkpoint of the state as it is."""
-        self.job.save(self.state)
+        if self.state is not None:
+            self.job.save_if_missing(self.state)
 
-    def stop(self) -> None:
-        """A checkpoint, and how to go on from it."""
-        saved = self.job.save(self.state)
-        self.listener.say(
-            f"stopped after step {self.state.step}, saved in {saved}; go on with the same command and --resume"
+
+# ---------------------------------------------------------------------------------------------------
+# After each step
+
+
+def log(job: Job, record: StepRecord, listener: Listener) -> None:
+    """Add a step to metrics.jsonl and report it."""
+    with disk_errors(job.run.metrics):
+        append_line(job.run.metrics, record.as_json())
+    listener.step(record, job.schedule.steps)
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Add a JSON line to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def check_guard(job: Job, state: TrainState, record: StepRecord, listener: Listener) -> None:
+    """Report a skipped step; UserError, after saving, if the guard gives up."""
+    if record.skipped is None:
+        return
+    if state.guard.exhausted:
+        raise UserError(
+            f"step {record.step}: {record.skipped}, although the guard has lowered the learning rate to "
+            f"{record.learning_rate:.2g}; the last good state is saved in {job.save(state)}: start again "
+            f"(--overwrite) with a lower --learning-rate than {job.schedule.learning_rate:g}, with --dtype "
+            "float32, or with other --data"
         )
+    listener.say(
+        f"step {record.step}: {record.skipped}; no update is made, and the learning rate is lowered to "
+        f"{record.rate_factor:g} of the scheduled one"
+    )
 
-    # -----------------------------------------------------------------------------------------------
-    # Between steps
 
-    def judge_start(self, scaled: Fidelity | None) -> None:
-        """See that there is a best state: the start, or, where a run goes on with other held-out text, that."""
-        job, state = self.job, self.state
+def stop_if_asked(job: Job, state: TrainState, stop: Request, listener: Listener) -> None:
+    """Save and raise KeyboardInterrupt, at all ranks, if a signal asked any rank to stop."""
+    if not job.ranks.any(stop.made):
+        return
+    if job.ranks.leads:
+        saved = job.save(state)
+        listener.say(f"stopped after step {state.step}, saved in {saved}; continue with the same command and --resume")
+    job.ranks.wait()
+    raise KeyboardInterrupt
 
-        def judged() -> dict[str, Any]:
-            if state.best is None or state.best.text != job.compared_on:
-                state.best = None
-                assert scaled is not None
-                judge(state, job.score(job.measure(state) if state.step else scaled), job.compared_on)
-            return self.best()
 
-        state.best = Best(**job.ranks.from_first(judged))
+# ---------------------------------------------------------------------------------------------------
+# Evaluations and checkpoints
 
-    def best(self) -> dict[str, Any]:
-        """The best state so far, as JSON."""
-        assert self.state.best is not None
-        return dataclasses.asdict(self.state.best)
 
-    def milestone(self) -> bool:
-        """What is due after a step: an evaluation, a checkpoint. Whether --patience has run out."""
-        config, state = self.job.config, self.state
-        assert state.best is not None
-        evaluates = bool(config.eval_every) and state.step % config.eval_every == 0
-        evaluates = evaluates and state.best.evaluated != state.step
-        saves = state.step == 0 or (bool(config.save_every) and state.step % config.save_every == 0)
-        if evaluates or saves:
-            state.best = Best(**self.at_first(lambda: self.due(evaluates, saves)))
-        misses = state.best.misses
-        if not config.patience or misses < config.patience:
-            return False
-        self.listener.say(
-            f"stopping after step {state.step}: {misses} evaluations since step {state.best.step} were no better"
-        )
-        return True
+def is_due(config: DistillConfig, step: int) -> bool:
+    """Whether an evaluation or a checkpoint is due after `step` steps."""
+    return _is_multiple(step, config.eval_every) or step == 0 or _is_multiple(step, config.save_every)
 
-    def due(self, evaluates: bool, saves: bool) -> dict[str, Any]:
-        """Evaluate and save; the best state, as JSON."""
-        improved = evaluates and self.evaluate()
-        missing = not checkpoint.path_of(self.job.run.checkpoints, self.state.step).exists()
-        if improved or (saves and missing):
-            self.save()
-        return self.best()
 
-    def evaluate(self) -> bool:
-        """Measure the state as it is and write it down; whether it is the best so far."""
-        job, state = self.job, self.state
-        now = job.measure(state)
-        improved = judge(state, job.score(now), job.compared_on)
-        self.append(job.run.evaluations, {"step": state.step, **now.as_json()})
-        if now.kl is None or now.agreement is None:
-            found = f"perplexity {now.perplexity[job.reference]:.2f}"
-        else:
-            found = f"KL to the teacher {now.kl:.4f}, agreement {now.agreement:.1%}"
-        self.listener.say(f"after step {state.step}: {found}{', the best so far' if improved else ''}")
-        return improved
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def ensure_best(job: Job, state: TrainState, scaled: Fidelity | None) -> None:
+    """Make sure that there is a best state on the present held-out text: at first the state as it is."""
+    if state.best is None or state.best.text != job.compared_on:
+        state.best = None
+        assert scaled is not None
+        judge(state, job.score(job.measure(state) if state.step else scaled), job.compared_on)
+
+
+def evaluate_if_due(job: Job, state: TrainState, listener: Listener) -> bool:
+    """Evaluate the state if --eval-every asks for it, and log the row. Whether it is the best state so far."""
+    assert state.best is not None
+    if not _is_multiple(state.step, job.config.eval_every) or state.best.evaluated == state.step:
+        return False
+    row = job.measure(state)
+    improved = judge(state, job.score(row), job.compared_on)
+    with disk_errors(job.run.evaluations):
+        append_line(job.run.evaluations, {"step": state.step, **row.as_json()})
+    if row.kl is None or row.agreement is None:
+        text = f"perplexity {row.perplexity[job.reference]:.2f}"
+    else:
+        text = f"KL to the teacher {row.kl:.4f}, top-1 agreement {row.agreement:.1%}"
+    listener.say(f"after step {state.step}: {text}{', the best so far' if improved else ''}")
+    return improved
+
+
+def save_if_due(job: Job, state: TrainState, *, improved: bool) -> None:
+    """Save the state if it is the best so far, or if --save-every asks for a checkpoint that does not exist yet."""
+    due = state.step == 0 or _is_multiple(state.step, job.config.save_every)
+    if improved or (due and not job.has_checkpoint(state.step)):
+        job.save(state)
+
+
+def out_of_patience(job: Job, state: TrainState, listener: Listener) -> bool:
+    """Whether --patience ends the run here; only the first rank knows, and reports it."""
+    if not job.ranks.leads or not job.config.patience:
+        return False
+    assert state.best is not None
+    if state.best.misses < job.config.patience:
+        return False
+    listener.say(
+        f"stopping after step {state.step}: {state.best.misses} evaluations since step {state.best.step} were no better"
+    )
+    return True

@@ -1,8 +1,8 @@
-"""What is minimised: attention relations, the teacher's logits or plain cross-entropy, as one scalar of the adapters.
+"""The loss: attention relations, the teacher's logits or plain cross-entropy, as one scalar of the adapters.
 
-The layers run as pairs. One closure takes teacher and student through a layer, consumes q, k and v where
-they arise, and returns the hidden states, the relation losses and the losses' gradients in q, k and v. Only
-those survive the forward pass; the backward pass recomputes the student's half of the layer from its input.
+Teacher and student run layer by layer, as pairs. One closure per layer runs both, consumes q, k and v inside
+the layer, and returns the hidden states, the relation losses and the gradients of the losses in q, k and v.
+Nothing else of the layer is kept; the backward pass recomputes the student's half of the layer from its input.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RELATIONS = "qkv"
 
 @dataclass(frozen=True)
 class Objective:
-    """A resolved objective. `layers` are the supervised ones, ascending; empty without relations."""
+    """A resolved objective. `layers` are the supervised layers, ascending; empty without relations."""
 
     layers: tuple[int, ...]
     relations: str = RELATIONS
@@ -49,7 +49,7 @@ class Objective:
         return bool(self.layers) or self.logits_weight > 0
 
     def last_layer(self, total: int) -> int:
-        """The last layer that has to run: the last supervised one, or the model's where logits are asked for."""
+        """The last layer that has to run: the model's last one if logits are needed, else the last supervised one."""
         return total - 1 if self.needs_logits else self.layers[-1]
 
 
@@ -64,7 +64,7 @@ def resolve_objective(
     logits_weight: float = 1.0,
     workspace_bytes: int = 256 << 20,
 ) -> Objective:
-    """The options of an objective, made concrete for a model. UserError for layers that it does not have."""
+    """The options of an objective, resolved for a model; UserError for layers that the model does not have."""
     related = "relation" in name
     return Objective(
         layers=supervised_layers(model, layers) if related else (),
@@ -78,17 +78,19 @@ def resolve_objective(
 
 
 def supervised_layers(model: nn.Module, layers: str) -> tuple[int, ...]:
-    """`last`, `all` or `0,5,11` as layer indices, among the layers that have attention."""
-    able = [i for i, layer in enumerate(model.layers) if attention_of(layer)]
-    if not able:
-        raise UserError("no layer of this model calls attention where it can be seen: relations are not available")
+    """`last`, `all` or `0,5,11` as layer indices; UserError for layers without attention."""
+    available = [i for i, layer in enumerate(model.layers) if attention_of(layer)]
+    if not available:
+        raise UserError(
+            "no layer of this model calls an attention function that is supported: use --objective logits or ce"
+        )
     if layers == "last":
-        return (able[-1],)
+        return (available[-1],)
     if layers == "all":
-        return tuple(able)
+        return tuple(available)
     wanted = sorted({int(part) for part in layers.split(",")})
-    if wrong := [i for i in wanted if i not in able]:
-        raise UserError(f"--layers {layers}: layers with attention are {able[0]} to {able[-1]}, not {wrong}")
+    if wrong := [i for i in wanted if i not in available]:
+        raise UserError(f"--layers {layers}: layers with attention are {available[0]} to {available[-1]}, not {wrong}")
     return tuple(wanted)
 
 
@@ -104,7 +106,7 @@ def objective_loss(
     Args:
         parameters: the adapted layers' trainable arrays, as `Pair.parameters` lists them.
         tokens: (B, T + 1) int32; the models read the first T.
-        dropout_seed: what the dropout of this batch is drawn from; None without dropout.
+        dropout_seed: the seed of this batch's dropout; None without dropout.
     Returns:
         (loss, parts): float32 scalars; parts are unweighted, in nats (relation_q, relation_k, relation_v, logits, ce).
     """
@@ -125,7 +127,7 @@ def objective_loss(
 def _run_layers(
     pair: Pair, objective: Objective, parameters: list[Leaves], inputs: mx.array, dropout_seed: int | None
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Hidden states after the last layer that is needed, and each relation's loss, averaged over the layers."""
+    """Both hidden states after the last layer that has to run, and each relation's loss, averaged over the layers."""
     hidden_t, calls_t = enter(pair.teacher, inputs)
     hidden_s, calls_s = enter(pair.student, inputs)
     leaves_of = dict(zip(pair.adapter.layers, parameters, strict=True))
@@ -152,7 +154,7 @@ def _run_layers(
 class _PairedLayer:
     """One layer of teacher and student as a function whose backward pass recomputes the student's half.
 
-    It holds modules and options, no arrays of the batch: whatever the graph keeps alive is in its arguments.
+    It holds modules and options, and no arrays of the batch: the graph keeps only the function's arguments alive.
     """
 
     pair: Pair
@@ -161,7 +163,7 @@ class _PairedLayer:
     call_t: Call
     call_s: Call
     supervised: bool
-    stops: bool  # nothing behind this layer's q, k, v is needed
+    stops: bool  # nothing after this layer's q, k, v is needed
     dropout_seed: int | None
 
     def __call__(
@@ -182,14 +184,14 @@ class _PairedLayer:
         if not self.supervised:
             return [next_t, next_s, mx.array(0.0)]
         losses, gradients = self._relations(qkv_s, qkv_t, scale_t)
-        if self.stops:  # all outputs of a custom function are evaluated together, so none may be idle work
+        if self.stops:  # all outputs of a custom function are evaluated, so none may cost unused work
             next_t, next_s = hidden_t, hidden_s
         return [next_t, next_s, losses, *gradients]
 
     def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
         losses, gradients = list[mx.array](), list[mx.array]()
         for student, teacher in zip(qkv_s, qkv_t, strict=True):
-            # One relation behind the other, or their tiles would be alive at once.
+            # One relation after the other, or their tiles would be in memory at once.
             student, teacher = in_order([student, teacher], [*losses[-1:], *gradients[-1:]])
             loss, gradient = relation_kl_with_grad(
                 student, teacher, scale_student=scale, scale_teacher=scale,
@@ -201,15 +203,15 @@ class _PairedLayer:
         return mx.stack(losses), gradients
 
     def _weight(self, heads: int) -> float:
-        """1, or under the paper's code's normalization a relation's own heads over the query heads."""
+        """1, or with the normalization of the paper's code the relation's number of heads over the query heads."""
         if self.objective.normalization == "heads":
             return 1.0
-        found = attention_of(self.pair.student.layers[self.index])
-        assert found is not None
-        attention_module = found[1]
+        located = attention_of(self.pair.student.layers[self.index])
+        assert located is not None
+        attention_module = located[1]
         queries = getattr(attention_module, "n_heads", None) or getattr(attention_module, "num_heads", None)
         if queries is None:
-            raise UserError("--normalization paper-code: this architecture does not say how many query heads it has")
+            raise UserError("--normalization paper-code: this architecture does not name its number of query heads")
         return heads / queries
 
     def _teacher(self, hidden: mx.array) -> tuple[mx.array, list[mx.array], float]:
@@ -230,7 +232,7 @@ class _PairedLayer:
         return next_hidden, seen, scales[0] if scales else 1.0
 
     def _student(self, names: list[str], hidden: mx.array, *leaves: mx.array) -> list[mx.array]:
-        """[hidden behind the layer, q, k, v]: the half that the backward pass runs again."""
+        """[hidden state after the layer, q, k, v]: the half of the layer that the backward pass runs again."""
         seen: list[mx.array] = []
 
         def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
@@ -257,10 +259,10 @@ class _PairedLayer:
         hidden_t, hidden_s, *leaves = primals
         _, ct_hidden, ct_losses, *_ = cotangents
         ct_qkv = [g * ct_losses[i].astype(g.dtype) for i, g in enumerate(outputs[3:])]
-        # Recomputed no sooner than the gradient arrives, or every layer's recomputation would be alive at once.
+        # Recompute only when the gradient has arrived, or the recomputed layers would all be in memory at once.
         hidden_s, *leaves = mx.depends([hidden_s, *leaves], [ct_hidden, *ct_qkv])
         half: Callable[..., list[mx.array]] = partial(self._student, names)
-        if self.stops:  # what lies behind q, k, v has no part in the loss
+        if self.stops:  # the loss does not depend on anything after q, k, v
             _, gradients = mx.vjp(lambda *x: half(*x)[1:], [hidden_s, *leaves], ct_qkv)
         else:
             _, gradients = mx.vjp(half, [hidden_s, *leaves], [ct_hidden, *ct_qkv])
@@ -272,5 +274,5 @@ def _pick(relations: str, *qkv: mx.array) -> list[mx.array]:
 
 
 def _nothing(queries: mx.array, values: mx.array) -> mx.array:
-    """Stands for an attention output that nobody asks for."""
+    """Zeros in the shape of an attention output that is not needed."""
     return mx.zeros((*queries.shape[:3], values.shape[-1]), queries.dtype)

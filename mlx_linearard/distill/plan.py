@@ -1,28 +1,41 @@
-"""What a run will do, before it does it: sizes for this model, this text and this machine, and how long it takes."""
+"""What a run will do, before it loads weights: its sizes for this model, text and machine, its memory, its time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from .. import rope
 from ..config import DistillConfig
-from ..distributed.ranks import ALONE, Ranks
+from ..distributed.ranks import ALONE, Ranks, Share
 from ..errors import UserError
-from ..machine import Machine
+from ..files import RunDir
+from ..machine import Machine, on_gpu
+from ..models.adapters import qkv_keys
+from ..models.directory import Checked, build, check_model_dir
 from ..models.shape import Shape
+from ..models.trees import named_modules
 from ..progress import duration
+from .memory import FLOAT32, MemoryPlan, Step, longest, plan_memory
+from .objective import Objective, resolve_objective
 
-STEP_TOKENS = 8192  # of the measured recipe
+STEP_TOKENS = 8192  # tokens per step of the measured recipe
 STEP_COUNT = 144
-GPU_EFFICIENCY = 0.35  # share of the matrix speed that a step reaches, seen on one GPU; a CPU reaches most of it
+GPU_EFFICIENCY = 0.35  # fraction of the matrix speed that a step reached on one GPU
 CPU_EFFICIENCY = 0.8
+SHORTEST = 64  # tokens: no shorter sequence is suggested
+QUANTIZED = 4.5 / 8  # bytes per weight in 4 bits, with one scale and one bias per 64 weights
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A demonstration's size: block length, steps of how many tokens, and held-out tokens."""
+    """The size of a demonstration: block length, blocks per step, steps, held-out tokens."""
 
     seq_len: int
     grad_accum: int
@@ -30,7 +43,7 @@ class Demo:
     eval_tokens: int
 
 
-# The demonstration by matrix speed in GFLOP/s: the first row that the machine reaches.
+# The demonstration by matrix speed in GFLOP/s: the first row whose speed the machine reaches.
 DEMOS: tuple[tuple[float, Demo], ...] = (
     (2000.0, Demo(2048, 4, 144, 32768)),
     (20.0, Demo(256, 2, 36, 2048)),
@@ -40,7 +53,7 @@ DEMOS: tuple[tuple[float, Demo], ...] = (
 
 @dataclass(frozen=True)
 class Sizing:
-    """Everything about a run's size that the configuration may leave open."""
+    """Every size of a run that the configuration may leave open."""
 
     seq_len: int
     batch_size: int
@@ -51,14 +64,14 @@ class Sizing:
     seconds: float  # estimated, for training and both measurements
     model: str
     window: tuple[int, int]  # native, extended
-    processes: int = 1  # that share a step's blocks
+    processes: int = 1  # that share the blocks of a step
 
     @property
     def tokens_per_step(self) -> int:
         return self.seq_len * self.batch_size * self.grad_accum
 
     def lines(self, machine: Machine) -> Iterator[str]:
-        """The plan in a few lines."""
+        """The sizes in a few lines."""
         native, extended = self.window
         yield f"{self.model}: window {native} -> {extended} tokens"
         shared = f", shared by {self.processes} processes" if self.processes > 1 else ""
@@ -71,9 +84,9 @@ class Sizing:
 
 
 def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ranks: Ranks = ALONE) -> Sizing:
-    """Choose what the configuration leaves open, and check what it says against the native window.
+    """Choose the sizes that the configuration leaves open, and check the others against the native window.
 
-    `ranks` share the steps; what is measured, the first of them measures.
+    `ranks` share the steps; only the first of them evaluates.
     """
     native_window = rope.native_window(native)
     demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
@@ -85,24 +98,29 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
         )
     accum = config.grad_accum or (demo.grad_accum if demo else max(1, STEP_TOKENS // (seq_len * config.batch_size)))
     per_step = seq_len * config.batch_size * accum
-    steps = (
-        config.steps or (config.tokens and steps_of(config.tokens, per_step)) or (demo.steps if demo else STEP_COUNT)
-    )
+    steps = config.steps or (steps_of(config.tokens, per_step) if config.tokens else 0)
+    steps = steps or (demo.steps if demo else STEP_COUNT)
     lengths = eval_lengths(config, seq_len, native_window, machine)
     eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
     tokens = 4 * per_step * steps / ranks.devices + 4 * max(eval_tokens, seq_len) * len(lengths)
     work = tokens * 2 * Shape.of(native).block_weights
     speed = machine.gflops * 1e9 * (GPU_EFFICIENCY if machine.gpu else CPU_EFFICIENCY)
     return Sizing(
-        seq_len, config.batch_size, accum, steps, eval_tokens, lengths,
-        work / speed,
-        config.model or "SmolLM2-135M-Instruct", (native_window, int(native_window * config.factor)),
-        ranks.size,
-    )  # fmt: skip
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        grad_accum=accum,
+        steps=steps,
+        eval_tokens=eval_tokens,
+        eval_lengths=lengths,
+        seconds=work / speed,
+        model=config.model or "SmolLM2-135M-Instruct",
+        window=(native_window, int(native_window * config.factor)),
+        processes=ranks.size,
+    )
 
 
 def steps_of(tokens: int, per_step: int) -> int:
-    """Steps that `tokens` training tokens make; at least one."""
+    """The number of steps that `tokens` training tokens make; at least one."""
     return max(1, tokens // per_step)
 
 
@@ -115,3 +133,186 @@ def eval_lengths(config: DistillConfig, seq_len: int, native_window: int, machin
     if config.eval_lengths != "auto":
         return tuple(sorted({int(part) for part in config.eval_lengths.split(",")}))
     return (seq_len, 2 * native_window) if machine.gpu else (seq_len,)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose options, model directory, sizes and memory are checked; no weights are loaded."""
+
+    config: DistillConfig
+    path: Path  # the model directory
+    native: dict[str, Any]  # its config.json
+    dtype: str | None  # of the frozen weights in memory; None keeps the file's own
+    machine: Machine
+    sizing: Sizing
+    step: Step  # the memory of a step, for one rank
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.config.output)
+
+    @property
+    def memory(self) -> MemoryPlan:
+        return plan_memory(self.step)
+
+    def lines(self) -> Iterator[str]:
+        """The plan as text, line by line."""
+        yield from self.sizing.lines(self.machine)
+        yield self.memory.line()
+        window, limit = self.sizing.window[0], self.machine.usable
+        most = longest(self.step, limit, window)
+        fits = "no sequence fits" if not most else f"the longest sequence that fits is {most} tokens"
+        yield f"this machine: {limit / 1e9:.2f} GB; {fits}{' (the native window)' if most == window else ''}"
+
+    def check(self) -> None:
+        """Raise UserError, with flags that help, if the plan exceeds the machine's memory; --force allows it."""
+        if self.config.force or self.memory.total <= self.machine.usable:
+            return
+        advice = "; ".join(_advice(self.step, self.machine.usable, self.config))
+        raise UserError(
+            f"this run needs about {self.memory.total / 1e9:.2f} GB and this machine has "
+            f"{self.machine.usable / 1e9:.2f}: {advice or 'no flag makes it fit, use a smaller model'} "
+            "(--force runs it nevertheless)"
+        )
+
+
+def _advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
+    """Each option that alone makes the step fit; a 4-bit model together with a shorter sequence if none does."""
+
+    def fits(**changes: Any) -> bool:
+        return plan_memory(dataclasses.replace(step, **changes)).total <= limit
+
+    options = []
+    if (length := longest(step, limit, step.seq_len)) >= SHORTEST:
+        options.append(f"--seq-len {length // SHORTEST * SHORTEST}")
+    smaller = next((n for n in range(step.batch - 1, 0, -1) if fits(batch=n)), None)
+    if smaller:
+        options.append(f"--batch-size {smaller * (config.batch_size // step.batch)}")
+    if config.layers != "last" and "relation" in config.objective and fits(supervised=1):
+        options.append("--layers last")
+    if config.workspace > 64 and fits(workspace=64 << 20):
+        options.append("--workspace 64")
+    yield from options
+    small = dataclasses.replace(step, weights=min(step.weights, int(_weight_count(step.shape) * QUANTIZED)))
+    if config.fine_tune_type != "full" and small.weights < 0.9 * step.weights:
+        if plan_memory(small).total <= limit:
+            yield "a 4-bit model"
+        elif not options and (length := longest(small, limit, step.seq_len)) >= SHORTEST:
+            yield f"a 4-bit model with --seq-len {length // SHORTEST * SHORTEST}"
+
+
+def _weight_count(shape: Shape) -> int:
+    return shape.block_weights + shape.vocabulary * shape.width * (1 if shape.tied else 2)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model directory whose files are checked and whose weights are not loaded."""
+
+    path: Path
+    checked: Checked
+    model: Any  # the mlx-lm model with weights that are never evaluated
+    objective: Objective
+
+
+def inspect_model(config: DistillConfig, path: Path) -> Inspected:
+    """Check everything about the model that needs no weights; takes seconds.
+
+    Raises:
+        UserError: the directory (headers, index, shapes, tokenizer), the method, the objective or the layers are
+            wrong.
+    """
+    checked = check_model_dir(path)
+    try:
+        rope.scale_rope(checked.config, config.method, config.factor)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model = build(checked.config, len(checked.stored), path)
+    return Inspected(path, checked, model, objective_of(config, model))
+
+
+def plan_run(config: DistillConfig, inspected: Inspected, machine: Machine, ranks: Ranks = ALONE) -> Plan:
+    """The plan of a run on `machine`. With several `ranks`, the memory is one rank's: its share of a step."""
+    dtype = working_dtype(config)
+    sizing = size_run(config, inspected.checked.config, machine, ranks)
+    step = _step_of(config, inspected, dtype, sizing, ranks.share(sizing.grad_accum, sizing.batch_size))
+    return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step)
+
+
+def objective_of(config: DistillConfig, model: Any) -> Objective:
+    """The objective of `config`, resolved for `model`."""
+    return resolve_objective(
+        model,
+        config.objective,
+        layers=config.layers,
+        relations=config.relations,
+        normalization=config.normalization,
+        relation_weight=config.relation_weight,
+        logits_weight=config.logits_weight,
+        workspace_bytes=config.workspace << 20,
+    )
+
+
+def working_dtype(config: DistillConfig) -> str | None:
+    """The dtype of the frozen weights in memory; None keeps the file's own."""
+    if config.dtype != "auto":
+        return config.dtype
+    return None if on_gpu() else "float32"
+
+
+def _step_of(config: DistillConfig, inspected: Inspected, dtype: str | None, sizing: Sizing, share: Share) -> Step:
+    """A training step of this model, as the memory plan describes it."""
+    checked, model, objective = inspected.checked, inspected.model, inspected.objective
+    layers = objective.last_layer(len(model.layers)) + 1
+    keys = set(qkv_keys(model))
+    return Step(
+        shape=Shape.of(checked.config),
+        weights=weight_bytes(checked.arrays, dtype),
+        trained=FLOAT32 * sum(_trained_numbers(layer, keys, config) for layer in model.layers[:layers]),
+        rank=0 if config.fine_tune_type == "full" else config.lora_rank * len(keys),
+        size=activation_size(checked.arrays, dtype),
+        layers=layers,
+        supervised=len(objective.layers),
+        relations=objective.relations,
+        logits="kl" if objective.logits_weight else "ce" if objective.ce_weight else None,
+        batch=sizing.batch_size // share.parts,
+        seq_len=sizing.seq_len,
+        grad_accum=sizing.grad_accum // share.groups,
+        workspace=objective.workspace_bytes,
+        gpu=on_gpu(),
+    )
+
+
+def weight_bytes(arrays: Mapping[str, mx.array], dtype: str | None) -> int:
+    """Bytes of a model's arrays in memory, with floating-point arrays in `dtype`."""
+
+    def size(array: mx.array) -> int:
+        floating = dtype is not None and mx.issubdtype(array.dtype, mx.floating)
+        return getattr(mx, str(dtype)).size if floating else array.dtype.size
+
+    return sum(array.size * size(array) for array in arrays.values())
+
+
+def activation_size(arrays: Mapping[str, mx.array], dtype: str | None) -> int:
+    """Bytes per number of an activation: the size of the weights' dtype in memory, the widest if they differ."""
+    if dtype is not None:
+        return getattr(mx, dtype).size
+    return max((a.dtype.size for a in arrays.values() if mx.issubdtype(a.dtype, mx.floating)), default=FLOAT32)
+
+
+def _trained_numbers(layer: nn.Module, keys: set[str], config: DistillConfig) -> int:
+    """How many numbers of a layer are trained."""
+    total = 0
+    for name, module in named_modules(layer.leaf_modules()):
+        if name not in keys:
+            continue
+        outputs, inputs = module.weight.shape
+        if config.fine_tune_type == "full":
+            total += outputs * inputs + ("bias" in module) * outputs
+        else:
+            total += config.lora_rank * (outputs + inputs) + (config.fine_tune_type == "dora") * outputs
+    return total

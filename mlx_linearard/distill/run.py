@@ -1,63 +1,40 @@
-"""A distillation from its configuration to its run directory: plan, measure, train, export, verify."""
+"""A distillation from its options to its run directory: open, measure, train, export, verify, report."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
-import numpy as np
 
 from .. import __version__
-from ..config import DistillConfig, read_yaml, to_yaml
-from ..convert.default_model import default_model
-from ..data import Blocks, Tokenizer, hash_of, python_prose, read_documents, split, tokenize, windows
-from ..distributed.ranks import ALONE, Ranks, joined
+from ..config import DistillConfig, to_yaml
+from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
-from ..files import RunDir, disk_errors, existing_parent, new_file, read_config, read_json, sweep, write_json
-from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
-from ..models.adapters import drop_rows
-from ..models.directory import resolve
-from ..models.pair import load_pair
-from ..models.tokenizer import tokenizer_of
+from ..files import RunDir, disk_errors, locked, new_file, read_json, sweep, write_json
 from ..report.content import write_report
 from . import checkpoint
-from .job import Job, Listener
+from .listener import Listener
 from .loop import train_run
-from .outline import Outline, objective_of, outline
-from .plan import Sizing
-from .step import Schedule, TrainState
+from .prepare import Job, check_output, check_text, load, make_plan
+from .step import TrainState
 
 VERIFY_TOKENS = 64
 
-# Options that may differ when a run is resumed; all others make another run of it.
-FREE_ON_RESUME = {
-    "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
-    "memory_limit", "cache_limit", "wired_limit", "resume", "overwrite", "dry_run", "force", "compare", "model",
-    "data", "valid_data", "data_tokens", "keep", "patience", "keep_checkpoints",
-}  # fmt: skip
-
-
-Text = tuple[np.ndarray, dict[int, np.ndarray]]  # training tokens (N,), held-out windows by length
 Rows = tuple[Fidelity, Fidelity]  # native, scaled
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `distill` returns: where the run lies, and the rows of its table."""
+    """What `distill` returns: the run directory, and the rows of its table."""
 
     run: RunDir
     native: Fidelity
@@ -65,18 +42,24 @@ class Result:
     restored: Fidelity
     export: Verified
     seconds: float
-    exported_step: int  # the step whose state `restored` is; 0 is the start
-    steps: int  # done
+    exported_step: int  # the step whose state is `restored`; 0 is the start
+    steps: int  # that were made
     skipped: int  # of them, by the guard
 
 
 def distill(config: DistillConfig, listener: Listener | None = None, ranks: Ranks | None = None) -> Result | None:
-    """Run a whole distillation (the contract's main path); None after a dry run, and at other ranks than the first.
+    """Run a complete distillation (the contract's main path).
 
-    Processes that mlx.launch has started share it; `ranks` where they know each other already. Only the first
-    of them writes and tells its listener.
-    Raises UserError for a user's mistake, before anything is written; KeyboardInterrupt after saving; LostProcess,
-    where that could be also after saving, when another process has ended.
+    Processes that mlx.launch started share the run. Only the first of them writes files and uses its listener.
+
+    Args:
+        ranks: the processes, if they have joined already.
+    Returns:
+        None after a dry run, and at all ranks but the first.
+    Raises:
+        UserError: a user's mistake, raised before anything is written.
+        KeyboardInterrupt: a signal asked the run to stop; the state is saved.
+        LostProcess: another process has ended; the state is saved if possible.
     """
     if ranks is None:
         with joined() as ranks:
@@ -85,296 +68,104 @@ def distill(config: DistillConfig, listener: Listener | None = None, ranks: Rank
     started = time.perf_counter()
     if config.compare:
         raise UserError("--compare asks for several runs: call compare_objectives, which makes them")
+    plan = make_plan(config, listener=listener, ranks=ranks)
     if config.dry_run:
-        plan_only(config, listener, ranks)
+        check_text(plan, listener=listener, ranks=ranks)
         return None
-    return execute(prepare(config, listener, ranks=ranks), listener, started)
-
-
-def plan_only(config: DistillConfig, listener: Listener, ranks: Ranks = ALONE) -> None:
-    """Check all that can be checked without the weights, and tell the plan; the start of the text is read."""
-    _, config, found = _outlined(config, listener, ranks)
-    few = dataclasses.replace(config, data_tokens=min(config.data_tokens, _enough(config, found.sizing)))
-
-    def check() -> None:
-        text = _tokens(few, tokenizer_of(found.path, found.native), found.sizing, listener)
-        _blocks(config, found.sizing, text[0])
-
-    ranks.each(check)
-
-
-def _enough(config: DistillConfig, sizing: Sizing) -> int:
-    """Tokens of text that make a batch and a held-out window, with the fifth that is held out."""
-    return 10 * (sizing.seq_len * config.batch_size + max(sizing.eval_lengths) + 1)
-
-
-def prepare(config: DistillConfig, listener: Listener, text: Text | None = None, ranks: Ranks = ALONE) -> Job:
-    """Check and load everything, and tell the plan; nothing is written. `text` saves reading it again.
-
-    Raises UserError for a user's mistake.
-    """
-    run, config, found = _outlined(config, listener, ranks)
-    job = ranks.each(lambda: _load(config, run, found, listener, text, ranks))
-    first = ranks.from_first(lambda: job.identity)
-    ranks.each(lambda: _check_identity(job, first))
-    return job
-
-
-def _outlined(config: DistillConfig, listener: Listener, ranks: Ranks = ALONE) -> tuple[RunDir, DistillConfig, Outline]:
-    """The run's directory, its options with the sizes of a resumed run, and its outline, told; UserError where it
-    cannot be, or does not fit the machine."""
-    run = RunDir(config.output)
-    config = with_sizes(config, ranks.from_first(lambda: _output_sizes(config, run)))
-
-    def model() -> Path:
-        set_limits(memory_limit=config.memory_limit, cache_limit=config.cache_limit, wired_limit=config.wired_limit)
-        return resolve(config.model) if config.model else default_model(progress=listener.say)
-
-    path = ranks.in_turn(model)
-    measure = _measurement(config, path, ranks)
-
-    def plan() -> Outline:
-        found = outline(config, path, measure, ranks)
-        for line in found.lines():
-            listener.say(line)
-        found.check(config)
-        return found
-
-    return run, config, ranks.each(plan)
-
-
-def _output_sizes(config: DistillConfig, run: RunDir) -> dict[str, Any]:
-    """The sizes that a resumed run began with; {} for another. UserError where the run's place is none."""
-    _check_output(config, run)
-    return read_sizes(run) if config.resume else {}
-
-
-def _measurement(config: DistillConfig, path: Path, ranks: Ranks) -> Callable[[], Machine]:
-    """What tells of the machine. Ranks have one speed between them, that of the first, so that all size alike."""
-    dtype = "float16" if config.dtype == "auto" else config.dtype
-
-    def measure() -> Machine:
-        return measure_machine(getattr(mx, dtype) if on_gpu() else mx.float32)
-
-    if ranks.size == 1:
-        return measure
-    speed = ranks.from_first(lambda: outline(config, path, measure, ranks).machine.gflops)
-    return lambda: machine_of_speed(speed, 1 if mx.cuda.is_available() else ranks.beside)
-
-
-def _check_identity(job: Job, first: dict[str, Any]) -> None:
-    """UserError where this rank would train something else than the first."""
-    own = json.loads(json.dumps(job.identity))
-    if different := checkpoint.differences(first, own, first.keys() | own.keys()):
-        raise UserError(
-            f"process {job.ranks.rank} would train something else than the first one: {different}; give all the "
-            "same files"
-        )
-
-
-def read_sizes(run: RunDir) -> dict[str, Any]:
-    """The options of a run that is resumed, as it resolved them; {} where it never came so far."""
-    return read_yaml(run.config) if run.config.exists() else {}
-
-
-def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig:
-    """`config` with what it leaves open as `sizes` has it: the machine may be busier than it was, and look slower."""
-    names = ["seq_len", "grad_accum", "eval_tokens"] + ([] if config.tokens else ["steps"])
-    return dataclasses.replace(
-        config, **{name: sizes[name] for name in names if getattr(config, name) is None and name in sizes}
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
-# Before anything is written
-
-
-def _check_output(config: DistillConfig, run: RunDir) -> None:
-    if run.comparison.exists():
-        raise UserError(f"--output {run.root} holds a comparison: give --compare as well, or choose another directory")
-    holds = run.config.exists() or run.checkpoints.exists()
-    check_place(config, run.root, "run", holds=holds, missing="checkpoint to go on from")
-
-
-def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, missing: str) -> None:
-    """UserError where `root` is no place for a `kind`. `holds`: whether it has one; `missing`: what --resume needs."""
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--output {root} is a file: choose a directory")
-    if config.resume and not holds:
-        raise UserError(f"--resume: {root} holds no {missing}")
-    if holds and not (config.resume or config.overwrite):
-        raise UserError(
-            f"--output {root} already holds a {kind}: pass --resume to go on with it, --overwrite to replace it"
-        )
-    if root.is_dir() and any(root.iterdir()) and not holds:
-        raise UserError(f"--output {root} exists and is not a {kind}: choose another directory")
-    if not config.dry_run:
-        _probe(root)
-
-
-def _probe(target: Path) -> None:
-    """UserError where `target` cannot be made or written; leaves nothing behind."""
-    parent = existing_parent(target)
-    if not parent.is_dir():
-        raise UserError(f"--output {target}: {parent} is not a directory; choose another place")
-    probe = parent / f".linearard-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
-
-
-def _load(
-    config: DistillConfig, run: RunDir, found: Outline, listener: Listener, text: Text | None, ranks: Ranks
-) -> Job:
-    path, sizing = found.path, found.sizing
-    pair = load_pair(
-        path, method=config.method, factor=config.factor, fine_tune_type=config.fine_tune_type,
-        lora_rank=config.lora_rank, lora_scale=config.lora_scale, lora_dropout=config.lora_dropout,
-        adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
-        dtype=found.dtype, seed=config.seed,
-    )  # fmt: skip
-    share = ranks.share(sizing.grad_accum, sizing.batch_size)
-    if share.parts > 1:
-        drop_rows(pair.student, share.part, share.parts)
-    objective = objective_of(config, pair.student)
-    train_tokens, held_out = text or _tokens(config, pair.tokenizer, sizing, listener)
-    blocks = _blocks(config, sizing, train_tokens)
-    schedule = Schedule(
-        sizing.steps, config.batch_size, sizing.grad_accum, config.learning_rate, config.warmup,
-        config.weight_decay, config.clip, config.seed,
-    )  # fmt: skip
-    return Job(
-        config, pair, objective, schedule, blocks, held_out, run, sizing, found.machine,
-        _identity(config, sizing, path, train_tokens), ranks,
-    )  # fmt: skip
-
-
-def _blocks(config: DistillConfig, sizing: Sizing, tokens: np.ndarray) -> Blocks:
-    """Training blocks; UserError where they are fewer than a batch."""
-    blocks = Blocks(tokens, sizing.seq_len, config.seed)
-    if blocks.count < config.batch_size:
-        raise UserError(
-            f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
-            f"{config.batch_size}: give more text with --data"
-        )
-    return blocks
-
-
-def _tokens(config: DistillConfig, tokenizer: Tokenizer, sizing: Sizing, listener: Listener) -> Text:
-    documents = read_documents(config.data) if config.data else python_prose()
-    listener.say(f"reading {config.data or 'the prose of this Python'}")
-    stream = tokenize(documents, tokenizer, limit=config.data_tokens)
-    if config.valid_data:
-        held = tokenize(read_documents(config.valid_data), tokenizer, limit=config.data_tokens)
-    else:
-        stream, held = split(stream, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
-    cut = {n: windows(held, n, max(1, sizing.eval_tokens // n)) for n in sizing.eval_lengths}
-    if not len(cut[sizing.eval_lengths[0]]):
-        raise UserError(
-            f"the held-out text has {len(held)} tokens, too few for one block of {sizing.eval_lengths[0]}: give more "
-            "text with --data or --valid-data, or a shorter --seq-len"
-        )
-    return stream, {n: w for n, w in cut.items() if len(w)}
-
-
-def _identity(config: DistillConfig, sizing: Sizing, path: Path, tokens: np.ndarray) -> dict[str, Any]:
-    """What a checkpoint must agree on to be gone on from."""
-    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
-    weights = [f"{p.name}:{p.stat().st_size}" for p in sorted(path.glob("model*.safetensors"))]
-    model = json.dumps([read_config(path), weights], sort_keys=True).encode()
-    return {
-        **fixed,
-        "seq_len": sizing.seq_len,
-        "grad_accum": sizing.grad_accum,
-        "model": hashlib.sha256(model).hexdigest()[:16],
-        "data": hash_of(tokens),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------
-# The run
+    return execute(load(plan, listener=listener, ranks=ranks), listener, started)
 
 
 def execute(job: Job, listener: Listener, started: float, before: Rows | None = None) -> Result | None:
-    """Measure, train, export, verify and report. `before` is native and scaled where they are measured already.
+    """Open the run directory, measure, train, export, verify and report.
 
-    Of several ranks only the first does more than train; the others come back after the last step, with None.
-    Raises KeyboardInterrupt after saving, where somebody asked to stop.
+    Args:
+        started: the `time.perf_counter()` at which the run began.
+        before: the rows of native and scaled, if another run of a comparison has measured them.
+    Returns:
+        None at all ranks but the first, which only train.
+    Raises:
+        KeyboardInterrupt: a signal asked the run to stop; the state is saved.
     """
-    state = TrainState.start(job.pair, job.schedule)
-    with job.ranks.on_loss(job.way_on):
-        job.ranks.from_first(lambda: _begin(job, state, listener))
-        checkpoint.spread(state, job.ranks)
-        rows: list[Rows] = []
-        job.ranks.from_first(lambda: rows.append(_first_measure(job, listener, before)))
-        train_run(job, state, rows[0][1] if rows else None, listener)
-    return _finish(job, state, *rows[0], listener, started) if rows else None
+    ranks, state, rows = job.ranks, TrainState.start(job.pair, job.schedule), None
+    with contextlib.ExitStack() as opened:
+        with ranks.on_loss(job.how_to_continue), ranks.meeting():
+            if ranks.leads:
+                opened.enter_context(open_run(job))
+                resume(job, state, listener)
+                clear(job, state)
+            checkpoint.send_state(state, ranks)
+            if ranks.leads:
+                rows = measure_start(job, listener, before)
+            train_run(job, state, rows and rows[1], listener)
+        return finish(job, state, rows, listener, started) if rows else None
 
 
-def _begin(job: Job, state: TrainState, listener: Listener) -> None:
-    """Put the last checkpoint of a run that is resumed into `state`, and open the run's directory."""
+# ---------------------------------------------------------------------------------------------------
+# Open
+
+
+@contextlib.contextmanager
+def open_run(job: Job) -> Iterator[None]:
+    """Make the run directory, and keep other processes out of it while the block runs."""
+    root = job.run.root
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        check_output(job.config, job.run)  # again: another process may have written here since the plan
+        yield
+
+
+def resume(job: Job, state: TrainState, listener: Listener) -> None:
+    """With --resume, load the newest undamaged checkpoint; a run that was stopped before its first starts again."""
     sweep(job.run.checkpoints)
-    saved = checkpoint.found(job.run.checkpoints) if job.config.resume else []
-    if saved:  # a run that was stopped before its first checkpoint begins again
-        checkpoint.load(saved[-1], state, job.identity)
-        listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
-    _open_run(job, state)
+    if not job.config.resume or not checkpoint.list_checkpoints(job.run.checkpoints):
+        return
+    for line in checkpoint.load_newest(job.run.checkpoints, state, job.identity):
+        listener.say(line)
+    listener.say(f"resuming after step {state.step} of {job.schedule.steps}")
 
 
-def _finish(
-    job: Job, state: TrainState, native: Fidelity, scaled: Fidelity, listener: Listener, started: float
-) -> Result:
-    """What comes after the last step."""
-    restored, exported_step = _chosen(job, state, scaled, listener)
-    verified = _export(job, listener)
-    rows = {"native": native, "scaled": scaled, "restored": restored}
-    seconds = time.perf_counter() - started
-    write_json(job.run.held_out, {name: row.pieces for name, row in rows.items()})
-    result = Result(
-        job.run, native, scaled, restored, verified, seconds, exported_step, state.step, state.guard.skipped
-    )
-    _write_results(job, rows, result)
-    write_report(job.run.root)
-    verified.check(job.run.model)  # after the results and the report, which do not depend on the export
-    return result
-
-
-def _told(listener: Listener, label: str) -> Callable[[int, int], None]:
-    return lambda done, total: listener.progress(label, done, total)
-
-
-def _open_run(job: Job, state: TrainState) -> None:
-    """Make the directory, and drop from it what an earlier run, or the steps after the checkpoint, left."""
+def clear(job: Job, state: TrainState) -> None:
+    """Remove the files of an earlier run, and lines of steps after the checkpoint; write config.yaml and base/."""
     run = job.run
     with disk_errors(run.root):
-        run.root.mkdir(parents=True, exist_ok=True)
         if not job.config.resume:
-            for old in checkpoint.found(run.checkpoints):
-                shutil.rmtree(old)
-            for file in (
-                run.metrics, run.results, run.report, run.report_markdown, run.before, run.evaluations, run.held_out,
-            ):  # fmt: skip
-                file.unlink(missing_ok=True)
-            if run.items.is_dir():
-                shutil.rmtree(run.items)
-        resolved = dataclasses.replace(
-            job.config, seq_len=job.sizing.seq_len, grad_accum=job.sizing.grad_accum, steps=job.schedule.steps,
-            tokens=None, eval_tokens=job.sizing.eval_tokens,
-            model=str(job.pair.path),
-        )  # fmt: skip
+            _remove_old_run(run)
         with new_file(run.config) as file:
-            file.write_text(to_yaml(resolved), encoding="utf-8")
+            file.write_text(to_yaml(_resolved(job)), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
         sweep(run.root)
-        for file in (run.metrics, run.evaluations):
-            _truncate(file, state.step)
+        for lines in (run.metrics, run.evaluations):
+            _drop_lines_after(lines, state.step)
     write_base(job.pair, run.base)
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Keep the lines up to `step`: those after the checkpoint will be written again."""
+def _remove_old_run(run: RunDir) -> None:
+    for old in checkpoint.list_checkpoints(run.checkpoints):
+        shutil.rmtree(old)
+    for file in (
+        run.metrics, run.results, run.report, run.report_markdown, run.before, run.evaluations, run.held_out,
+    ):  # fmt: skip
+        file.unlink(missing_ok=True)
+    if run.items.is_dir():
+        shutil.rmtree(run.items)
+
+
+def _resolved(job: Job) -> DistillConfig:
+    """The options with every size and the model's path filled in."""
+    return dataclasses.replace(
+        job.config,
+        model=str(job.pair.path),
+        seq_len=job.sizing.seq_len,
+        grad_accum=job.sizing.grad_accum,
+        steps=job.schedule.steps,
+        tokens=None,
+        eval_tokens=job.sizing.eval_tokens,
+    )
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines up to `step`; the steps after it are made again, and so are their lines."""
     if not path.exists():
         return
     kept = []
@@ -386,21 +177,31 @@ def _truncate(path: Path, step: int) -> None:
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _first_measure(job: Job, listener: Listener, before: Rows | None) -> Rows:
-    """Native and scaled, before training (the adapters add nothing yet); read back where a run is resumed."""
-    if job.config.resume and (saved := read_before(job.run)) and saved[0].perplexity.keys() == job.held_out.keys():
+# ---------------------------------------------------------------------------------------------------
+# Measure
+
+
+def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
+    """The rows of native and scaled before training (the adapters add nothing yet).
+
+    A resumed run reads them from its files if they are of the same lengths.
+    """
+    if job.config.resume and (saved := read_before(job.run)) and saved[0].perplexity.keys() == job.text.held_out.keys():
         return saved
     native, scaled = before or measure(
-        job.pair, job.held_out, native=True, workspace_bytes=job.workspace_bytes,
-        progress=_told(listener, "measuring native and scaled"),
-    )  # fmt: skip
+        job.pair,
+        job.text.held_out,
+        native=True,
+        workspace_bytes=job.workspace_bytes,
+        progress=listener.counter("measuring native and scaled"),
+    )
     write_json(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
     write_json(job.run.before, {"native": native.as_json(), "scaled": scaled.as_json()})
     return native, scaled
 
 
-def read_before(run: RunDir) -> tuple[Fidelity, Fidelity] | None:
-    """Native and scaled as a run measured them; None where it has not."""
+def read_before(run: RunDir) -> Rows | None:
+    """The rows of native and scaled that a run has measured; None if it has not."""
     if not run.before.exists() or not run.held_out.exists():
         return None
     rows, pieces = read_json(run.before), read_json(run.held_out)
@@ -408,29 +209,59 @@ def read_before(run: RunDir) -> tuple[Fidelity, Fidelity] | None:
     return native, scaled
 
 
-def _chosen(job: Job, state: TrainState, scaled: Fidelity, listener: Listener) -> tuple[Fidelity, int]:
-    """Put the state that --keep asks for into the student; its row and its step."""
+# ---------------------------------------------------------------------------------------------------
+# Finish
+
+
+def finish(job: Job, state: TrainState, before: Rows, listener: Listener, started: float) -> Result:
+    """Choose the state to keep, export it, verify the export, and write results.json and the report."""
+    native, scaled = before
+    restored, exported_step = choose_state(job, state, scaled, listener)
+    verified = export(job, listener)
+    seconds = time.perf_counter() - started
+    rows = {"native": native, "scaled": scaled, "restored": restored}
+    write_json(job.run.held_out, {name: row.pieces for name, row in rows.items()})
+    result = Result(
+        job.run, native, scaled, restored, verified, seconds, exported_step, state.step, state.guard.skipped
+    )
+    write_results(job, rows, result)
+    write_report(job.run.root)
+    verified.check(job.run.model)  # after the results and the report, which do not depend on the export
+    return result
+
+
+def choose_state(job: Job, state: TrainState, scaled: Fidelity, listener: Listener) -> tuple[Fidelity, int]:
+    """Put the state that --keep asks for into the student; returns its row and its step."""
     job.pair.set_parameters(state.parameters)
-    row, best = _restored(job, listener), state.best
+    row, best = measure_restored(job, listener), state.best
     if job.config.keep == "last" or best is None or job.score(row) <= best.score:
         return row, state.step
+    try:
+        parameters = checkpoint.parameters(checkpoint.path_of(job.run.checkpoints, best.step), state)
+    except checkpoint.DamagedCheckpoint as error:
+        listener.say(f"the state after step {best.step} is better on held-out text, but {error}: the last is exported")
+        return row, state.step
     listener.say(f"the state after step {best.step} is better than the last on held-out text, and is exported")
-    job.pair.set_parameters(checkpoint.parameters(checkpoint.path_of(job.run.checkpoints, best.step), state))
-    return (_restored(job, listener) if best.step else scaled), best.step
+    job.pair.set_parameters(parameters)
+    return (measure_restored(job, listener) if best.step else scaled), best.step
 
 
-def _restored(job: Job, listener: Listener) -> Fidelity:
+def measure_restored(job: Job, listener: Listener) -> Fidelity:
+    """The row of the student as it is."""
     return measure(
-        job.pair, job.held_out, native=False, workspace_bytes=job.workspace_bytes,
-        progress=_told(listener, "measuring restored"),
-    )[1]  # fmt: skip
+        job.pair,
+        job.text.held_out,
+        native=False,
+        workspace_bytes=job.workspace_bytes,
+        progress=listener.counter("measuring restored"),
+    )[1]
 
 
-def _export(job: Job, listener: Listener) -> Verified:
+def export(job: Job, listener: Listener) -> Verified:
     """Write adapters and fused model, then load the model as mlx-lm does and compare; a difference is only noted."""
     run, pair = job.run, job.pair
     listener.say("exporting")
-    sample = next(iter(job.held_out.values()))[0][:VERIFY_TOKENS]
+    sample = next(iter(job.text.held_out.values()))[0][:VERIFY_TOKENS]
     expected = student_logits(pair.student, sample)
     note = {"model": str(run.base), "linearard": {"method": job.config.method, "factor": job.config.factor}}
     write_adapters(pair, run.adapters, note)
@@ -442,7 +273,8 @@ def _export(job: Job, listener: Listener) -> Verified:
     return verified
 
 
-def _write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
+def write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
+    """results.json: the rows, the verification and the facts of the run."""
     write_json(
         job.run.results,
         {

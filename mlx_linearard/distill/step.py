@@ -1,4 +1,4 @@
-"""One optimizer step as a function, and the loop that yields what happened. It neither prints nor writes."""
+"""One optimizer step as a function, and the iterator over the steps of a run. Nothing here prints or writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .objective import Objective, objective_loss
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: everything a step needs beside the models, the loss and the data."""
+    """Sizes and rates: everything that a step needs beside the models, the loss and the data."""
 
     steps: int
     batch_size: int
@@ -35,11 +35,11 @@ class Schedule:
     learning_rate: float
     warmup: int
     weight_decay: float
-    clip: float  # of the gradient's norm; 0: none
+    clip: float  # bound of the gradient's norm; 0: no clipping
     seed: int
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ...: linear warm-up that starts above zero, then a cosine to a tenth."""
+        """The learning rate of step 0, 1, ...: a linear warm-up that starts above zero, then a cosine to a tenth."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -48,7 +48,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights and the optimizer's state at one moment; by reference, which is enough for arrays that never change."""
+    """The weights and the optimizer's state at one moment, by reference: arrays never change in place."""
 
     parameters: list[Leaves]
     optimizer: dict[str, Any]
@@ -56,27 +56,23 @@ class Snapshot:
 
 @dataclass
 class Best:
-    """The best evaluation so far: after which step, its score (lower is better), and evaluations since then.
+    """The best evaluation so far."""
 
-    `evaluated` is the step of the last evaluation, so that a resumed run makes the one that is due, once;
-    `text` is the hash of what was evaluated on.
-    """
-
-    step: int
-    score: float
-    misses: int
-    evaluated: int
-    text: str
+    step: int  # after which it was made
+    score: float  # lower is better
+    misses: int  # evaluations since then, none of which was better
+    evaluated: int  # the step of the last evaluation: a resumed run repeats none
+    text: str  # a hash of the windows that were evaluated
 
 
 @dataclass
 class TrainState:
-    """All that changes while a run goes on. `step` counts finished steps and is also the data's cursor."""
+    """Everything that changes during a run. `step` counts finished steps and is also the position in the data."""
 
     step: int
     parameters: list[Leaves]
     optimizer: optim.AdamW
-    good: Snapshot  # what the last good loss was computed with, before the update that followed
+    good: Snapshot  # the weights of the last good loss, before the update that followed it
     guard: Guard = field(default_factory=Guard)
     best: Best | None = None
 
@@ -88,25 +84,23 @@ class TrainState:
     def start(cls, pair: Pair, schedule: Schedule) -> TrainState:
         """The state before the first step."""
         parameters = pair.parameters()
-        optimizer = optim.AdamW(
-            learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay
-        )  # fmt: skip
+        optimizer = optim.AdamW(learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay)
         optimizer.init({"layers": parameters})
         return cls(0, parameters, optimizer, Snapshot(parameters, _copy(optimizer.state)))
 
     def snapshot(self) -> Snapshot:
-        """Weights and optimizer as they are now."""
+        """The present weights and optimizer state."""
         return Snapshot(self.parameters, _copy(self.optimizer.state))
 
     def frozen(self) -> TrainState:
-        """The state as it is now, which later steps leave alone; by reference."""
+        """A copy of the present state that later steps do not change; the arrays are shared."""
         optimizer = copy.copy(self.optimizer)
         optimizer.state = _copy(self.optimizer.state)
         best = None if self.best is None else dataclasses.replace(self.best)
         return TrainState(self.step, self.parameters, optimizer, self.good, dataclasses.replace(self.guard), best)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Weights and optimizer as they were."""
+        """Return to the weights and optimizer state of `snapshot`."""
         self.parameters = snapshot.parameters
         self.optimizer.state = _copy(snapshot.optimizer)
 
@@ -118,7 +112,7 @@ def _copy(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did; `as_json` is a line of metrics.jsonl."""
+    """The outcome of one step; `as_json` is a line of metrics.jsonl."""
 
     step: int  # 1 is the first
     loss: float  # nats
@@ -128,22 +122,24 @@ class StepRecord:
     tokens: int  # of this step
     seconds: float
     peak_memory: int  # bytes, of mlx
-    skipped: str | None = None  # why the guard made no update
-    rate_factor: float = 1.0  # the guard's part in the learning rate of the next step
+    skipped: str | None = None  # the guard's reason for making no update
+    rate_factor: float = 1.0  # by which the guard multiplies the learning rate of the next step
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers that are not finite are null; `skipped` and `rate_factor` stand where the guard has acted."""
+        """A JSON object. Numbers that are not finite are null; `skipped` and `rate_factor` appear if needed."""
         numbers = {"loss": self.loss, **self.parts, "grad_norm": self.grad_norm}
         guarded = {"skipped": self.skipped} if self.skipped else {}
         return {
             "step": self.step,
             **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-            "learning_rate": self.learning_rate, "tokens": self.tokens, "seconds": round(self.seconds, 4),
+            "learning_rate": self.learning_rate,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 4),
             "tokens_per_second": round(self.tokens / self.seconds, 2),
             "peak_memory_gb": round(self.peak_memory / 1e9, 4),
             **guarded,
             **({"rate_factor": self.rate_factor} if self.skipped or self.rate_factor < 1 else {}),
-        }  # fmt: skip
+        }
 
 
 def train_step(
@@ -155,11 +151,15 @@ def train_step(
     ranks: Ranks = ALONE,
     share: Share = WHOLE,
 ) -> StepRecord:
-    """One optimizer step over `batches` ((B, T + 1) each, equally weighted); the update is made where the guard agrees.
+    """One optimizer step over `batches`; the update is made if the guard accepts the loss and the gradient.
 
-    Of several `ranks` each has its `share` of the step's batches; all make the same update, of the mean over all.
-    A step that the guard rejects counts as a step all the same: its batches are not read again.
-    Raises LostProcess, with the state as it was, where another rank has ended.
+    Each of several `ranks` has its `share` of the step's batches, and all make the same update with the mean
+    gradient. A rejected step counts as a step: its batches are not read again.
+
+    Args:
+        batches: (B, T + 1) int32 each, of equal weight.
+    Raises:
+        LostProcess: another rank has ended; the state is unchanged.
     """
     started = time.perf_counter()
     pair.set_parameters(state.parameters)  # or the arrays that they were loaded with would stay in memory
@@ -195,7 +195,7 @@ def _number(scalar: mx.array) -> float:
 def _accumulate(
     pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array], share: Share
 ) -> tuple[mx.array, dict[str, mx.array], list[Leaves]]:
-    """Mean loss, parts and gradients over the batches, each evaluated and released before the next begins."""
+    """Mean loss, parts and gradients over the batches; each batch is evaluated and released before the next one."""
     passes = len(batches) * share.groups
     first = (schedule.seed % 2**24 << 32) + state.step * passes + share.passes(passes).start
 
@@ -222,7 +222,7 @@ _compiled_norm = mx.compile(gradient_norm)
 
 
 def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: float, clip: float) -> str | None:
-    """Make the update; where it would not be finite leave all as it was and return the complaint."""
+    """Make the update; if it is not finite, change nothing and return the reason."""
     before = state.snapshot()
     scale = mx.minimum(1.0, clip / (norm + 1e-12)) if clip else mx.array(1.0)
     now = {**before.optimizer, "learning_rate": mx.array(rate)}
@@ -238,9 +238,9 @@ def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: fl
 def _updated(
     optimizer: optim.AdamW, parameters: list[Leaves], state: Any, gradients: list[Leaves], scale: mx.array
 ) -> tuple[list[Leaves], Any, mx.array]:
-    """Parameters and optimizer's state after an update by scale * gradients, and whether all of them are finite.
+    """Parameters and optimizer state after an update with scale * gradients, and whether all of them are finite.
 
-    It depends on its arguments alone; what it leaves in `optimizer` is without meaning.
+    The result depends on the arguments alone, not on the state that `optimizer` holds.
     """
     optimizer.state = _copy(state)
     gradients = tree_map(lambda g: g * scale.astype(g.dtype), gradients)
@@ -252,12 +252,11 @@ def _updated(
 def train(
     pair: Pair, objective: Objective, schedule: Schedule, blocks: Blocks, state: TrainState, ranks: Ranks = ALONE
 ) -> Iterator[StepRecord]:
-    """Steps from `state.step` to the end, one record each; the caller may save, evaluate or stop between them."""
+    """Make the steps from `state.step` to the last; yields a record after each, so the caller can save or stop."""
     share = ranks.share(schedule.grad_accum, schedule.batch_size)
     rows = share.rows(schedule.batch_size)
     while state.step < schedule.steps:
         first = state.step * schedule.grad_accum
-        batches = [
-            mx.array(blocks.batch(first + i, schedule.batch_size)[rows]) for i in share.passes(schedule.grad_accum)
-        ]  # fmt: skip
+        passes = share.passes(schedule.grad_accum)
+        batches = [mx.array(blocks.batch(first + i, schedule.batch_size)[rows]) for i in passes]
         yield train_step(pair, objective, schedule, state, batches, ranks, share)

@@ -1,10 +1,9 @@
-"""The processes that share a run's batches, and what they tell each other. A run of one process pays nothing.
+"""The processes that share a run, and what they exchange. A run of one process exchanges nothing.
 
-`mlx.launch` starts the same command several times; each process is a rank of one group. A step's blocks are
-divided among them, their gradients and losses become the mean over all, and so every rank makes the same
-update of the same state. What is decided from the outside, by a file, a clock or an evaluation, the first rank
-decides for all. Collectives are few and large, and each is an evaluation of its own, behind the computation
-that its inputs come from.
+`mlx.launch` starts the same command several times; each process is a rank of one group. The ranks divide the
+blocks of a step and average their gradients and losses, so every rank makes the same update of the same state.
+The first rank reads clocks, writes files and evaluates, and it sends its decisions to the others. Collectives are
+few and large. Each one is evaluated separately, after the computation of its inputs.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from .watchdog import Rescue, Watch, Witness, hang_up
 
 T = TypeVar("T")
 
-# Where launchers say which rank a process is: mlx.launch, Open MPI, MPICH and its kin.
+# The variables in which launchers give a process its rank: mlx.launch, Open MPI, MPICH and its relatives.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 BUFFER_BYTES = 32 << 20  # of arrays that travel together
-ROOM = 1024  # bytes of a message that travels at once
+MESSAGE_BYTES = 1024  # a longer message needs a second exchange
 
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's part of a step: its group's passes of all, and of each batch its part of the rows."""
+    """A rank's part of a step: its group's share of the forward passes, and its part of the rows of each batch."""
 
     group: int = 0
     groups: int = 1
@@ -46,12 +45,12 @@ class Share:
     parts: int = 1
 
     def passes(self, grad_accum: int) -> range:
-        """Which of a step's forward passes this rank makes."""
+        """The forward passes of a step that this rank makes."""
         each = grad_accum // self.groups
         return range(self.group * each, (self.group + 1) * each)
 
     def rows(self, batch_size: int) -> slice:
-        """Which rows of a batch this rank reads."""
+        """The rows of a batch that this rank reads."""
         each = batch_size // self.parts
         return slice(self.part * each, (self.part + 1) * each)
 
@@ -59,9 +58,13 @@ class Share:
 WHOLE = Share()
 
 
+class EndedByAnother(SystemExit):
+    """Another rank ended the run, for a reason that it prints; the code is its exit status."""
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """A process among those of its run; by default the only one. `hosts` names the machine of each rank."""
+    """One process of the group that shares a run; by default the only one. `hosts` names the machine of each rank."""
 
     rank: int = 0
     size: int = 1
@@ -75,28 +78,32 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def beside(self) -> int:
-        """How many ranks there are on this rank's machine."""
+    def on_this_host(self) -> int:
+        """The number of ranks on this rank's machine."""
         return self.hosts.count(self.hosts[self.rank])
 
     @property
     def devices(self) -> int:
-        """Devices that compute: ranks on one machine have one between them, except that CUDA's have one each."""
+        """The number of devices that compute: one per rank with CUDA, else one per machine."""
         return self.size if mx.cuda.is_available() else len(set(self.hosts))
 
     def share(self, grad_accum: int, batch_size: int) -> Share:
-        """This rank's part of a step, by whole passes as far as they go round; UserError where blocks do not.
+        """This rank's part of a step: whole forward passes if they divide evenly, else also rows of a batch.
 
-        Every rank's part is equally large, so that the mean over a step is the mean of the ranks' means.
+        All parts are equal in size, so the mean over a step is the mean of the ranks' means.
+
+        Raises:
+            UserError: the blocks of a step cannot be divided evenly; the message names numbers that work.
         """
         groups = math.gcd(grad_accum, self.size)
         parts = self.size // groups
         if batch_size % parts:
-            step = self.size // math.gcd(self.size, batch_size)
-            blocks, fits = grad_accum * batch_size, -(-grad_accum // step) * step
+            multiple = self.size // math.gcd(self.size, batch_size)
+            blocks, nearest = grad_accum * batch_size, -(-grad_accum // multiple) * multiple
             raise UserError(
                 f"{self.size} processes cannot share the {blocks} blocks of a step evenly (--grad-accum {grad_accum} "
-                f"times --batch-size {batch_size}): give --grad-accum {fits}, or start {_fitting(blocks, self.size)}"
+                f"times --batch-size {batch_size}): give --grad-accum {nearest}, or start "
+                f"{_processes_for(blocks, self.size)}"
             )
         return Share(self.rank // parts, groups, self.rank % parts, parts)
 
@@ -104,14 +111,14 @@ class Ranks:
     # Arrays
 
     def mean(self, tree: Any) -> Any:
-        """The mean over the ranks of a tree of arrays that all have; the same bits at every rank."""
+        """The mean over the ranks of a tree of arrays of equal shapes; the same bits at every rank."""
         if self.size == 1:
             return tree
         mx.eval(tree)
         return tree_map(lambda array: array / self.size, self._sum(tree))
 
-    def of_first(self, tree: Any) -> Any:
-        """The first rank's arrays, at every rank, in a tree that is alike at all."""
+    def arrays_from_first(self, tree: Any) -> Any:
+        """The first rank's arrays, at every rank; the trees of all ranks have the same shapes."""
         if self.size == 1:
             return tree
         return self._sum(tree if self.leads else tree_map(mx.zeros_like, tree))
@@ -123,7 +130,7 @@ class Ranks:
         for places in _buffers(arrays):
             joint = mx.concatenate([arrays[i].reshape(-1) for i in places])
             mx.eval(joint)
-            joint = self._together(mx.distributed.all_sum(joint, group=self.group))
+            joint = self._evaluate(mx.distributed.all_sum(joint, group=self.group))
             start = 0
             for i in places:
                 summed[i] = joint[start : start + arrays[i].size].reshape(arrays[i].shape)
@@ -132,8 +139,8 @@ class Ranks:
         order = iter(range(len(arrays)))
         return tree_map(lambda _: summed[next(order)], tree)
 
-    def _together(self, collective: mx.array) -> mx.array:
-        """Evaluate a collective; LostProcess where another rank is no longer there."""
+    def _evaluate(self, collective: mx.array) -> mx.array:
+        """Evaluate a collective; LostProcess if another rank has ended."""
         try:
             mx.eval(collective)
         except RuntimeError as error:
@@ -141,76 +148,82 @@ class Ranks:
         return collective
 
     # -----------------------------------------------------------------------------------------------
-    # Words
+    # Messages
 
-    def from_first(self, body: Callable[[], T]) -> T:
-        """The value (of JSON) that `body` has at the first rank, at every rank; the others do not run it.
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """A part of the run that all ranks begin and end together, or not at all.
 
-        A UserError of it ends all ranks, and the first one tells it. Whatever else it raises ends this rank.
+        A UserError (or SystemExit, as of --help) of one rank ends the block at every rank: the rank itself raises
+        its error, the others raise EndedByAnother with the same status. Inside the block, the other ranks notice
+        the error at their next exchange, so all ranks must make the same exchanges in the same order. Meetings do
+        not nest.
         """
         if self.size == 1:
-            return body()
-        return self._exchange(body if self.leads else lambda: None)[0]
-
-    def each(self, body: Callable[[], T]) -> T:
-        """`body` at every rank, with its own value; a UserError of any ends all, and is told once."""
-        if self.size == 1:
-            return body()
-        values: list[T] = []
-        self._exchange(lambda: values.append(body()))
-        return values[0]
-
-    def in_turn(self, body: Callable[[], T]) -> T:
-        """As `each`, but at the first rank before the others: what it has fetched they find."""
-        if self.leads:
-            value = self.each(body)
-            self.each(lambda: None)
-            return value
-        self.each(lambda: None)
-        return self.each(body)
-
-    def gathered(self, body: Callable[[], T]) -> list[T]:
-        """The values (of JSON) that `body` has at each rank, at every rank, in their order."""
-        return [body()] if self.size == 1 else self._exchange(body)
-
-    def _exchange(self, body: Callable[[], Any]) -> list[Any]:
-        """Each rank's value. Where any has a UserError, the first that has raises it, and the others end quietly."""
-        own: BaseException | None = None
+            yield
+            return
         try:
-            mine = {"value": body()}
-        except UserError as error:
-            own, mine = error, {"status": USER_ERROR_STATUS}
-        except SystemExit as error:  # --help
-            own, mine = error, {"status": error.code}
-        found = [json.loads(text) for text in self._gather(json.dumps(mine))]
-        for rank, one in enumerate(found):
-            if "status" in one:
-                raise own if own is not None and rank == self.rank else SystemExit(one["status"])
-        return [one["value"] for one in found]
+            yield
+        except EndedByAnother:
+            raise
+        except (UserError, SystemExit) as error:
+            self._exchange(None, error)
+        else:
+            self._exchange(None)
 
-    def _gather(self, text: str) -> list[str]:
-        """The texts of all ranks. Short ones travel at once, others behind their lengths."""
+    def from_first(self, value: T) -> T:
+        """The first rank's `value` (JSON), at every rank; the values of the others are ignored."""
+        return value if self.size == 1 else self._exchange(value if self.leads else None)[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values (JSON) of all ranks, in their order, at every rank."""
+        return [value] if self.size == 1 else self._exchange(value)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set at any rank; the same answer at every rank."""
+        return any(self.gather(flag))
+
+    def wait(self) -> None:
+        """Return when all ranks have come to this call."""
+        self.gather(None)
+
+    def _exchange(self, value: Any, error: UserError | SystemExit | None = None) -> list[Any]:
+        """Send a value or an error, and receive those of all ranks.
+
+        Raises:
+            UserError, SystemExit: `error`, if this is the first rank that has one.
+            EndedByAnother: an earlier rank has an error, or another one has and this one has none.
+        """
+        mine = {"value": value} if error is None else {"status": _status(error)}
+        messages = [json.loads(text) for text in self._gather_texts(json.dumps(mine))]
+        for rank, message in enumerate(messages):
+            if "status" in message:
+                raise error if error is not None and rank == self.rank else EndedByAnother(message["status"])
+        return [message["value"] for message in messages]
+
+    def _gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks. Short texts need one exchange, longer ones two."""
         data = text.encode()
-        lengths, rows = self._gather_bytes(data, ROOM)
-        if max(lengths) > ROOM:
+        lengths, rows = self._gather_bytes(data, MESSAGE_BYTES)
+        if max(lengths) > MESSAGE_BYTES:
             lengths, rows = self._gather_bytes(data, max(lengths))
         return [row[:length].decode() for length, row in zip(lengths, rows, strict=True)]
 
     def _gather_bytes(self, data: bytes, room: int) -> tuple[list[int], list[bytes]]:
-        """The ranks' lengths and the first `room` bytes of each."""
+        """The lengths of all ranks' data, and the first `room` bytes of each."""
         message = len(data).to_bytes(8, "big") + data[:room].ljust(room, b"\0")
         gathered = mx.distributed.all_gather(mx.array(np.frombuffer(message, np.uint8))[None], group=self.group)
-        rows = [row.tobytes() for row in np.array(self._together(gathered))]
+        rows = [row.tobytes() for row in np.array(self._evaluate(gathered))]
         return [int.from_bytes(row[:8], "big") for row in rows], [row[8:] for row in rows]
 
     # -----------------------------------------------------------------------------------------------
-    # The end
+    # The loss of a rank
 
     @contextlib.contextmanager
     def on_loss(self, advice: Callable[[], str], save: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """While the block runs, where a rank is lost, `save` saves what can be, and `advice` says how to go on.
+        """While the block runs: if a rank is lost, `save` saves the run, and `advice` says how to continue it.
 
-        Both are called from another thread, while this one may be anywhere in the block.
+        Another thread calls both, while this one may be anywhere in the block.
         """
         if self.watch is None:
             yield
@@ -222,51 +235,55 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _fitting(blocks: int, most: int) -> str:
-    """The largest number of processes, at most `most`, that share `blocks` evenly."""
+def _status(error: UserError | SystemExit) -> Any:
+    return USER_ERROR_STATUS if isinstance(error, UserError) else error.code
+
+
+def _processes_for(blocks: int, most: int) -> str:
+    """The largest number of processes, at most `most`, that can share `blocks` evenly, in words."""
     number = max(n for n in range(1, most + 1) if blocks % n == 0)
     return f"{number} processes" if number > 1 else "one process"
 
 
 def _buffers(arrays: list[mx.array]) -> Iterator[list[int]]:
-    """Places of arrays that travel together: of one dtype, in order, some BUFFER_BYTES each."""
+    """Places of arrays that travel together: of one dtype, in order, about BUFFER_BYTES per buffer."""
     by_dtype: dict[mx.Dtype, list[int]] = {}
     for i, array in enumerate(arrays):
         by_dtype.setdefault(array.dtype, []).append(i)
     for places in by_dtype.values():
-        chosen, held = list[int](), 0
+        chosen, size = list[int](), 0
         for i in places:
             chosen.append(i)
-            held += arrays[i].nbytes
-            if held >= BUFFER_BYTES:
+            size += arrays[i].nbytes
+            if size >= BUFFER_BYTES:
                 yield chosen
-                chosen, held = [], 0
+                chosen, size = [], 0
         if chosen:
             yield chosen
 
 
 # ---------------------------------------------------------------------------------------------------
-# Coming and going
+# Joining and leaving the group
 
 
-def _rank_of_launcher() -> int | None:
-    """The rank that a launcher has given to this process; None where none has started it, or only this one."""
+def _launched_rank() -> int | None:
+    """The rank that a launcher gave to this process; None without a launcher, or if it started one process only."""
     hosts = Path(os.environ.get("MLX_HOSTFILE") or os.devnull)
     if "MLX_HOSTFILE" in os.environ and hosts.exists() and not hosts.read_text(encoding="utf-8").strip():
-        return None  # of mlx.launch -n 1, which mlx itself cannot read
-    found = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
-    return int(found) if found is not None and found.isdigit() else None
+        return None  # mlx.launch -n 1 writes an empty host file, which mlx itself cannot read
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
+    return int(rank) if rank is not None and rank.isascii() and rank.isdigit() else None
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The group that a launcher has started this process in; ALONE where none has. Leaves it when the block ends.
+    """The group of processes that a launcher started, ALONE without one; the block's end leaves the group.
 
-    In the block only the first rank's standard output is heard, and SIGTERM, which mlx.launch sends where a rank
-    has ended, ends this one in less than half a minute. Out of it come the block's exceptions; but those that
-    another rank tells of become SystemExit with the same status, and LostProcess says how to go on.
+    Inside the block only the first rank's standard output is printed. SIGTERM, which mlx.launch sends when a rank
+    has ended, ends this process in less than half a minute. The block's exceptions pass through, except that an
+    error which another rank prints becomes SystemExit with the same status. LostProcess says how to continue.
     """
-    launched = _rank_of_launcher()
+    launched = _launched_rank()
     group = None if launched is None else _connect(launched)
     if group is None or group.size() == 1:
         yield ALONE
@@ -276,23 +293,22 @@ def joined() -> Iterator[Ranks]:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         watch = stack.enter_context(Watch())
         try:
-            ranks = _introduced(Ranks(group.rank(), group.size(), ("",) * group.size(), group), watch)
-            yield ranks
+            yield _with_hosts(Ranks(group.rank(), group.size(), ("",) * group.size(), group), watch)
         except LostProcess as lost:
             watch.leave()
             hang_up()
-            if not watch.witness.tells():
+            if not watch.witness.claim_report():
                 raise SystemExit(LOST_STATUS) from None
-            raise LostProcess(f"{lost}; {lost.advice or watch.rescued()}") from None
+            raise LostProcess(f"{lost}; {lost.advice or watch.rescue()}") from None
         except KeyboardInterrupt:
             watch.leave()
-            watch.witness.tell()
+            watch.witness.mark_reported()
             if group.rank():
                 raise SystemExit(INTERRUPTED_STATUS) from None
             raise
         except UserError:
             watch.leave()
-            watch.witness.tell()
+            watch.witness.mark_reported()
             raise
         except BaseException:
             watch.leave()
@@ -300,31 +316,31 @@ def joined() -> Iterator[Ranks]:
 
 
 def _connect(launched: int) -> Any:
-    """The group; UserError where it cannot be made."""
+    """The group; UserError if it cannot be joined."""
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"process {launched} cannot join the others: {one_line(error)}; where another run has these ports, give "
+            f"process {launched} cannot join the others: {one_line(error)}; if another run uses these ports, give "
             "mlx.launch another --starting-port"
         ) from None
     if launched > 0 and group.size() == 1:
         raise UserError(
-            f"process {launched} was started to share a run, but mx.distributed finds no others: "
-            "start it with mlx.launch, or for MPI see that its library is found"
+            f"process {launched} was started to share a run, but mx.distributed finds no other process: "
+            "start it with mlx.launch, or for MPI make sure that mlx finds the MPI library"
         )
     return group
 
 
-def _introduced(ranks: Ranks, watch: Watch) -> Ranks:
-    """The ranks with their machines known, and a witness for those of this one."""
-    hosts = tuple(ranks.gathered(socket.gethostname))
+def _with_hosts(ranks: Ranks, watch: Watch) -> Ranks:
+    """The ranks with their machines known, and one witness file per machine."""
+    hosts = tuple(ranks.gather(socket.gethostname()))
     ranks = dataclasses.replace(ranks, hosts=hosts, watch=watch)
-    keeper = hosts.index(hosts[ranks.rank])
-    watch.witness = Witness.made() if keeper == ranks.rank else Witness()
-    paths = ranks.gathered(lambda: watch.witness.path)
-    if keeper != ranks.rank:
-        watch.witness = Witness.opened(paths[keeper])
-    ranks.gathered(lambda: None)  # all have it open
+    owner = hosts.index(hosts[ranks.rank])
+    watch.witness = Witness.create() if owner == ranks.rank else Witness()
+    paths = ranks.gather(watch.witness.path)
+    if owner != ranks.rank:
+        watch.witness = Witness.open(paths[owner])
+    ranks.wait()  # until all have it open
     watch.witness.hide()
     return ranks

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from .names import LOCK
 from .reading import shown
 from .writing import disk_errors
 
@@ -20,7 +21,7 @@ def locked(path: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     """Hold the operating system's lock of `path` while the block runs.
 
     Only one process holds the lock at a time. The system releases the lock when its process ends, however it ends.
-    The lock of a directory is a file `.lock` inside the directory, the lock of a file is `.NAME.lock` beside it;
+    The lock of a directory is a file LOCK inside the directory, the lock of a file is `.NAME.lock` beside it;
     the block's end removes it. A file system without locks is used without one.
 
     Args:
@@ -30,7 +31,7 @@ def locked(path: str | Path, *, wait: float = 0.0) -> Iterator[None]:
         UserError: another process holds the lock, or the lock file cannot be made.
     """
     path = Path(path)
-    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    lock = path / LOCK if path.is_dir() else path.with_name(f".{path.name}.lock")
     end = time.monotonic() + wait
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)

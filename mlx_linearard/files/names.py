@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+LOCK = ".lock"  # inside a directory that a process has locked
 # mlx-lm's adapter directory.
 ADAPTERS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -13,7 +13,8 @@ from mlx_lm.utils import load_model
 from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
-from mlx_linearard.config import DistillConfig, parse
+from mlx_linearard.config import DistillConfig
+from mlx_linearard.distill.__main__ import parse
 from mlx_linearard.distill.__main__ import run as command
 from mlx_linearard.distill.best import judge, reference_length, score
 from mlx_linearard.distill.step import TrainState

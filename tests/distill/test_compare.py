@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from mlx_linearard.cli import run_command
-from mlx_linearard.config import OBJECTIVES, DistillConfig, parse
+from mlx_linearard.config import OBJECTIVES, DistillConfig
+from mlx_linearard.distill.__main__ import parse
 from mlx_linearard.distill.__main__ import run as command
 from mlx_linearard.distill.compare import Comparison, compare_objectives
-from mlx_linearard.distill.job import Listener
+from mlx_linearard.distill.listener import Listener
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run as evaluate
 from mlx_linearard.report.__main__ import run as report
@@ -83,7 +84,7 @@ def test_all_start_from_the_same_values_and_read_the_same_tokens(
 
     def watched(job, *rest):
         arrays = [np.array(array) for leaves in job.pair.parameters() for array in leaves.values()]
-        seen.append((arrays, [job.blocks.batch(i, 1) for i in range(8)], job.held_out))
+        seen.append((arrays, [job.blocks.batch(i, 1) for i in range(8)], job.text.held_out))
         return execute(job, *rest)
 
     monkeypatch.setattr("mlx_linearard.distill.compare.execute", watched)
@@ -186,7 +187,7 @@ def test_a_dry_run_plans_each_and_writes_nothing(model_dir: Path, text_file: Pat
         (["--resume"], "holds a comparison: give --compare as well"),
         (["--overwrite"], "holds a comparison: give --compare as well"),
         (["--compare", "relation,ce", "--overwrite", "--model", "{}/ce/model"], "--overwrite would remove --model"),
-        (["--compare", "relation,ce", "--resume", "--output", "{}/ce"], "holds no comparison to go on with"),
+        (["--compare", "relation,ce", "--resume", "--output", "{}/ce"], "holds no comparison to resume"),
         (["--compare", "relation,ce", "--overwrite", "--output", "{}/ce"], "is not a comparison"),
     ],
 )

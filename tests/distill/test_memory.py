@@ -15,7 +15,7 @@ from tiny import CONFIG, tiny_model
 from mlx_linearard.config import DistillConfig
 from mlx_linearard.distill.__main__ import run as command
 from mlx_linearard.distill.memory import Step, longest, plan_memory
-from mlx_linearard.distill.outline import Outline, objective_of, outline
+from mlx_linearard.distill.plan import Plan, inspect_model, objective_of, plan_run
 from mlx_linearard.distill.step import Schedule, TrainState, train_step
 from mlx_linearard.errors import UserError
 from mlx_linearard.machine import Machine, on_gpu
@@ -31,11 +31,12 @@ STEP = Step(
 )  # fmt: skip
 
 
-def planned(folder: Path, **options: object) -> Outline:
-    return outline(DistillConfig(model=str(folder), lora_rank=8, **options), folder, lambda: MACHINE)
+def planned(folder: Path, **options: object) -> Plan:
+    config = DistillConfig(model=str(folder), lora_rank=8, **options)
+    return plan_run(config, inspect_model(config, folder), MACHINE)
 
 
-def peak(folder: Path, found: Outline, **options: object) -> int:
+def peak(folder: Path, found: Plan, **options: object) -> int:
     """mlx's peak over the first three steps of a run: the third holds all that a step may hold."""
     config = DistillConfig(model=str(folder), lora_rank=8, **options)
     pair = load_pair(
@@ -112,7 +113,9 @@ def test_a_dry_run_reads_no_weights(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model(tmp_path / "m", **LONG)
-    monkeypatch.setattr("mlx_linearard.distill.run.load_pair", lambda *_, **__: pytest.fail("the weights are loaded"))
+    monkeypatch.setattr(
+        "mlx_linearard.distill.prepare.load_pair", lambda *_, **__: pytest.fail("the weights are loaded")
+    )
     before = sorted(tmp_path.rglob("*"))
     flags = ["--model", str(folder), "--data", str(text_file), "--output", str(tmp_path / "run"), "--seq-len", "64"]
     assert command([*flags, "--dry-run", "--eval-tokens", "64"]) == 0
@@ -137,9 +140,9 @@ def test_a_plan_beyond_the_machine_is_refused_with_what_helps(tmp_path: Path, op
     found = planned(folder, **options)
     small = dataclasses.replace(found, machine=dataclasses.replace(MACHINE, limit=int(found.memory.total * 0.9)))
     with pytest.raises(UserError, match=advice) as caught:
-        small.check(DistillConfig(**options))
-    small.check(DistillConfig(**options, force=True))
-    found.check(DistillConfig(**options))
+        small.check()
+    dataclasses.replace(small, config=dataclasses.replace(small.config, force=True)).check()
+    found.check()
     assert "4-bit" not in str(caught.value) or options.get("fine_tune_type") != "full"
     length = re.search(r"--seq-len (\d+)", str(caught.value))
     if length:
@@ -151,7 +154,9 @@ def test_a_refused_run_writes_nothing_and_force_runs_it(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model(tmp_path / "m")
-    monkeypatch.setattr("mlx_linearard.distill.run.measure_machine", lambda _: Machine("tiny", on_gpu(), 1000, 1000.0))
+    monkeypatch.setattr(
+        "mlx_linearard.distill.prepare.measure_machine", lambda _: Machine("tiny", on_gpu(), 1000, 1000.0)
+    )
     flags = ["--model", str(folder), "--data", str(text_file), "--output", str(tmp_path / "run"), "--seq-len", "32"]
     flags += ["--steps", "1", "--grad-accum", "1", "--eval-tokens", "64", "--lora-rank", "4"]
     with pytest.raises(UserError, match="--force"):

@@ -152,12 +152,12 @@ def test_a_busier_machine_resumes_with_the_sizes_it_began_with(
     """What a run leaves open follows the machine's speed, which is measured anew when it is resumed."""
     run = tmp_path / "run"
     assert command(flags(model_dir, text_file, run)) == 0
-    own = mlx_linearard.distill.outline.size_run
+    own = mlx_linearard.distill.plan.size_run
 
     def smaller(config: DistillConfig, *rest):
         return own(config if config.seq_len else dataclasses.replace(config, seq_len=16, grad_accum=1), *rest)
 
-    monkeypatch.setattr("mlx_linearard.distill.outline.size_run", smaller)
+    monkeypatch.setattr("mlx_linearard.distill.plan.size_run", smaller)
     arguments = ["--model", str(model_dir), "--data", str(text_file), "--output", str(run)]
     assert command([*arguments, "--lora-rank", "4", "--learning-rate", "2e-3", "--resume"]) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["seq_len"] == 32

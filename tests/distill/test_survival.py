@@ -186,7 +186,7 @@ from mlx_linearard.distill.__main__ import run
 from mlx_linearard.cli import run_command
 status = run_command(lambda: run(sys.argv[1:]))
 folder = Path(sys.argv[sys.argv.index("--output") + 1]) / "checkpoints"
-for path in checkpoint.found(folder):
+for path in checkpoint.list_checkpoints(folder):
     facts = checkpoint.read_facts(path)
     arrays = mx.load(str(path / checkpoint.ARRAYS))
     assert all(mx.isfinite(a).all().item() for a in arrays.values())
@@ -251,7 +251,7 @@ def test_a_write_that_fails_midway_is_told_with_what_it_needs(
         mlx_linearard.distill(again)
     monkeypatch.undo()
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-0000000", "step-0000002", "step-0000004"}
-    assert checkpoint.found(run / "checkpoints")[-1].name == "step-0000004"
+    assert checkpoint.list_checkpoints(run / "checkpoints")[-1].name == "step-0000004"
     assert mlx_linearard.distill(again).steps == 8
 
 

@@ -17,11 +17,10 @@ import pytest
 from launched import Launch, launch, launched
 from tiny_runs import metrics, small
 
-import mlx_linearard
 from mlx_linearard.cli import run_command
 from mlx_linearard.distill import checkpoint
 from mlx_linearard.distill.__main__ import run as command
-from mlx_linearard.distill.plan import size_run
+from mlx_linearard.distill.plan import inspect_model, plan_run, size_run
 from mlx_linearard.distributed import watchdog as watch
 from mlx_linearard.distributed.ranks import ALONE, BUFFER_BYTES, Ranks, _buffers, joined
 from mlx_linearard.distributed.watchdog import Witness
@@ -119,13 +118,13 @@ def test_the_time_is_that_of_the_machines_and_the_memory_that_of_a_share(model_d
     assert two.seconds == pytest.approx(alone.seconds / 2, rel=0.1)
     assert "shared by 2 processes" in next(itertools.islice(two.lines(machine), 1, None))
     assert (
-        beside.beside == 2
-        and apart.beside == 1
+        beside.on_this_host == 2
+        and apart.on_this_host == 1
         and machine_of_speed(1.0, 2).memory == machine_of_speed(1.0).memory // 2
     )
     if not mx.cuda.is_available():
         assert same.seconds == alone.seconds
-    step = mlx_linearard.distill.outline.outline(config, model_dir, lambda: machine, Ranks(0, 8, ("a",) * 8)).step
+    step = plan_run(config, inspect_model(config, model_dir), machine, Ranks(0, 8, ("a",) * 8)).step
     assert (step.grad_accum, step.batch) == (1, 1)
 
 
@@ -133,8 +132,8 @@ def test_one_process_is_alone_whatever_it_asks() -> None:
     with joined() as ranks:
         assert ranks is ALONE and ranks.leads
     tree = {"a.b": mx.ones(2)}
-    assert ranks.mean(tree) is tree and ranks.of_first(tree) is tree
-    assert ranks.gathered(lambda: 3) == [3] and ranks.each(lambda: 4) == ranks.in_turn(lambda: 4) == 4
+    assert ranks.mean(tree) is tree and ranks.arrays_from_first(tree) is tree
+    assert ranks.gather(3) == [3] and ranks.from_first(4) == 4 and ranks.any(True) and not ranks.any(False)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,23 +141,23 @@ def test_one_process_is_alone_whatever_it_asks() -> None:
 
 
 def test_the_first_of_those_that_are_left_tells() -> None:
-    first = Witness.made()
-    others = [Witness.opened(first.path) for _ in range(2)]
+    first = Witness.create()
+    others = [Witness.open(first.path) for _ in range(2)]
     first.hide()
     assert not Path(first.path).exists()
     os.close(first.handle)  # as the system does when it is killed
-    assert [other.tells() for other in others] == [True, False]
+    assert [other.claim_report() for other in others] == [True, False]
 
 
 def test_nobody_tells_what_the_first_has_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
-    first = Witness.made()
-    other = Witness.opened(first.path)
+    first = Witness.create()
+    other = Witness.open(first.path)
     first.hide()
-    assert not other.tells()  # it is still there, and may
-    assert first.tells() and not other.tells()
+    assert not other.claim_report()  # it is still there, and may
+    assert first.claim_report() and not other.claim_report()
     os.close(first.handle)
-    assert not other.tells()
+    assert not other.claim_report()
 
 
 def test_a_lost_process_is_one_line_and_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,8 +267,8 @@ def assert_ended(done: Launch, run: Path, lost: int, seconds: float) -> int:
     assert seconds < LIMIT
     assert done.statuses() == {rank: -signal.SIGKILL if rank == lost else LOST_STATUS for rank in range(done.size)}
     assert len(done.errors()) == 1 and done.errors()[0].startswith("error: "), done.err
-    assert "go on with the same command and --resume" in done.errors()[0]
-    last = checkpoint.found(run / "checkpoints")[-1]
+    assert "continue with the same command and --resume" in done.errors()[0]
+    last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     assert str(last) in done.errors()[0]
     arrays = mx.load(str(last / checkpoint.ARRAYS))
     assert all(mx.isfinite(array).all().item() for array in arrays.values())
@@ -310,7 +309,7 @@ def test_ranks_killed_at_random_instants_end_the_run_and_it_resumes(
 BUSY = {
     "evaluates": """
     import time
-    from mlx_linearard.distill.job import Job
+    from mlx_linearard.distill.prepare import Job
     real = Job.measure
     Job.measure = lambda job, state: time.sleep(300) if state.step == 3 else real(job, state)
     """,
@@ -366,7 +365,7 @@ def test_a_rank_lost_before_the_first_step(model_dir: Path, text_file: Path, tmp
         started.signal(1, signal.SIGKILL)
         assert started.wait() < LIMIT
     assert started.statuses() == {0: LOST_STATUS, 1: -signal.SIGKILL}
-    assert len(started.errors()) == 1 and started.errors()[0].endswith("go on with the same command and --resume")
+    assert len(started.errors()) == 1 and started.errors()[0].endswith("continue with the same command and --resume")
     assert (
         launched(2, flags(model_dir, text_file, run, "--grad-accum", "2", "--steps", "3", "--resume")).statuses() == {}
     )
@@ -392,7 +391,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     assert started.errors() == ["stopped"]
     step = lines_in(run / "metrics.jsonl")
     assert f"stopped after step {step}, saved in" in started.out
-    assert checkpoint.step_of(checkpoint.found(run / "checkpoints")[-1]) == step
+    assert checkpoint.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step
     again = launched(2, flags(model_dir, text_file, run, *more, "--resume"))
     assert again.statuses() == {} and f"resuming after step {step} of" in again.out
     assert_same_run(alone(*more), run)
@@ -407,7 +406,7 @@ def test_ctrl_c_in_the_terminal_saves(model_dir: Path, text_file: Path, tmp_path
         os.killpg(started.process.pid, signal.SIGINT)
         assert started.wait() < LIMIT
     step = lines_in(run / "metrics.jsonl")
-    assert 7 <= step < 80 and checkpoint.step_of(checkpoint.found(run / "checkpoints")[-1]) == step
+    assert 7 <= step < 80 and checkpoint.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step
 
 
 @pytest.mark.slow
@@ -423,7 +422,7 @@ def test_a_launcher_that_is_gone_leaves_nobody_behind(
         end = time.monotonic() + LIMIT
         while started._group() and time.monotonic() < end:
             time.sleep(0.1)
-    assert checkpoint.step_of(checkpoint.found(run / "checkpoints")[-1]) == lines_in(run / "metrics.jsonl")
+    assert checkpoint.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == lines_in(run / "metrics.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -458,9 +457,9 @@ def test_a_mistake_of_one_rank_is_told_by_it(model_dir: Path, text_file: Path, t
     for name, complaint in (("/nowhere", "/nowhere does not exist"), (str(other), "process 1 would train something")):
         elsewhere = f"""
     import os
-    from mlx_linearard.distill import run
-    real = run.read_documents
-    run.read_documents = lambda name: real({name!r} if os.environ["MLX_RANK"] == "1" else name)
+    from mlx_linearard.distill import prepare
+    real = prepare.read_documents
+    prepare.read_documents = lambda name: real({name!r} if os.environ["MLX_RANK"] == "1" else name)
     """
         run = tmp_path / "run"
         done = launched(2, flags(model_dir, text_file, run, "--grad-accum", "2"), patched(elsewhere))
@@ -482,10 +481,10 @@ def test_the_plan_and_the_help_are_told_once(model_dir: Path, text_file: Path, t
 def test_a_full_disk_at_the_first_rank_is_told_once(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     full = """
     import errno
-    from mlx_linearard.distill import loop as training
-    def append(run, path, value):
+    from mlx_linearard.distill import loop
+    def append(path, value):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    training._Run.append = append
+    loop.append_line = append
     """
     done = launched(
         2, flags(model_dir, text_file, tmp_path / "run", "--grad-accum", "2", "--steps", "3"), patched(full)

@@ -19,7 +19,7 @@ import pytest
 
 from mlx_linearard.cli import run_command
 from mlx_linearard.config import OBJECTIVES, DistillConfig
-from mlx_linearard.distill.job import Listener
+from mlx_linearard.distill.listener import Listener
 from mlx_linearard.distill.run import distill
 from mlx_linearard.errors import UserError
 from mlx_linearard.report.__main__ import run as command

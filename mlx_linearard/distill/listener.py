@@ -1,0 +1,24 @@
+"""What a run reports while it works. A command prints it; a function call may ignore it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .step import StepRecord
+
+
+class Listener:
+    """Receives the events of a run; this one ignores them."""
+
+    def say(self, text: str) -> None:
+        """One line about what is happening."""
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        """A part of a long piece of work is done: `done` of `total`."""
+
+    def step(self, record: StepRecord, total: int) -> None:
+        """An optimizer step is done, of `total` steps."""
+
+    def counter(self, label: str) -> Callable[[int, int], None]:
+        """A function (done, total) that reports the progress of the work called `label`."""
+        return lambda done, total: self.progress(label, done, total)

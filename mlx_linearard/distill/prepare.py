@@ -1,0 +1,385 @@
+"""From the options to a run that is ready to start: `make_plan` needs no weights, `load` loads them.
+
+Neither writes a file. The processes of a shared run meet once in each of the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import DistillConfig, read_yaml
+from ..convert.default_model import default_model
+from ..data import Blocks, Tokenizer, hash_of, python_prose, read_documents, split, tokenize, windows
+from ..distributed.ranks import ALONE, Ranks
+from ..distributed.watchdog import BEGIN
+from ..errors import UserError
+from ..evaluate.held_out import Fidelity, measure
+from ..files import LOCK, RunDir, existing_parent, locked, read_config
+from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
+from ..models.adapters import drop_rows
+from ..models.directory import resolve
+from ..models.pair import Pair, load_pair
+from ..models.tokenizer import tokenizer_of
+from . import checkpoint
+from .best import reference_length, score
+from .listener import Listener
+from .objective import Objective
+from .plan import Plan, Sizing, inspect_model, objective_of, plan_run
+from .step import Schedule, TrainState
+
+# Options that may change when a run is resumed. A change of any other option makes another run.
+FREE_ON_RESUME = {
+    "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
+    "memory_limit", "cache_limit", "wired_limit", "resume", "overwrite", "dry_run", "force", "compare", "model",
+    "data", "valid_data", "data_tokens", "keep", "patience", "keep_checkpoints",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens of a run: the training stream (N,) int32, and held-out windows (n, length + 1) int32 by length."""
+
+    training: np.ndarray
+    held_out: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start: everything is checked and loaded, and nothing is written yet."""
+
+    config: DistillConfig
+    sizing: Sizing
+    machine: Machine
+    pair: Pair
+    objective: Objective
+    schedule: Schedule
+    text: Text
+    blocks: Blocks
+    identity: dict[str, Any]  # what a checkpoint must agree on
+    ranks: Ranks = ALONE
+    _saving: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.config.output)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.config.workspace << 20
+
+    @property
+    def reference(self) -> int:
+        """The length of the windows on which states are compared."""
+        return reference_length(self.text.held_out, self.pair.native_window)
+
+    @property
+    def compared_on(self) -> str:
+        """A hash of the windows on which states are compared."""
+        return hash_of(self.text.held_out[self.reference])
+
+    def score(self, row: Fidelity) -> float:
+        """One number for a student's row; lower is better."""
+        return score(row, self.config.objective, self.reference)
+
+    def measure(self, state: TrainState) -> Fidelity:
+        """The row of a state, on the windows on which states are compared."""
+        self.pair.set_parameters(state.parameters)
+        held_out = {self.reference: self.text.held_out[self.reference]}
+        return measure(self.pair, held_out, native=False, workspace_bytes=self.workspace_bytes)[1]
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint; returns its directory."""
+        with self._saving:
+            return checkpoint.save(self.run.checkpoints, state, self.identity, self.config.keep_checkpoints)
+
+    def save_if_missing(self, state: TrainState) -> None:
+        """Write a checkpoint unless there is one of this step; may be called from another thread."""
+        with self._saving:
+            if not self.has_checkpoint(state.step):
+                checkpoint.save(self.run.checkpoints, state, self.identity, self.config.keep_checkpoints)
+
+    def has_checkpoint(self, step: int) -> bool:
+        return checkpoint.path_of(self.run.checkpoints, step).exists()
+
+    def how_to_continue(self) -> str:
+        """How a user continues this run after a process of it is lost."""
+        again = "continue with the same command and --resume"
+        if saved := checkpoint.list_checkpoints(self.run.checkpoints):
+            return f"the state after step {checkpoint.step_of(saved[-1])} is in {saved[-1]}: {again}"
+        if self.run.config.exists():
+            return f"no step was saved: {again}"
+        return BEGIN if self.ranks.leads else f"the first process has what is saved: {again}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The plan
+
+
+def make_plan(
+    config: DistillConfig,
+    machine: Machine | None = None,
+    *,
+    listener: Listener | None = None,
+    ranks: Ranks = ALONE,
+) -> Plan:
+    """Check everything that can be checked without the weights, choose the sizes, and report the plan.
+
+    Args:
+        machine: the machine to plan for; by default this one, whose speed is measured.
+
+    Raises:
+        UserError: the options, the output directory or the model are wrong, or the run does not fit the machine.
+    """
+    listener = listener or Listener()
+    with ranks.meeting():
+        sizes = _sizes_of_output(config) if ranks.leads else {}
+        config = with_sizes(config, ranks.from_first(sizes))
+        set_limits(memory_limit=config.memory_limit, cache_limit=config.cache_limit, wired_limit=config.wired_limit)
+        path = _model_path(config, listener, ranks)
+        inspected = inspect_model(config, path)
+        plan = plan_run(config, inspected, machine or _measured_machine(config, ranks), ranks)
+        for line in plan.lines():
+            listener.say(line)
+        plan.check()
+    return plan
+
+
+def _sizes_of_output(config: DistillConfig) -> dict[str, Any]:
+    """The sizes with which a resumed run began, {} for a new run; UserError if --output cannot be used."""
+    run = RunDir(config.output)
+    check_output(config, run)
+    check_not_in_use(config, run.root)
+    return read_yaml(run.config) if config.resume and run.config.exists() else {}
+
+
+def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig:
+    """`config` with the sizes that it leaves open taken from `sizes`.
+
+    A resumed run keeps its sizes, although the machine may be busier now and look slower.
+    """
+    names = ["seq_len", "grad_accum", "eval_tokens"] + ([] if config.tokens else ["steps"])
+    return dataclasses.replace(
+        config, **{name: sizes[name] for name in names if getattr(config, name) is None and name in sizes}
+    )
+
+
+def _model_path(config: DistillConfig, listener: Listener, ranks: Ranks) -> Path:
+    """The model directory. The first rank downloads the model, then the others find it in the cache."""
+    if not ranks.leads:
+        ranks.wait()
+    path = resolve(config.model) if config.model else default_model(progress=listener.say)
+    if ranks.leads:
+        ranks.wait()
+    return path
+
+
+def _measured_machine(config: DistillConfig, ranks: Ranks) -> Machine:
+    """This machine. All ranks use the speed of the first one, so that all choose the same sizes."""
+    dtype = mx.float32
+    if on_gpu():
+        dtype = getattr(mx, "float16" if config.dtype == "auto" else config.dtype)
+    if ranks.size == 1:
+        return measure_machine(dtype)
+    speed = ranks.from_first(measure_machine(dtype).gflops if ranks.leads else 0.0)
+    return machine_of_speed(speed, 1 if mx.cuda.is_available() else ranks.on_this_host)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The output directory
+
+
+def check_output(config: DistillConfig, run: RunDir) -> None:
+    """UserError if the run cannot be written to `run`."""
+    if run.comparison.exists():
+        raise UserError(f"--output {run.root} holds a comparison: give --compare as well, or choose another directory")
+    holds = run.config.exists() or run.checkpoints.exists()
+    check_place(config, run.root, "run", holds=holds, missing="checkpoint to resume from")
+
+
+def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, missing: str) -> None:
+    """UserError if a `kind` cannot be written to `root`.
+
+    Args:
+        kind: "run" or "comparison".
+        holds: whether `root` holds one.
+        missing: what --resume needs, for the message.
+    """
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--output {root} is a file: choose a directory")
+    if config.resume and not holds:
+        raise UserError(f"--resume: {root} holds no {missing}")
+    if holds and not (config.resume or config.overwrite):
+        raise UserError(
+            f"--output {root} already holds a {kind}: pass --resume to continue it, --overwrite to replace it"
+        )
+    if root.is_dir() and not holds and any(path.name != LOCK for path in root.iterdir()):
+        raise UserError(f"--output {root} exists and is not a {kind}: choose another directory")
+    if not config.dry_run:
+        _check_writable(root)
+
+
+def check_not_in_use(config: DistillConfig, root: Path) -> None:
+    """UserError if another process writes to `root`; the run's opening checks again."""
+    if root.is_dir() and not config.dry_run:
+        with locked(root):
+            pass
+
+
+def _check_writable(target: Path) -> None:
+    """UserError if `target` cannot be made or written; nothing stays behind."""
+    parent = existing_parent(target)
+    if not parent.is_dir():
+        raise UserError(f"--output {target}: {parent} is not a directory; choose another place")
+    probe = parent / f".linearard-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The job
+
+
+def load(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = ALONE, text: Text | None = None) -> Job:
+    """Load the weights and the text, and build the objective and the schedule.
+
+    Args:
+        text: the tokens of an earlier job with the same options, which saves reading them again.
+
+    Raises:
+        UserError: the weights or the text are wrong, or this rank would train something else than the first.
+    """
+    listener = listener or Listener()
+    with ranks.meeting():
+        job = _load(plan, listener, ranks, text)
+        _check_identity(job, ranks.from_first(job.identity))
+    return job
+
+
+def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Job:
+    config, sizing = plan.config, plan.sizing
+    pair = load_pair(
+        plan.path,
+        method=config.method,
+        factor=config.factor,
+        fine_tune_type=config.fine_tune_type,
+        lora_rank=config.lora_rank,
+        lora_scale=config.lora_scale,
+        lora_dropout=config.lora_dropout,
+        adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
+        dtype=plan.dtype,
+        seed=config.seed,
+    )
+    share = ranks.share(sizing.grad_accum, sizing.batch_size)
+    if share.parts > 1:
+        drop_rows(pair.student, share.part, share.parts)
+    text = text or read_text(config, sizing, pair.tokenizer, listener)
+    return Job(
+        config=config,
+        sizing=sizing,
+        machine=plan.machine,
+        pair=pair,
+        objective=objective_of(config, pair.student),
+        schedule=_schedule(config, sizing),
+        text=text,
+        blocks=blocks_of(config, sizing, text),
+        identity=_identity(config, sizing, plan.path, text),
+        ranks=ranks,
+    )
+
+
+def _schedule(config: DistillConfig, sizing: Sizing) -> Schedule:
+    return Schedule(
+        steps=sizing.steps,
+        batch_size=config.batch_size,
+        grad_accum=sizing.grad_accum,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        seed=config.seed,
+    )
+
+
+def _check_identity(job: Job, first: dict[str, Any]) -> None:
+    """UserError if this rank would train something else than the first."""
+    own = json.loads(json.dumps(job.identity))
+    if different := checkpoint.differences(first, own, first.keys() | own.keys()):
+        raise UserError(
+            f"process {job.ranks.rank} would train something else than the first one: {different}; give all "
+            "processes the same files"
+        )
+
+
+def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> dict[str, Any]:
+    """The facts that a checkpoint must agree on to be resumed by this run."""
+    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+    weights = [f"{p.name}:{p.stat().st_size}" for p in sorted(path.glob("model*.safetensors"))]
+    model = json.dumps([read_config(path), weights], sort_keys=True).encode()
+    return {
+        **fixed,
+        "seq_len": sizing.seq_len,
+        "grad_accum": sizing.grad_accum,
+        "model": hashlib.sha256(model).hexdigest()[:16],
+        "data": hash_of(text.training),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# The text
+
+
+def read_text(config: DistillConfig, sizing: Sizing, tokenizer: Tokenizer, listener: Listener) -> Text:
+    """Training tokens and held-out windows; UserError if the text is too short for one held-out window."""
+    documents = read_documents(config.data) if config.data else python_prose()
+    listener.say(f"reading {config.data or 'the prose of this Python'}")
+    training = tokenize(documents, tokenizer, limit=config.data_tokens)
+    if config.valid_data:
+        held_out = tokenize(read_documents(config.valid_data), tokenizer, limit=config.data_tokens)
+    else:
+        training, held_out = split(training, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
+    by_length = {n: windows(held_out, n, max(1, sizing.eval_tokens // n)) for n in sizing.eval_lengths}
+    if not len(by_length[sizing.eval_lengths[0]]):
+        raise UserError(
+            f"the held-out text has {len(held_out)} tokens, too few for one block of {sizing.eval_lengths[0]}: give "
+            "more text with --data or --valid-data, or a shorter --seq-len"
+        )
+    return Text(training, {n: cut for n, cut in by_length.items() if len(cut)})
+
+
+def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
+    """Training blocks; UserError if they are fewer than a batch."""
+    blocks = Blocks(text.training, sizing.seq_len, config.seed)
+    if blocks.count < config.batch_size:
+        raise UserError(
+            f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
+            f"{config.batch_size}: give more text with --data"
+        )
+    return blocks
+
+
+def check_text(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = ALONE) -> None:
+    """UserError if the text is missing, damaged or too short. Reads only its start, and no weights."""
+    few = dataclasses.replace(plan.config, data_tokens=min(plan.config.data_tokens, _enough(plan)))
+    with ranks.meeting():
+        tokenizer = tokenizer_of(plan.path, plan.native)
+        blocks_of(plan.config, plan.sizing, read_text(few, plan.sizing, tokenizer, listener or Listener()))
+
+
+def _enough(plan: Plan) -> int:
+    """Tokens of text that make a batch and a held-out window; a fifth of them is held out."""
+    sizing = plan.sizing
+    return 10 * (sizing.seq_len * sizing.batch_size + max(sizing.eval_lengths) + 1)
