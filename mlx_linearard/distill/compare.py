@@ -23,15 +23,14 @@ from ..data import hash_of
 from ..errors import UserError
 from ..files import RunDir, disk_errors, locked, read_json, write_json
 from ..report.content import write_report
-from ..results.store import COMPARISONS, merged_dict, read_results
-from ..results.weighing import HELD_OUT, weigh
+from ..results.objectives import combine_runs
+from ..results.rows import RESTORED
+from ..results.store import update_results
 from .checkpoint import differences
 from .listener import Listener
 from .plan import steps_of
 from .prepare import FREE_ON_RESUME, Job, Text, check_not_in_use, check_place, check_text, load, make_plan
 from .run import Rows, execute, read_before
-
-RESTORED = "restored"
 
 
 @dataclass(frozen=True)
@@ -254,50 +253,8 @@ def write_config(place: RunDir, config: DistillConfig, model: str | None = None)
 def gather(place: RunDir, manifest: Manifest, config: DistillConfig, objectives: Sequence[str]) -> dict[str, Any]:
     """Write results.json and the report of the finished objectives; rows that `evaluate` has added stay."""
     finished = [name for name in objectives if manifest.has_finished(name, place, config)]
-    parts = _results({name: RunDir(place.root / name) for name in finished}, objectives)
+    rows = combine_runs({name: RunDir(place.root / name) for name in finished}, objectives[0])
     gone = {*OBJECTIVES, RESTORED}.difference(finished)
-    kept = {key: value for key, value in read_results(place.results).items() if key not in gone}
-    results = merged_dict(kept, parts)
-    write_json(place.results, results)
+    results = update_results(place.results, lambda old: old.without(gone).merged(rows))
     write_report(place.root)
-    return results
-
-
-def _results(runs: Mapping[str, RunDir], objectives: Sequence[str]) -> dict[str, Any]:
-    """The rows of the comparison's results.json, from those of the finished runs; {} if there is none."""
-    if not runs:
-        return {}
-    results = {name: read_json(run.results) for name, run in runs.items()}
-    pieces = {name: read_json(run.held_out) for name, run in runs.items()}
-    first = next(iter(runs))
-    rows = {name: {**results[name][RESTORED], "training": _training(run)} for name, run in runs.items()}
-    samples = {
-        "native": pieces[first]["native"],
-        "scaled": pieces[first]["scaled"],
-        **{name: pieces[name][RESTORED] for name in runs},
-    }
-    shared = ("method", "factor", "native_window", "machine", "versions")
-    return {
-        "native": results[first]["native"],
-        "scaled": results[first]["scaled"],
-        **({RESTORED: rows[objectives[0]]} if objectives[0] in rows else {}),
-        **rows,
-        COMPARISONS: {HELD_OUT: weigh(samples, list(runs))},
-        "run": {
-            **{key: results[first]["run"][key] for key in shared},
-            "training_tokens": max(row["training"]["tokens"] for row in rows.values()),
-            "seconds": round(sum(row["training"]["seconds"] for row in rows.values()), 1),
-        },
-    }
-
-
-def _training(run: RunDir) -> dict[str, Any]:
-    """Tokens, time and peak memory of a run's steps, from its metrics.jsonl."""
-    steps = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
-    return {
-        "tokens": tokens,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds, 2),
-        "peak_memory_gb": max(step["peak_memory_gb"] for step in steps),
-    }
+    return results.as_json()

@@ -19,8 +19,11 @@ from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
-from ..files import RunDir, disk_errors, locked, new_file, read_json, sweep, write_json
+from ..files import RunDir, disk_errors, locked, new_file, sweep
 from ..report.content import write_report
+from ..results import store
+from ..results.records import read_pieces, write_pieces
+from ..results.rows import ExportInfo, Results, RunInfo
 from . import checkpoint
 from .listener import Listener
 from .loop import train_run
@@ -195,8 +198,8 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
         workspace_bytes=job.workspace_bytes,
         progress=listener.counter("measuring native and scaled"),
     )
-    write_json(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
-    write_json(job.run.before, {"native": native.as_json(), "scaled": scaled.as_json()})
+    write_pieces(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
+    store.write_results(job.run.before, Results({"native": native.row, "scaled": scaled.row}))
     return native, scaled
 
 
@@ -204,8 +207,10 @@ def read_before(run: RunDir) -> Rows | None:
     """The rows of native and scaled that a run has measured; None if it has not."""
     if not run.before.exists() or not run.held_out.exists():
         return None
-    rows, pieces = read_json(run.before), read_json(run.held_out)
-    native, scaled = (Fidelity.from_json(rows[name], pieces[name]) for name in ("native", "scaled"))
+    rows, pieces = store.read_results(run.before).rows, read_pieces(run.held_out)
+    if not {"native", "scaled"} <= rows.keys() & pieces.keys():
+        return None
+    native, scaled = (Fidelity.of_row(rows[name], pieces[name]) for name in ("native", "scaled"))
     return native, scaled
 
 
@@ -220,7 +225,7 @@ def finish(job: Job, state: TrainState, before: Rows, listener: Listener, starte
     verified = export(job, listener)
     seconds = time.perf_counter() - started
     rows = {"native": native, "scaled": scaled, "restored": restored}
-    write_json(job.run.held_out, {name: row.pieces for name, row in rows.items()})
+    write_pieces(job.run.held_out, {name: row.pieces for name, row in rows.items()})
     result = Result(
         job.run, native, scaled, restored, verified, seconds, exported_step, state.step, state.guard.skipped
     )
@@ -275,24 +280,20 @@ def export(job: Job, listener: Listener) -> Verified:
 
 def write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
     """results.json: the rows, the verification and the facts of the run."""
-    write_json(
-        job.run.results,
-        {
-            **{name: row.as_json() for name, row in rows.items()},
-            "export": dataclasses.asdict(result.export),
-            "run": {
-                "method": job.config.method,
-                "factor": job.config.factor,
-                "objective": job.config.objective,
-                "native_window": job.pair.native_window,
-                "training_tokens": job.sizing.tokens_per_step * result.steps,
-                "steps": result.steps,
-                "skipped_steps": result.skipped,
-                "exported_step": result.exported_step,
-                "seconds": round(result.seconds, 1),
-                "machine": job.machine.name,
-                "processes": job.ranks.size,
-                "versions": {"mlx_linearard": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
-            },
-        },
+    info = RunInfo(
+        method=job.config.method,
+        factor=job.config.factor,
+        objective=job.config.objective,
+        native_window=job.pair.native_window,
+        training_tokens=job.sizing.tokens_per_step * result.steps,
+        steps=result.steps,
+        skipped_steps=result.skipped,
+        exported_step=result.exported_step,
+        seconds=round(result.seconds, 1),
+        machine=job.machine.name,
+        processes=job.ranks.size,
+        versions={"mlx_linearard": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
     )
+    export = ExportInfo(**dataclasses.asdict(result.export))
+    models = {name: row.row for name, row in rows.items()}
+    store.write_results(job.run.results, Results(models, export=export, run=info))

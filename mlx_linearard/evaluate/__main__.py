@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..files import RunDir
 from ..progress import Progress
 from ..report.content import headline, read_run, write_report
+from ..results.rows import COMPARISONS
 from ..results.statistics import NOISE
-from ..results.store import COMPARISONS
 from . import api
 from .model import CHUNK, Directory, Subject, open_directory
 from .runner import Evaluation, evaluate

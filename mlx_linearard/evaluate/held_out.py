@@ -14,6 +14,7 @@ from ..models.layers import forward_hidden, head
 from ..models.pair import Pair
 from ..ops.logits import compare_logits, token_nll
 from ..ops.mlp import width_of
+from ..results.rows import Row
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Pieces = dict[str, dict[str, float]]  # metric -> piece of held-out text -> mean over its tokens
@@ -35,19 +36,19 @@ class Fidelity:
     agreement: float | None = None
     pieces: Pieces = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """The row in results.json, where lengths are strings."""
-        return {
-            "perplexity": {str(length): value for length, value in self.perplexity.items()},
-            "kl": self.kl,
-            "agreement": self.agreement,
-        }
+    @property
+    def row(self) -> Row:
+        """The row of results.json; the pieces are kept in another file."""
+        return Row(self.perplexity, self.kl, self.agreement)
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any], pieces: Pieces | None = None) -> Fidelity:
-        """The inverse of `as_json`; the pieces are kept in another file."""
-        lengths = {int(length): value for length, value in row["perplexity"].items()}
-        return cls(lengths, row["kl"], row["agreement"], pieces or {})
+    def of_row(cls, row: Row, pieces: Mapping[str, Mapping[str, float]]) -> Fidelity:
+        """The inverse of `row`, with the pieces."""
+        return cls(dict(row.perplexity), row.kl, row.agreement, {name: dict(own) for name, own in pieces.items()})
+
+    def as_json(self) -> dict[str, Any]:
+        """The row in results.json, where lengths are strings."""
+        return self.row.as_json()
 
 
 class _Sums:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..results.fields import Field
+from ..results.rows import NOT_MODELS, Comparison, Results, Row, SuiteResult
 from ..results.statistics import compare
-from ..results.store import COMPARISONS, NOT_MODELS, ItemLog, Record, merge_results, read_results
+from ..results.store import ItemLog, Record, merge_results, read_results, update_results
 from .model import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
 from .suites.suite import Item, Suite, all_options, identity, metric_names, samples, summary
 
@@ -122,34 +124,35 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
     everything = {suite.name: {**_before(job.out, suite), **records[suite.name]} for suite in suites}
     compared = [suite for suite in suites if len(everything[suite.name]) > 1]
     if compared:
-        merge_results(job.out, {COMPARISONS: comparisons(compared, everything, _baseline(job))})
-    return read_results(job.out)
+        merge_results(job.out, Results(comparisons=comparisons(compared, everything, _baseline(job))))
+    return read_results(job.out).as_json()
 
 
 def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:
     """Put the records of a log into results.json, in place of the entry of an earlier part of it."""
-    before = read_results(out).get(label, {})
-    entry = before.get(suite.name, {}) if isinstance(before, Mapping) else {}
-    same = isinstance(entry, Mapping) and entry.get("items") == log.path.name
-    options = all_options(suite, entry["options"]) if same else suite.options
-    kept = {**summary(suite, list(log.read().values())), "options": options, "items": log.path.name}
-    merge_results(out, {label: {suite.name: kept}})
+    measured = summary(suite, list(log.read().values()))
+
+    def change(old: Results) -> Results:
+        before = old.rows.get(label, Row()).suites.get(suite.name)
+        options = suite.options
+        if before and before.options is not None and before.items == log.path.name:
+            options = all_options(suite, before.options)
+        entry = {**measured, "options": options, "items": log.path.name}
+        result = SuiteResult.from_json(entry, Field(out, f"{label}.{suite.name}"))
+        return old.merged(Results({label: Row(suites={suite.name: result})}))
+
+    update_results(out, change)
 
 
 def _before(out: Path, suite: Suite) -> dict[str, list[Record]]:
     """label -> records of the models in results.json that were measured with the same suite, text and seed."""
     before: dict[str, list[Record]] = {}
-    for label, row in read_results(out).items():
-        entry = row.get(suite.name) if isinstance(row, Mapping) and label not in NOT_MODELS else None
-        options = entry.get("options") if isinstance(entry, Mapping) else None
-        if (
-            not isinstance(entry, Mapping)
-            or not isinstance(options, Mapping)
-            or not isinstance(entry.get("items"), str)
-        ):
+    for label, row in read_results(out).rows.items():
+        entry = row.suites.get(suite.name)
+        if entry is None or entry.options is None or entry.items is None:
             continue
-        if identity(options, suite.parts) == identity(suite.options, suite.parts):
-            before[label] = list(ItemLog.named(out, entry["items"]).read().values())
+        if identity(entry.options, suite.parts) == identity(suite.options, suite.parts):
+            before[label] = list(ItemLog.named(out, entry.items).read().values())
     return {label: records for label, records in before.items() if records}
 
 
@@ -181,20 +184,18 @@ def _load(job: Evaluation, directory: Directory) -> Subject:
 
 def comparisons(
     suites: Sequence[Suite], records: Mapping[str, Mapping[str, list[Record]]], baseline: str
-) -> dict[str, Any]:
-    """suite -> {metrics: metric -> label -> the row of `compare`}; models are compared with native, else `baseline`."""
-    result: dict[str, Any] = {}
+) -> dict[str, Comparison]:
+    """The comparison of each suite; models are compared with native, or with `baseline` if there is no native."""
+    result: dict[str, Comparison] = {}
     for suite in suites:
         by_label = records[suite.name]
         native = "native" if "native" in by_label else baseline
         names = dict.fromkeys(name for rows in by_label.values() for name in metric_names(rows))
-        result[suite.name] = {
-            "against": native,
-            "metrics": {
-                name: compare(
-                    {label: samples(rows, name) for label, rows in by_label.items()}, suite.metric(name), native=native
-                )
-                for name in names
-            },
+        metrics = {
+            name: compare(
+                {label: samples(rows, name) for label, rows in by_label.items()}, suite.metric(name), native=native
+            )
+            for name in names
         }
+        result[suite.name] = Comparison(native, metrics)
     return result

@@ -22,9 +22,9 @@ from ..errors import UserError, one_line
 from ..files import RunDir, new_file, read_json
 from ..progress import duration
 from ..results.findings import COPYING, KEPT, Finding, Note, headlines, lost, no_better, unmeasured, worst
-from ..results.statistics import NOISE, compare, p_in_words
-from ..results.store import NOT_MODELS
-from ..results.weighing import HELD_OUT, KL, METRICS, NOT_NEEDED, Weighed, listed, training
+from ..results.rows import HELD_OUT, NOT_MODELS
+from ..results.statistics import HELD_OUT_METRICS, KL, NOISE, compare, p_in_words
+from ..results.weighing import NOT_NEEDED, Weighed, listed, training
 from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
 
 MODELS = ("native", "scaled", "restored")  # the order of rows and lines; other models follow
@@ -101,7 +101,8 @@ class RunFacts:
     @property
     def kl(self) -> Mapping[str, Any]:
         """KL by model over pieces of held-out text, with its paired tests; {} where there are none."""
-        return compare({name: found[KL] for name, found in self.pieces.items() if KL in found}, METRICS[KL])
+        samples = {name: found[KL] for name, found in self.pieces.items() if KL in found}
+        return {name: row.as_json() for name, row in compare(samples, HELD_OUT_METRICS[KL]).items()}
 
     def number(self, model: str, key: str) -> float | None:
         value = self.rows.get(model, {}).get(key)

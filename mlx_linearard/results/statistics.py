@@ -1,19 +1,52 @@
-"""One model against another on the same items: how much is kept, how much is won back, and whether it is chance."""
+"""Models on the same items: values with standard errors, what is kept and won back, and paired tests of chance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from .rows import NATIVE, SCALED, Compared, Comparison, PairedTest, Value
 
 MEAN, DECISION, PERPLEXITY = "mean", "decision", "perplexity"  # the kinds of metric
 ALPHA = 0.05
 RESAMPLES = 10_000
-FEWEST = 5  # paired samples below which no test is made
+FEWEST = 5  # paired samples; with fewer no test is made
 NOISE, EQUAL, TOO_FEW = "inside the noise", "equal", "too few samples"
+MAX_NATS = 700.0  # the largest mean whose exponential is taken: exp(700) is about 1e304
+
+Samples = Mapping[str, float]  # item -> number
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the samples of one metric become its value.
+
+    kind: `decision` (samples 0 or 1, the value is their mean), `mean`, or `perplexity` (samples in nats, the
+    value is the exponential of their mean). ideal: the value of a perfect model, if there is one.
+    """
+
+    kind: str = MEAN
+    higher_is_better: bool = True
+    ideal: float | None = None
+
+
+KL, AGREEMENT = "kl", "agreement"  # the metrics of held-out text, beside perplexity@LENGTH
+HELD_OUT_METRICS = {KL: Metric(higher_is_better=False, ideal=0.0), AGREEMENT: Metric(ideal=1.0)}
+_PERPLEXITY = Metric(PERPLEXITY, higher_is_better=False)
+
+
+def summarize(values: Sequence[float], metric: Metric) -> Value:
+    """Mean and standard error (sample deviation over sqrt n); for a perplexity carried through the exponential."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    stderr = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+    if metric.kind == PERPLEXITY:
+        mean = math.exp(min(mean, MAX_NATS))
+        stderr = None if stderr is None else mean * stderr
+    return Value(mean, stderr, n)
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -28,71 +61,41 @@ def mcnemar(wins: int, losses: int) -> float:
 def bootstrap(differences: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
     """(low, high, p) of the mean of paired differences: its 95% percentile interval, and a two-sided p-value.
 
-    p is twice the smaller share of resampled means on one side of zero, never below 1 / resamples.
+    p is twice the smaller fraction of resampled means on one side of zero, never below 1 / resamples.
     """
     values = np.asarray(differences, np.float64)
     rng = np.random.default_rng(seed)
     rows = max(1, 4_000_000 // len(values))
-    means = np.concatenate([
-        values[rng.integers(0, len(values), (min(rows, resamples - done), len(values)))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ])  # fmt: skip
+    parts = []
+    for done in range(0, resamples, rows):
+        chosen = rng.integers(0, len(values), (min(rows, resamples - done), len(values)))
+        parts.append(values[chosen].mean(axis=1))
+    means = np.concatenate(parts)
     low, high = np.percentile(means, [2.5, 97.5])
     side = min((means <= 0).mean(), (means >= 0).mean())
     return float(low), float(high), float(min(1.0, max(2 * side, 1 / resamples)))
 
 
 def percent_of(value: float, native: float, metric: Metric) -> float | None:
-    """Per cent of native, 100 for as good: value / native, inverted where lower is better; None for a native 0."""
+    """Per cent of native; 100 is as good. value / native, inverted if lower is better; None if either is 0."""
     upper, lower = (value, native) if metric.higher_is_better else (native, value)
     return 100 * upper / lower if native and lower else None
 
 
 def recovered(native: float, scaled: float, restored: float, metric: Metric) -> float | None:
-    """Per cent of what scaling lost that training won back; None where scaling lost nothing.
+    """Per cent of the loss by scaling that training won back; None if scaling lost nothing.
 
     For a perplexity the loss is counted in nats, as the difference of the logarithms.
     """
     if metric.kind == PERPLEXITY:
         native, scaled, restored = (math.log(v) for v in (native, scaled, restored))
     sign = 1 if metric.higher_is_better else -1
-    lost = sign * (native - scaled)
-    return 100 * sign * (restored - scaled) / lost if lost > 0 else None
+    loss = sign * (native - scaled)
+    return 100 * sign * (restored - scaled) / loss if loss > 0 else None
 
 
-@dataclass(frozen=True)
-class Paired:
-    """`a` against `b` over the items both were measured on.
-
-    difference: mean of a - b of the samples, for a perplexity in nats; low and high its 95% interval (None
-    where decisions are compared, or samples are too few); p two-sided (None: too few to tell).
-    """
-
-    a: str
-    b: str
-    n: int
-    difference: float
-    low: float | None
-    high: float | None
-    p: float | None
-    test: str
-    outcome: str  # better, worse, equal, inside the noise, or too few samples
-
-    @property
-    def words(self) -> str:
-        """The outcome as a clause."""
-        if self.outcome == EQUAL:
-            return f"{self.a} equals {self.b}"
-        if self.p is None or self.outcome == NOISE:
-            return f"{self.a} against {self.b}: {self.outcome}" + ("" if self.p is None else f" ({p_in_words(self.p)})")
-        return f"{self.a} is {self.outcome} than {self.b} ({p_in_words(self.p)})"
-
-    def as_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "words": self.words}
-
-
-def paired(a: tuple[str, Mapping[str, float]], b: tuple[str, Mapping[str, float]], metric: Metric) -> Paired | None:
-    """Test (label, samples by item) against another; None where they share no item."""
+def paired(a: tuple[str, Samples], b: tuple[str, Samples], metric: Metric) -> PairedTest | None:
+    """Test model `a`, as (label, samples by item), against model `b`; None if they share no item."""
     shared = [item for item in a[1] if item in b[1]]
     if not shared:
         return None
@@ -105,11 +108,12 @@ def paired(a: tuple[str, Mapping[str, float]], b: tuple[str, Mapping[str, float]
         test = "bootstrap"
         if len(shared) >= FEWEST:
             low, high, p = bootstrap(differences)
-    return Paired(a[0], b[0], len(shared), mean, low, high, p, test, outcome(mean, p, metric))
+    result = outcome(mean, p, metric)
+    return PairedTest(a[0], b[0], len(shared), mean, low, high, p, test, result, _words(a[0], b[0], result, p))
 
 
 def outcome(difference: float, p: float | None, metric: Metric) -> str:
-    """What a paired difference says, in a word or three."""
+    """The result of a paired test: better, worse, equal, inside the noise, or too few samples."""
     if difference == 0:
         return EQUAL
     if p is None:
@@ -119,83 +123,72 @@ def outcome(difference: float, p: float | None, metric: Metric) -> str:
     return "better" if (difference > 0) == metric.higher_is_better else "worse"
 
 
+def _words(a: str, b: str, result: str, p: float | None) -> str:
+    if result == EQUAL:
+        return f"{a} equals {b}"
+    if p is None or result == NOISE:
+        return f"{a} against {b}: {result}" + ("" if p is None else f" ({p_in_words(p)})")
+    return f"{a} is {result} than {b} ({p_in_words(p)})"
+
+
 def p_in_words(p: float) -> str:
     """'p = 0.02' or 'p < 0.001'."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def compare(
-    rows: Mapping[str, Mapping[str, float]], metric: Metric, *, native: str = "native", scaled: str = "scaled"
-) -> dict[str, Any]:
-    """One metric of several models side by side: rows is label -> samples by item.
+    rows: Mapping[str, Samples], metric: Metric, *, native: str = NATIVE, scaled: str = SCALED
+) -> dict[str, Compared]:
+    """One metric of several models side by side: `rows` is label -> samples by item.
 
-    Returns label -> value, stderr, n, percent_of_native, recovered (per cent) and `tests` against native and
-    scaled; what cannot be said is absent. A row's value is of all its items, all else of those it shares.
+    Returns label -> its numbers, with tests against native and scaled. A value is over all items of its model;
+    everything else is over the items that the models share. A model without samples is left out.
     """
-    rows = {label: found for label, found in rows.items() if found}
-    table: dict[str, Any] = {}
-    for label, found in rows.items():
-        entry: dict[str, Any] = summarize(list(found.values()), metric).as_json()
-        if label != native:
-            entry |= _shares(rows, label, metric, native, scaled)
-        others = [other for other in (native, scaled) if other in rows and other != label and label != native]
-        tests = [paired((label, rows[label]), (other, rows[other]), metric) for other in others]
-        entry |= {"tests": [test.as_json() for test in tests if test]} if any(tests) else {}
-        table[label] = entry
-    return table
+    rows = {label: samples for label, samples in rows.items() if samples}
+    return {label: _compared(rows, label, metric, native, scaled) for label in rows}
 
 
-def _shares(
-    rows: Mapping[str, Mapping[str, float]], label: str, metric: Metric, native: str, scaled: str
-) -> dict[str, float]:
-    """What can be said of percent_of_native and recovered."""
-    found: dict[str, float | None] = {}
-    if both := _on_shared(rows, (label, native), metric):
-        found["percent_of_native"] = percent_of(both[0], both[1], metric)
-    if label != scaled and (three := _on_shared(rows, (native, scaled, label), metric)):
-        found["recovered"] = recovered(three[0], three[1], three[2], metric)
-    return {name: value for name, value in found.items() if value is not None}
+def _compared(rows: Mapping[str, Samples], label: str, metric: Metric, native: str, scaled: str) -> Compared:
+    value = summarize(list(rows[label].values()), metric)
+    if label == native:
+        return Compared(value)
+    kept = _on_shared(rows, (label, native), metric)
+    three = _on_shared(rows, (native, scaled, label), metric) if label != scaled else []
+    others = [other for other in (native, scaled) if other in rows and other != label]
+    tests = [paired((label, rows[label]), (other, rows[other]), metric) for other in others]
+    return Compared(
+        value,
+        percent_of(kept[0], kept[1], metric) if kept else None,
+        recovered(three[0], three[1], three[2], metric) if three else None,
+        tuple(test for test in tests if test),
+    )
 
 
-def _on_shared(rows: Mapping[str, Mapping[str, float]], labels: Sequence[str], metric: Metric) -> list[float]:
-    """The models' values on the items that all of them have; [] where there are none."""
+def _on_shared(rows: Mapping[str, Samples], labels: Sequence[str], metric: Metric) -> list[float]:
+    """The models' values on the items that all of them have; [] if there are none."""
     if not all(label in rows for label in labels):
         return []
     shared = [item for item in rows[labels[0]] if all(item in rows[label] for label in labels)]
     return [summarize([rows[label][item] for item in shared], metric).value for label in labels] if shared else []
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How the samples of one metric become its value.
+def compare_objectives(models: Mapping[str, Mapping[str, Samples]], objectives: Sequence[str]) -> Comparison:
+    """Native, scaled and the model of each objective on the same pieces of held-out text.
 
-    kind: `decision` (samples 0 or 1, the value their mean), `mean`, or `perplexity` (samples in nats, the
-    value the exponential of their mean). ideal: the value of a perfect model, where there is one.
+    `models` is label -> metric -> samples by piece. Each objective is also tested against the best one, metric by
+    metric. The best is the one with the lowest KL and perplexity, and the highest agreement.
     """
-
-    kind: str = MEAN
-    higher_is_better: bool = True
-    ideal: float | None = None
-
-
-@dataclass(frozen=True)
-class Value:
-    """A metric's value over n samples with its standard error; None where one sample says nothing of it."""
-
-    value: float
-    stderr: float | None
-    n: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {"value": self.value, "stderr": self.stderr, "n": self.n}
-
-
-def summarize(values: Sequence[float], metric: Metric) -> Value:
-    """Mean and standard error (sample deviation over sqrt n); for a perplexity carried through the exponential."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-    if metric.kind == PERPLEXITY:
-        mean = math.exp(min(mean, 700.0))
-        spread = None if spread is None else mean * spread
-    return Value(mean, spread, n)
+    best: dict[str, str] = {}
+    metrics: dict[str, dict[str, Compared]] = {}
+    for name in models[SCALED]:
+        metric = HELD_OUT_METRICS.get(name, _PERPLEXITY)
+        rows = {label: samples[name] for label, samples in models.items() if name in samples}
+        table = compare(rows, metric)
+        sign = -1 if metric.higher_is_better else 1
+        winner = min(objectives, key=lambda label: sign * table[label].value.value)
+        for label in objectives:
+            test = paired((label, rows[label]), (winner, rows[winner]), metric) if label != winner else None
+            if test:
+                table[label] = replace(table[label], tests=(*table[label].tests, test))
+        best[name], metrics[name] = winner, table
+    return Comparison(NATIVE, metrics, best)

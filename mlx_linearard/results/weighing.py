@@ -7,37 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..progress import duration
-from .statistics import ALPHA, NOISE, PERPLEXITY, TOO_FEW, Metric, compare, p_in_words, paired
+from .statistics import ALPHA, KL, NOISE, TOO_FEW, p_in_words
 
-HELD_OUT = "held-out"  # the key of such a comparison among results.json's comparisons
-KL = "kl"
 NOT_NEEDED = 0.01  # nats a token: a scaling that costs less than this costs nothing one would notice
-METRICS = {KL: Metric(higher_is_better=False, ideal=0.0), "agreement": Metric(ideal=1.0)}
-_PERPLEXITY = Metric(PERPLEXITY, higher_is_better=False)
-
-Samples = Mapping[str, Mapping[str, float]]  # metric -> piece of text -> number
-
-
-def weigh(models: Mapping[str, Samples], objectives: Sequence[str]) -> dict[str, Any]:
-    """The comparison of native, scaled and each objective's model on the same pieces of text.
-
-    Returns `metrics`, as `evaluate.compare.compare` makes them with a further paired test of each objective
-    against the best, and `best`: metric -> objective.
-    """
-    found: dict[str, Any] = {"against": "native", "best": {}, "metrics": {}}
-    for name in models["scaled"]:
-        metric = METRICS.get(name, _PERPLEXITY)
-        rows = {label: samples[name] for label, samples in models.items() if name in samples}
-        table = compare(rows, metric)
-        sign = -1 if metric.higher_is_better else 1
-        best = min(objectives, key=lambda o: sign * table[o]["value"])
-        for objective in objectives:
-            if objective != best:
-                test = paired((objective, rows[objective]), (best, rows[best]), metric)
-                table[objective]["tests"] += [test.as_json()] if test else []
-        found["best"][name] = best
-        found["metrics"][name] = table
-    return found
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run as evaluate
 from mlx_linearard.report.__main__ import run as report
 from mlx_linearard.report.content import read_run, verdict
-from mlx_linearard.results.weighing import Weighed, weigh
+from mlx_linearard.results.statistics import compare_objectives as weigh
+from mlx_linearard.results.weighing import Weighed
 
 FLAGS = [
     "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "2e-3",
@@ -249,7 +250,7 @@ def weighed(**kl: tuple[float, float]) -> Weighed:
     names = [name.replace("_", "+") for name in kl]
     models = {"native": {"kl": pieces(0, 0, 0)}, "scaled": {"kl": pieces(1.6, 0.1, 1)}}
     models |= {name: {"kl": pieces(*kl[key], 2 + i)} for i, (name, key) in enumerate(zip(names, kl, strict=True))}
-    return Weighed(names, {}, json.loads(json.dumps(weigh(models, names))))
+    return Weighed(names, {}, json.loads(json.dumps(weigh(models, names).as_json())))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_model
@@ -16,6 +17,8 @@ from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run
 from mlx_linearard.evaluate.suites import hub
 from mlx_linearard.evaluate.suites.choice import Choice
+from mlx_linearard.results.fields import Field
+from mlx_linearard.results.rows import Results
 from mlx_linearard.results.store import ItemLog, merge_results
 
 ITEMS = [
@@ -115,9 +118,15 @@ def test_a_log_is_written_line_by_line(tmp_path: Path) -> None:
 
 def test_a_suite_is_replaced_whole_and_everything_else_kept(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    merge_results(path, {"a": {"ppl": {"metrics": {"x": 1}, "grid": 1}, "kl": 2}})
-    merged = merge_results(path, {"a": {"ppl": {"metrics": {"y": 1}}}, "b": {}})
-    assert merged == json.loads(path.read_text()) == {"a": {"ppl": {"metrics": {"y": 1}}, "kl": 2}, "b": {}}
+
+    def results(value: dict[str, Any]) -> Results:
+        return Results.from_json(value, Field("new"))
+
+    one = {"value": 1, "stderr": None}
+    merge_results(path, results({"a": {"ppl": {"metrics": {"x": one}, "grid": {"64": {"0": 1}}}, "kl": 2}}))
+    merged = merge_results(path, results({"a": {"ppl": {"metrics": {"y": one}}}, "b": {}}))
+    kept = {"a": {"ppl": {"metrics": {"y": one}}, "kl": 2}, "b": {}}
+    assert merged.as_json() == json.loads(path.read_text()) == kept
 
 
 def test_a_finished_run_is_evaluated_into_its_own_results(
@@ -174,7 +183,7 @@ def test_an_item_without_gold_and_broken_results_are_named(
     bad.write_text("{")
     assert f"{bad} line 1 is not valid JSON" in complaint([*arguments, str(bad)], capsys)
     (tmp_path / "r.json").write_text("[]")
-    assert "must hold a JSON object" in complaint([*arguments, str(items)], capsys)
+    assert "must be a JSON object" in complaint([*arguments, str(items)], capsys)
     assert (tmp_path / "r.json").read_text() == "[]"
 
 

@@ -107,8 +107,8 @@ def test_models_measured_one_at_a_time_are_compared(models: list[Path], text_fil
 def test_shares_are_of_the_items_that_both_have() -> None:
     rows = {"native": {"a": 1.0, "b": 1.0, "c": 0.0}, "scaled": {"a": 0.0, "b": 1.0, "c": 0.0}, "restored": {"a": 1.0}}
     table = compare(rows, Metric(DECISION))
-    assert table["restored"]["percent_of_native"] == 100 and table["restored"]["recovered"] == 100
-    assert table["scaled"]["percent_of_native"] == pytest.approx(50) and table["native"]["n"] == 3
+    assert table["restored"].percent_of_native == 100 and table["restored"].recovered == 100
+    assert table["scaled"].percent_of_native == pytest.approx(50) and table["native"].value.n == 3
 
 
 def test_a_log_holds_any_text(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from mlx_linearard.errors import UserError
 from mlx_linearard.report.__main__ import run as command
 from mlx_linearard.report.charts import Series, heat_map, line_chart, linear_axis, log_axis, number, tokens
 from mlx_linearard.report.content import figures, headline, notes, read_run, verdict, write_report
-from mlx_linearard.results.weighing import HELD_OUT, weigh
+from mlx_linearard.results.rows import HELD_OUT
+from mlx_linearard.results.statistics import compare_objectives as weigh
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -75,7 +76,7 @@ def a_comparison(root: Path) -> Path:
     models = {name: {"kl": {str(i): mean * (1 + i % 5 / 5) for i in range(32)}} for name, mean in kl.items()}
     training = {"tokens": 18432, "seconds": 300.0, "tokens_per_second": 61.0, "peak_memory_gb": 0.8}
     rows = {name: a_row(kl[name], 30.0 + kl[name], training=training) for name in OBJECTIVES}
-    results["comparisons"][HELD_OUT] = weigh(models, OBJECTIVES)
+    results["comparisons"][HELD_OUT] = weigh(models, OBJECTIVES).as_json()
     (root / "results.json").write_text(json.dumps({**results, **rows, "restored": rows["relation"]}))
     (root / "config.yaml").write_text(f"model: smol\nmethod: linear\nfactor: 4.0\ncompare: {','.join(OBJECTIVES)}\n")
     for name in OBJECTIVES:

@@ -93,6 +93,7 @@ def test_a_table_has_what_can_be_said_and_nothing_else() -> None:
     rows = {"native": items(1, 1, 1, 1), "scaled": items(0, 0, 0, 0), "restored": items(1, 1, 1, 0), "other": {}}
     table = compare(rows, ACC)
     assert set(table) == {"native", "scaled", "restored"}
-    assert table["restored"]["percent_of_native"] == 75 and table["restored"]["recovered"] == 75
-    assert [test["b"] for test in table["restored"]["tests"]] == ["native", "scaled"]
-    assert "recovered" not in table["scaled"] and "tests" not in table["native"]
+    assert table["restored"].percent_of_native == 75 and table["restored"].recovered == 75
+    assert [test.b for test in table["restored"].tests] == ["native", "scaled"]
+    assert table["scaled"].recovered is None and not table["native"].tests
+    assert "recovered" not in table["scaled"].as_json() and "tests" not in table["native"].as_json()

@@ -1,0 +1,114 @@
+"""Checks of the values in a JSON file. Every error is one line that names the file and the field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from ..errors import UserError, one_line
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+LARGEST = 1e306  # of a number that the statistics and the charts can work with
+LONGEST = 15  # digits of a length, a position or a count
+SHOWN = 60  # characters of a wrong value in a message
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value's place: the file and the dotted name inside it; the empty name is the whole file."""
+
+    file: str | Path
+    name: str = ""
+
+    def __truediv__(self, key: object) -> Field:
+        """The place of an entry of this field."""
+        return Field(self.file, f"{self.name}.{key}" if self.name else str(key))
+
+    def fail(self, text: str) -> NoReturn:
+        """Raise the UserError for this place."""
+        place = f"{self.file}: {self.name}" if self.name else str(self.file)
+        raise UserError(one_line(f"{place} {text}"))
+
+    def mapping(self, value: Any) -> Mapping[str, Any]:
+        """A JSON object."""
+        if not isinstance(value, dict):
+            self.fail(f"must be a JSON object, not a {type(value).__name__}")
+        return value
+
+    def items(self, value: Any) -> list[Any]:
+        """A JSON list."""
+        if not isinstance(value, list):
+            self.fail(f"must be a JSON list, not a {type(value).__name__}")
+        return value
+
+    def number(self, value: Any) -> float:
+        """A finite number; an integer stays one."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            self.fail(f"must be a finite number, not {shown(value)}")
+        return value
+
+    def positive(self, value: Any) -> float:
+        """A finite number above 0."""
+        if self.number(value) <= 0:
+            self.fail(f"must be above 0, not {shown(value)}")
+        return value
+
+    def fraction(self, value: Any) -> float:
+        """A number from 0 to 1."""
+        if not 0 <= self.number(value) <= 1:
+            self.fail(f"must be a number from 0 to 1, not {shown(value)}")
+        return value
+
+    def count(self, value: Any) -> int:
+        """A whole number, 0 or more."""
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**LONGEST:
+            self.fail(f"must be a whole number, 0 or more, not {shown(value)}")
+        return value
+
+    def text(self, value: Any) -> str:
+        """A string."""
+        if not isinstance(value, str):
+            self.fail(f"must be a string, not {shown(value)}")
+        return value
+
+    def by_length(self, value: Any) -> dict[int, Any]:
+        """A JSON object whose keys are whole numbers, such as lengths in tokens, in ascending order."""
+        entries = self.mapping(value)
+        for key in entries:
+            if not is_whole(key):
+                self.fail(f"has the key {shown(key)}, which is not a length in tokens")
+        return {int(key): entries[key] for key in sorted(entries, key=int)}
+
+
+def is_whole(text: str) -> bool:
+    """Whether `text` is a whole number in ASCII digits, short enough to be a count."""
+    return text.isascii() and text.isdigit() and len(text) <= LONGEST
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: short, whatever it is."""
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
+        return "an integer of more than 60 digits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def optional(read: Callable[[Any], T], value: Any) -> T | None:
+    """`read` applied to `value`; None stays None."""
+    return None if value is None else read(value)
+
+
+def present(**values: Any) -> Json:
+    """The values that are there."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def other_entries(entries: Mapping[str, Any], names: Sequence[str]) -> Json:
+    """The entries whose keys are not among `names`."""
+    return {key: value for key, value in entries.items() if key not in names}

@@ -1,0 +1,90 @@
+"""The other numbers of a run: its steps (metrics.jsonl) and its held-out text piece by piece (held_out.json)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, one_line
+from ..files import read_json, write_json
+from .fields import Field, is_whole
+from .rows import Training
+
+Pieces = Mapping[str, Mapping[str, float]]  # metric -> piece, named LENGTH/WINDOW/PIECE -> mean over its tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of metrics.jsonl. loss is None if it is not a finite number; memory is the peak, in GB."""
+
+    step: int
+    loss: float | None
+    memory: float
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def read_steps(path: Path) -> list[Step]:
+    """metrics.jsonl; [] if there is no such file. A last line without its end is still being written: left out."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    return [_step(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _step(path: Path, number: int, line: str) -> Step:
+    at = Field(path, f"line {number}")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not {"step", "loss", "peak_memory_gb"} <= record.keys():
+        raise UserError(f"{path} line {number} is not a valid step record: fix or delete it")
+    return Step(
+        (at / "step").count(record["step"]),
+        None if record["loss"] is None else (at / "loss").number(record["loss"]),
+        (at / "peak_memory_gb").number(record["peak_memory_gb"]),
+        (at / "tokens").count(record.get("tokens", 0)),
+        (at / "seconds").number(record.get("seconds", 0.0)),
+    )
+
+
+def training_of(steps: Sequence[Step]) -> Training:
+    """Tokens, time and peak memory of `steps`, of which there is at least one."""
+    tokens, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
+    return Training(
+        tokens, round(seconds, 1), round(tokens / seconds, 2) if seconds else 0.0, max(step.memory for step in steps)
+    )
+
+
+def read_pieces(path: Path) -> dict[str, Pieces]:
+    """held_out.json, by model; {} if there is no such file."""
+    if not path.exists():
+        return {}
+    top = Field(path)
+    models = top.mapping(read_json(path))
+    return {model: _metrics(top / model, metrics) for model, metrics in models.items()}
+
+
+def _metrics(at: Field, value: Any) -> Pieces:
+    return {metric: _samples(at / metric, pieces) for metric, pieces in at.mapping(value).items()}
+
+
+def _samples(at: Field, value: Any) -> dict[str, float]:
+    pieces = at.mapping(value)
+    for piece in pieces:
+        parts = piece.split("/")
+        if len(parts) != 3 or not all(map(is_whole, parts)):
+            at.fail(f"has the key {piece!r} instead of LENGTH/WINDOW/PIECE")
+    return {piece: (at / piece).number(number) for piece, number in pieces.items()}
+
+
+def write_pieces(path: Path, models: Mapping[str, Pieces]) -> None:
+    """Replace held_out.json, completely or not at all."""
+    write_json(path, models)
