@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -58,31 +59,39 @@ class RunInfo:
 class ExportInfo:
     """How far the exported model is from the trained one, on one sample of `tokens` tokens.
 
-    max_difference: of the logits. kl: in nats per token; tolerance: of the KL. All are None before the export is
-    verified. `other` has what is only kept for the reader.
+    max_difference: of the logits. kl: in nats per token, at most `tolerance`. Both are None if they are not finite.
+    unstable: the sides that gave other logits when computed again. `other` is only kept for the reader.
     """
 
     max_difference: float | None = None
     kl: float | None = None
     tokens: int | None = None
     tolerance: float | None = None
+    unstable: Sequence[str] = ()
     other: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
         """Whether the export was verified and is not what was trained."""
-        return self.kl is not None and self.tolerance is not None and not self.kl <= self.tolerance
+        return self.tolerance is not None and (self.kl is None or not self.kl <= self.tolerance)
 
     def as_json(self) -> Json:
-        known = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "other"}
-        return {**present(**known), **self.other}
+        numbers = {"max_difference": self.max_difference, "kl": self.kl}
+        return {
+            **{name: value for name, value in numbers.items() if value is not None and math.isfinite(value)},
+            **present(tokens=self.tokens, tolerance=self.tolerance),
+            "unstable": list(self.unstable),
+            **self.other,
+        }
 
     @classmethod
     def from_json(cls, value: Any, at: Field) -> ExportInfo:
         entries = at.mapping(value)
-        names = ("max_difference", "kl", "tolerance")
+        numbers = ("max_difference", "kl", "tolerance")
+        unstable = (at / "unstable").items(entries.get("unstable", []))
         return cls(
-            **{name: optional((at / name).number, entries.get(name)) for name in names},
+            **{name: optional((at / name).number, entries.get(name)) for name in numbers},
             tokens=optional((at / "tokens").count, entries.get("tokens")),
-            other=other_entries(entries, [*names, "tokens"]),
+            unstable=tuple((at / "unstable").text(side) for side in unstable),
+            other=other_entries(entries, [*numbers, "tokens", "unstable"]),
         )
