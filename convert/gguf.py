@@ -17,9 +17,9 @@ import numpy as np
 from ..errors import UserError, one_line
 from ..files import GENERATION_CONFIG, disk_errors, write_json
 from ..models import tokenizer
-from ..models.directory import refuse
 from ..models.dtypes import FLOATS
 from ..models.save import Tensor, model_directory
+from ..models.weights import refuse
 from ..rope import inverse_frequencies, normalise
 from . import names
 from .gguf_file import Gguf

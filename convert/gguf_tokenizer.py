@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import UserError
-from ..models.directory import plain_name
 from ..models.tokenizer import CONTROL, NORMAL, Rebuilt, add_tokens, finish, sentencepiece_bpe, tokenizer_errors
+from ..models.weights import plain_name
 
 # The split of GPT-2 with the digits of Llama 3 (up to three) and of Qwen 2 (one).
 _SPLIT = (

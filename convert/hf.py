@@ -10,9 +10,8 @@ import mlx.core as mx
 
 from ..errors import UserError, one_line
 from ..files import CONFIG, new_directory
-from ..models import directory as safe
 from ..models import tokenizer
-from ..models.directory import resolve
+from ..models.directory import build, check_model_dir, quantization_of, resolve
 from ..models.dtypes import FLOAT_NAMES, FLOATS
 from ..models.save import (
     SHARD_BYTES,
@@ -48,11 +47,11 @@ def from_hf(
     Raises UserError if the source is damaged, unknown, or would compute something else in mlx-lm.
     """
     directory = resolve(source)
-    checked = safe.check_model_dir(directory)
+    checked = check_model_dir(directory)
     config = dict(checked.config)
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
-    stated = safe.quantization_of(config, directory / CONFIG)
+    stated = quantization_of(config, directory / CONFIG)
     arrays = checked.arrays
     if dtype is not None:
         arrays = _cast(arrays, dtype)
@@ -89,13 +88,13 @@ def to_hf(
     both spellings. Raises UserError if the source is damaged or if mlx-lm and transformers would disagree.
     """
     directory = resolve(source)
-    checked = safe.check_model_dir(directory)
+    checked = check_model_dir(directory)
     config = _clean(checked.config)
     if config["model_type"] in STACKED:
         raise UserError(f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back")
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
-    settings = safe.quantization_of(config, directory / CONFIG)
+    settings = quantization_of(config, directory / CONFIG)
     arrays = checked.arrays
     if settings is not None:
         arrays = _dequantize(arrays, settings)
@@ -152,7 +151,7 @@ def scale(
     method.
     """
     directory = resolve(source)
-    checked = safe.check_model_dir(directory)
+    checked = check_model_dir(directory)
     try:
         config = scale_rope(_clean(checked.config), method, factor)
     except ValueError as error:
@@ -189,10 +188,10 @@ def _quantize(
     config: dict[str, Any], arrays: dict[str, mx.array], bits: int, group: int, count: int, where: Path
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Quantize, lazily, the layers that mlx-lm would quantize; the arrays, and the settings for the config."""
-    settings = safe.quantization_of({"quantization": {"group_size": group, "bits": bits}}, where)
+    settings = quantization_of({"quantization": {"group_size": group, "bits": bits}}, where)
     assert settings is not None
     settings["mode"] = "affine"
-    model = safe.build(config, count, where)
+    model = build(config, count, where)
     predicate = getattr(model, "quant_predicate", None)  # some families keep their routers at 8 bits
     for path, module in model.named_modules():
         name = f"{path}.weight"

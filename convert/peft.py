@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTERS, CONFIG, new_directory, read_config, read_object, write_json
-from ..models import directory as safe
 from ..models.save import Tensor, write_safetensors
+from ..models.weights import load_lazily, read_header, refuse
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -231,7 +231,7 @@ def _number(config: Mapping[str, Any], key: str, where: Path, default: float | N
 def _read(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    return safe.load_lazily(safe.read_header(path)[0])
+    return load_lazily(read_header(path)[0])
 
 
 def _group(arrays: Mapping[str, mx.array], pattern: re.Pattern[str], leaves: Mapping[str, str], where: Path) -> Modules:
@@ -251,7 +251,7 @@ def _group(arrays: Mapping[str, mx.array], pattern: re.Pattern[str], leaves: Map
             continue
         leaf = leaves.get(match["leaf"], match["leaf"])
         modules[match["path"]][leaf] = array.T if array.ndim == 2 else array
-    safe.refuse([f"unexpected {name} {tuple(arrays[name].shape)}" for name in unknown], str(where))
+    refuse([f"unexpected {name} {tuple(arrays[name].shape)}" for name in unknown], str(where))
     if not modules:
         raise UserError(f"{where} holds no adapter")
     return dict(modules)
@@ -261,7 +261,7 @@ def _check(modules: Modules, dora: bool, where: Path, axis: int) -> int:
     """The rank that all modules have, on `axis` of lora_a; UserError that lists the modules that do not fit."""
     wanted = {"lora_a", "lora_b", "m"} if dora else {"lora_a", "lora_b"}
     wrong = [f"{path} has {', '.join(sorted(m))}" for path, m in modules.items() if set(m) != wanted]
-    safe.refuse(wrong, f"{where} should hold {', '.join(sorted(wanted))} of each module")
+    refuse(wrong, f"{where} should hold {', '.join(sorted(wanted))} of each module")
     wrong, ranks = [], set()
     for path, leaves in modules.items():
         a, b = leaves["lora_a"].shape, leaves["lora_b"].shape
@@ -269,7 +269,7 @@ def _check(modules: Modules, dora: bool, where: Path, axis: int) -> int:
         magnitudes = dora and not _EMBEDDING.fullmatch(path)  # an embedding's are refused by _check_embeddings
         if a[axis] != b[1 - axis] or 0 in (*a, *b) or (magnitudes and leaves["m"].shape != (b[axis],)):
             wrong.append(f"{path} {a} {b}")
-    safe.refuse(wrong, f"{where}: factors that do not fit each other")
+    refuse(wrong, f"{where}: factors that do not fit each other")
     if len(ranks) != 1:
         raise UserError(f"{where}: its modules have ranks {sorted(ranks)}, but mlx-lm's adapters have one")
     return ranks.pop()

@@ -13,8 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..models import directory as safe
-from ..models.directory import resolve
+from ..models.directory import check_model_dir, path_for_mlx_lm, resolve
 from ..rope import inverse_frequencies
 from .gguf import from_gguf
 
@@ -62,7 +61,7 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
     if tokens < 1:
         raise UserError(f"--tokens must be at least 1, not {tokens}")
     with _directory(a) as first, _directory(b) as second:
-        ours, theirs = safe.check_model_dir(first), safe.check_model_dir(second)
+        ours, theirs = check_model_dir(first), check_model_dir(second)
         vocab = min(int(ours.config["vocab_size"]), int(theirs.config["vocab_size"]))
         ids = np.random.default_rng(SEED).integers(0, vocab, (1, tokens))
         left = mlx_logits(first, ours.config, ids)
@@ -94,7 +93,8 @@ def mlx_logits(directory: Path, config: Mapping[str, Any], ids: np.ndarray) -> n
     """float32 logits (1, T, vocabulary) of stock mlx-lm."""
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(directory, lazy=True, model_config=dict(config))
+    with path_for_mlx_lm(directory) as path:
+        model, _ = load_model(path, lazy=True, model_config=dict(config))
     model.set_dtype(mx.float32)
     return np.array(model(mx.array(ids)).astype(mx.float32))
 

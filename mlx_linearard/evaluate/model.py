@@ -21,10 +21,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
 from ..machine import on_gpu
-from ..models.directory import check_config, check_model_dir, resolve, shards
+from ..models.directory import check_config, check_model_dir, resolve
 from ..models.pair import load_frozen
 from ..models.shape import Shape
 from ..models.tokenizer import check_tokenizer, tokenizer_of
+from ..models.weights import weight_files
 from ..ops.logits import token_nll
 from ..rope import native_window
 
@@ -84,7 +85,7 @@ class Directory:
 
     def fingerprint(self) -> str:
         """A hash of config, file sizes and times, which changes if the directory changes."""
-        files = [*shards(self.path), *(self.path / name for name in TOKENIZER_FILES)]
+        files = [*weight_files(self.path), *(self.path / name for name in TOKENIZER_FILES)]
         states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
         return digest([self.config, states])
 

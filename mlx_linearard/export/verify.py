@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 from ..errors import UserError
+from ..models.directory import path_for_mlx_lm
 from ..models.trees import named_arrays
 
 ATTEMPTS = 4  # computations of one side, until two in succession agree
@@ -82,7 +83,8 @@ def verify_export(directory: Path, tokens: np.ndarray, expected: Logits) -> Veri
     dtypes: set[mx.Dtype] = set()
 
     def loaded() -> np.ndarray:
-        model, _ = load_model(directory)
+        with path_for_mlx_lm(directory) as path:
+            model, _ = load_model(path)
         dtypes.update(array.dtype for _, array in named_arrays(model.parameters()))
         return _logits(model, tokens)
 

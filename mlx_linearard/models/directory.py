@@ -1,15 +1,16 @@
-"""What input must get past before a byte of it is used: headers, names, shapes, numbers.
+"""A model directory: found, checked before anything loads it, and loaded.
 
-Nothing here unpickles, imports a model's own code or follows a name out of its directory. Everything that is
-wrong ends in one UserError; where several tensors are wrong, all are named.
+Nothing here runs a model's own code. Everything that is wrong ends in one UserError that names the file.
 """
 
 from __future__ import annotations
 
+import glob
 import importlib.util
-import json
-import math
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,174 +20,78 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
-from ..files import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
+from ..files import CONFIG, read_config, reading
 from ..rope import FAMILIES, family, normalise
-from .dtypes import DTYPES
 from .tokenizer import check_tokenizer
+from .weights import Stored, check_finite, load_lazily, refuse, same_values, stored_tensors
 
-# What a hub repository is fetched for; weights in any other format are left where they are.
+# The files of a hub repository that are downloaded. A variant such as model.fp16.safetensors is not.
 PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+VARIANTS = ["model.*.safetensors", "model.*-of-*.safetensors"]
 
-MAX_HEADER = 100 << 20  # the limit of the safetensors library
-NAMED = 20  # how many bad tensors a message names before it counts the rest
 RECOMPUTED = "rotary_emb.inv_freq"  # stored by some old checkpoints, recomputed by every library
-_UNTRUSTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+EMBEDDING, HEAD = "model.embed_tokens.", "lm_head."  # prefixes of the tensors that tied models share
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a hub cache names a blob by its hash
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file: its type, shape, and where its bytes lie in the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
+# -- finding --
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and metadata of a safetensors file, checked against its length; UserError otherwise.
+def resolve(source: str | Path) -> Path:
+    """A local directory as it is, or a hub repository's snapshot; UserError if it is neither."""
+    path = Path(source)
+    with reading(source):
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    text = str(source)
+    if exists or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise UserError(f"{source} is not a model directory: give one, or a hub repository (owner/name)")
+    from huggingface_hub import snapshot_download
 
-    As the format demands: types known, sizes matching shapes, and the bytes covered without gap or overlap.
-    """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise UserError(f"{path} is damaged: its header of {length} bytes does not fit its {size}")
-            header = json.loads(file.read(length).decode("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its header is not JSON ({one_line(error)})") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is damaged: its header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path} is damaged: its __metadata__ is not a JSON object")
-    tensors = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    _check_coverage(path, tensors, 8 + length, size)
-    return tensors, metadata
+        return Path(snapshot_download(text, allow_patterns=PATTERNS, ignore_patterns=VARIANTS))
+    except Exception as error:  # no network, no such repository, a gated one: each library has its own
+        raise UserError(
+            f"{source} is neither a local directory nor a repository that the hub gives us "
+            f"({type(error).__name__}): check the name and the connection"
+        ) from None
 
 
-def _entry(path: Path, name: str, value: Any, base: int) -> Stored:
-    try:
-        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        start, end = offsets
-        numbers = [*shape, start, end]
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{path} is damaged: the entry of {name!r} is incomplete") from None
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{path}: {name} has type {dtype!r}; only {', '.join(DTYPES)} are read")
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 62 for n in numbers):
-        raise UserError(f"{path} is damaged: the shape or offsets of {name!r} are not sizes")
-    if end - start != math.prod(shape) * DTYPES[dtype].size or math.prod(shape) >= 1 << 62:
-        raise UserError(f"{path} is damaged: {name!r} of shape {shape} cannot lie in [{start}, {end}]")
-    if len(shape) > 8 or max(shape, default=0) >= 1 << 31:
-        raise UserError(f"{path}: {name!r} has a shape that mlx cannot hold: {shape}")
-    return Stored(path, dtype, tuple(shape), base + start, end - start)
+@contextmanager
+def path_for_mlx_lm(directory: Path) -> Iterator[Path]:
+    """The path of a model directory for mlx-lm's own loader, which reads brackets in a path as a pattern.
 
-
-def _check_coverage(path: Path, tensors: Mapping[str, Stored], base: int, size: int) -> None:
-    position = base
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if tensor.start + tensor.nbytes > size:
-            raise UserError(f"{path} is truncated: {name!r} ends beyond its {size} bytes; download it again")
-        if tensor.start != position:
-            what = "overlaps another tensor" if tensor.start < position else "leaves a gap before it"
-            raise UserError(f"{path} is damaged: {name!r} {what}")
-        position = tensor.start + tensor.nbytes
-    if position != size:
-        raise UserError(f"{path} is damaged: {size - position} bytes belong to no tensor")
-
-
-def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, by its index where it has one; none lies elsewhere."""
-    index = directory / WEIGHTS_INDEX
-    if (directory / WEIGHTS).is_file():
-        if index.is_file():  # mlx-lm writes an index beside a single file too
-            _indexed(directory, index)
-        return [directory / WEIGHTS]
-    if index.is_file():
-        return sorted({directory / name for name in _indexed(directory, index).values()})
-    found = sorted(directory.glob("model*.safetensors"))
-    if found:
-        return found
-    if any(True for pattern in _UNTRUSTED for _ in directory.glob(pattern)):
-        raise UserError(f"{directory} holds only pickled weights, which can run any code: convert them to safetensors")
-    raise UserError(f"{directory} holds no model*.safetensors")
-
-
-def _indexed(directory: Path, index: Path) -> dict[str, str]:
-    """The index's weight map; every file named must be a plain name in the same directory."""
-    value = read_json(index)
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map")
-    for name in sorted({str(name) for name in weight_map.values()}):
-        if not plain_name(name):
-            raise UserError(f"{index} names {name!r}, which is not a file of its own directory")
-        if not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {name!r}, which is not a safetensors file")
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name} is missing although {index.name} names it; download it again")
-    return {str(key): str(name) for key, name in weight_map.items()}
-
-
-def plain_name(name: str) -> bool:
-    """Whether `name` is a file name without any directory in it."""
-    return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
-
-
-def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a model directory by name; UserError where a header is bad or a name stands twice.
-
-    Where there is an index, it must name the tensors that its shards hold, each in its shard.
+    A path with such characters is replaced by a link without them while the block runs.
     """
-    tensors: dict[str, Stored] = {}
-    for path in shards(directory):
-        for name, tensor in read_header(path)[0].items():
-            if name in tensors:
-                raise UserError(f"{name} stands in {tensors[name].file.name} and again in {path}")
-            tensors[name] = tensor
-    index = directory / WEIGHTS_INDEX
-    if index.is_file():
-        claimed = _indexed(directory, index)
-        wrong = [f"{name} is missing from {file}" for name, file in sorted(claimed.items()) if name not in tensors]
-        wrong += [
-            f"{name} is in {tensors[name].file.name}, not {file}"
-            for name, file in sorted(claimed.items())
-            if name in tensors and tensors[name].file.name != file
-        ]
-        wrong += [f"{name} is not in the index" for name in sorted(tensors.keys() - claimed.keys())]
-        refuse(wrong, f"{index} and its shards disagree")
-    return tensors
+    if glob.escape(str(directory)) == str(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "model"
+        link.symlink_to(directory.resolve(), target_is_directory=True)
+        yield link
 
 
-def load_lazily(tensors: Mapping[str, Stored]) -> dict[str, mx.array]:
-    """mlx arrays of checked tensors; each is read from its file only when evaluated."""
-    arrays: dict[str, mx.array] = {}
-    for path in sorted({tensor.file for tensor in tensors.values()}):
-        try:
-            held: Any = mx.load(str(path))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} cannot be loaded: {one_line(error)}") from None
-        arrays.update({name: held[name] for name, tensor in tensors.items() if tensor.file == path})
-    return arrays
+# -- checking --
 
 
 def check_config(directory: Path) -> dict[str, Any]:
-    """The directory's config, normalised; UserError for what we do not convert or would run code for."""
+    """The directory's config, normalised; UserError if the model is not supported or asks to run code."""
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory")
+    with reading(directory):
+        if not directory.is_dir():
+            raise UserError(f"{directory} is not a directory")
+    check_links(directory)
     config = read_config(directory)
     if config.get("model_file") is not None:
         raise UserError(f"{directory / CONFIG} asks to run {config['model_file']!r}; models run no code here")
-    kind = config.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES and not _in_mlx_lm(kind):
-        raise UserError(f"{directory / CONFIG} has model_type {kind!r}, which this mlx-lm lacks: update mlx-lm")
+    config.pop("auto_map", None)  # names the model's own code: every supported family is built without it
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES and not _in_mlx_lm(model_type):
+        raise UserError(f"{directory / CONFIG} has model_type {model_type!r}, which this mlx-lm lacks: update mlx-lm")
+    if not isinstance(config.get("tie_word_embeddings"), bool | None):
+        raise UserError(f"{directory / CONFIG}: tie_word_embeddings must be true or false")
     try:
         family(config)
         return normalise(config)
@@ -194,17 +99,33 @@ def check_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory / CONFIG}: {one_line(error)}") from None
 
 
-def _in_mlx_lm(kind: str) -> bool:
+def check_links(directory: Path) -> None:
+    """UserError if a link in the directory leads out of it, unless it leads to a blob of a hub cache."""
+    with reading(directory):
+        root = directory.resolve()
+        for path in sorted(directory.iterdir()):
+            if path.is_symlink() and not _stays(path.resolve(), root):
+                raise UserError(f"{path} is a link that leads out of its directory: replace it by the file itself")
+
+
+def _stays(target: Path, root: Path) -> bool:
+    """Whether a link's target is in the directory, or in models--OWNER--NAME/blobs of a hub cache."""
+    blobs = target.parent
+    in_cache = blobs.name == "blobs" and blobs.parent.name.startswith("models--") and _BLOB.fullmatch(target.name)
+    return target.is_relative_to(root) or bool(in_cache)
+
+
+def _in_mlx_lm(model_type: str) -> bool:
     from mlx_lm.utils import MODEL_REMAPPING
 
-    return importlib.util.find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is not None
+    return importlib.util.find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}") is not None
 
 
 def build(config: Mapping[str, Any], tensors: int, where: Path) -> nn.Module:
-    """The mlx-lm model of a config, nothing evaluated; UserError where the config does not describe one.
+    """The mlx-lm model of a config, nothing evaluated; UserError if the config does not describe one.
 
-    tensors bounds the layers: a config that claims more layers than the weights have tensors is refused
-    before anything is built.
+    `tensors` bounds the layers: a config with more layers than the weights have tensors is refused before
+    anything is built.
     """
     from mlx_lm.utils import _get_classes
 
@@ -217,23 +138,23 @@ def build(config: Mapping[str, Any], tensors: int, where: Path) -> nn.Module:
     try:
         model_class, args_class = _get_classes(dict(config))
         return model_class(args_class.from_dict(dict(config)))
-    except Exception as error:  # whatever mlx-lm's constructors make of a bad value
+    except Exception as error:  # mlx-lm's constructors raise many types for a bad value
         text = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where} does not describe a {config['model_type']} model ({text})") from None
 
 
 def sanitize(model: nn.Module, arrays: dict[str, mx.array], where: Path) -> dict[str, mx.array]:
-    """mlx-lm's own renaming of a checkpoint's tensors, lazily; UserError where it fails."""
+    """mlx-lm's own renaming of a checkpoint's tensors, lazily; UserError if it fails."""
     if not hasattr(model, "sanitize"):
         return arrays
     try:
         return dict(model.sanitize(dict(arrays)))
-    except Exception as error:  # missing tensors surface here as KeyErrors in some families
+    except Exception as error:  # missing tensors raise a KeyError here in some families
         raise UserError(f"{where}: mlx-lm cannot read these weights ({type(error).__name__}: {error})") from None
 
 
 def quantization_of(config: Mapping[str, Any], where: Path) -> dict[str, Any] | None:
-    """mlx's quantization settings of a config, checked; None where it is not quantized."""
+    """mlx's quantization settings of a config, checked; None if it is not quantized."""
     settings = config.get("quantization")
     if settings is None:
         method = config.get("quantization_config")
@@ -253,10 +174,10 @@ def quantization_of(config: Mapping[str, Any], where: Path) -> dict[str, Any] | 
 def expected(
     model: nn.Module, config: Mapping[str, Any], arrays: Mapping[str, mx.array], where: Path
 ) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the parameters `model` wants, quantized where config and weights say so."""
+    """Quantize `model` in place as its config and weights say; the names and shapes of all its parameters."""
     settings = quantization_of(config, where)
     if settings is not None:
-        # The same rule by which mlx-lm rebuilds a quantized model.
+        # The rule by which mlx-lm rebuilds a quantized model.
         def quantized(path: str, module: nn.Module) -> bool | dict[str, Any]:
             own = settings.get(path)
             if isinstance(own, dict | bool):
@@ -283,26 +204,9 @@ def check_tensors(wanted: Mapping[str, tuple[int, ...]], arrays: Mapping[str, mx
     refuse(wrong, f"{where} does not fit its config")
 
 
-def refuse(problems: list[str], what: str) -> None:
-    """UserError that names the first problems and counts the rest; nothing where there are none."""
-    if problems:
-        rest = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise UserError(f"{what}: {'; '.join(problems[:NAMED])}{rest}")
-
-
-def check_finite(arrays: Mapping[str, mx.array], where: Path) -> None:
-    """UserError naming the weights that hold NaN or infinity; reads every weight, one at a time."""
-    wrong = []
-    for name, array in sorted(arrays.items()):
-        if mx.issubdtype(array.dtype, mx.floating) and array.size and not mx.isfinite(array).all().item():
-            wrong.append(name)
-        mx.clear_cache()
-    refuse(wrong, f"{where} holds weights that are not finite")
-
-
 @dataclass(frozen=True)
 class Checked:
-    """A model directory that passed: its normalised config and its tensors, lazily, in mlx-lm's names."""
+    """A model directory that passed: its normalised config, and its arrays, not yet evaluated, by mlx-lm's names."""
 
     directory: Path
     config: dict[str, Any]
@@ -311,42 +215,59 @@ class Checked:
 
 
 def check_model_dir(path: str | Path, *, tokenizer: bool = True, finite: bool = False) -> Checked:
-    """Check a Hugging Face or mlx-lm directory before anything loads it; UserError for whatever is wrong.
+    """Check a Hugging Face or mlx-lm directory before anything loads it; UserError for anything that is wrong.
 
-    Headers, index, config, architecture, names and shapes of all tensors, and the tokenizer; with `finite`
-    the weights' values too, which reads them all.
+    The check covers links, config, index, headers, architecture, the names and shapes of all tensors, and the
+    tokenizer. With `finite` it covers the values of the weights too, which reads them all.
+
+    The returned config states `tie_word_embeddings`: false if the weights hold an output head of their own.
     """
     directory = Path(path)
-    config = check_config(directory)
-    stored = stored_tensors(directory)
-    where = directory / CONFIG
-    if config.get("tie_word_embeddings") is None:  # the two libraries assume different things
-        config["tie_word_embeddings"] = "lm_head.weight" not in stored
-    model = build(config, len(stored), where)
-    arrays = sanitize(model, load_lazily(stored), directory)
-    arrays = {name: array for name, array in arrays.items() if not name.endswith(RECOMPUTED)}
-    check_tensors(expected(model, config, arrays, where), arrays, directory)
+    _, checked = _assemble(directory, check_config(directory))
     if tokenizer:
         check_tokenizer(directory)
     if finite:
-        check_finite(arrays, directory)
-    return Checked(directory, config, arrays, stored)
+        check_finite(checked.arrays, directory)
+    return checked
 
 
-def resolve(source: str | Path) -> Path:
-    """A local directory as it is, or a hub repository's snapshot; UserError where it is neither."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    text = str(source)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"{source} is not a model directory: give one, or a hub repository (owner/name)")
-    from huggingface_hub import snapshot_download
+def load(path: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    """mlx-lm's model for `config` with the weights in `path`, checked, and not yet evaluated.
 
-    try:
-        return Path(snapshot_download(text, allow_patterns=PATTERNS))
-    except Exception as error:  # no network, no such repository, a gated one: each library has its own
+    The same as mlx-lm's own loader, from exactly the files that `check_model_dir` checks.
+    """
+    model, checked = _assemble(Path(path), dict(config))
+    model.eval()
+    model.load_weights(list(checked.arrays.items()))
+    return model
+
+
+def _assemble(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Checked]:
+    """A model of `config` without its weights, and the arrays that fit it."""
+    stored = stored_tensors(directory)
+    where = directory / CONFIG
+    unneeded = copied_head(config, stored)
+    heads = [name for name in stored if name.startswith(HEAD) and name not in unneeded]
+    if heads or config.get("tie_word_embeddings") is None:  # the libraries assume different things if it is missing
+        config["tie_word_embeddings"] = not heads
+    model = build(config, len(stored), where)
+    used = {name: tensor for name, tensor in stored.items() if name not in unneeded}
+    arrays = sanitize(model, load_lazily(used), directory)
+    arrays = {name: array for name, array in arrays.items() if not name.endswith(RECOMPUTED)}
+    wanted = expected(model, config, arrays, where)
+    if lost := [name for name in heads if name not in wanted]:
         raise UserError(
-            f"{source} is neither a local directory nor a repository that the hub gives us "
-            f"({type(error).__name__}): check the name and the connection"
-        ) from None
+            f"{directory}: {lost[0]} differs from the embedding, and mlx-lm's {config['model_type']} has no output "
+            "head of its own: it would compute other logits"
+        )
+    check_tensors(wanted, arrays, directory)
+    return model, Checked(directory, config, arrays, stored)
+
+
+def copied_head(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> list[str]:
+    """The stored tensors of an output head that only repeat the embedding of a tied model."""
+    if config.get("tie_word_embeddings") is False:
+        return []
+    heads = [name for name in stored if name.startswith(HEAD)]
+    twins = {name: stored.get(EMBEDDING + name.removeprefix(HEAD)) for name in heads}
+    return heads if all(twin and same_values(stored[name], twin) for name, twin in twins.items()) else []

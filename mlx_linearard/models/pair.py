@@ -12,14 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.utils import load_model
 
 from .. import rope
-from ..errors import UserError, one_line
+from ..errors import UserError
 from .adapters import Adapter, Leaves, adapt, put, qkv_keys
-from .directory import check_model_dir
+from .directory import check_model_dir, load
 from .tokenizer import tokenizer_of
 from .trees import named_arrays, named_modules
+from .weights import check_finite
 
 
 @dataclass
@@ -81,6 +81,7 @@ def load_pair(
     except ValueError as error:
         raise UserError(str(error)) from None
     teacher = load_frozen(path, native, dtype)
+    check_finite(dict(named_arrays(teacher.parameters())), path)
     student = share(teacher, scaled)
     if adapt_layers is None:
         adapt_layers = range(len(student.layers))
@@ -93,13 +94,11 @@ def load_pair(
 
 
 def load_frozen(path: Path, config: dict[str, Any], dtype: str | None = None) -> Any:
-    """mlx-lm's model for `config` with the weights in `path`, frozen; never more than one copy in memory."""
-    try:
-        model, _ = load_model(path, lazy=True, model_config=config)
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no model*.safetensors: give a model directory with its weights") from None
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from None
+    """mlx-lm's model for `config` with the weights in `path`, frozen; never more than one copy in memory.
+
+    UserError if the weights do not fit the config.
+    """
+    model: Any = load(path, config)
     if dtype is not None:
         model.set_dtype(getattr(mx, dtype))
     model.freeze()

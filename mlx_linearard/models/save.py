@@ -1,4 +1,4 @@
-"""The layout of a model directory, written in one place: shards, index, config, tokenizer files.
+"""Writes a model directory: shards, index, config, tokenizer files.
 
 Tensors are written one at a time, so the memory needed is that of the largest tensor and not of a shard.
 """
@@ -18,16 +18,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, new_directory
-from . import directory as safe
+from ..files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, new_directory, read_config
+from .directory import copied_head
 from .dtypes import DTYPE_NAMES
+from .weights import is_finite, load_lazily, stored_tensors, weight_files
 
 SHARD_BYTES = 5 << 30  # as mlx-lm
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor yet to be written: its name, shape and type, and a function that makes it."""
+    """A tensor that will be written: its name, shape and type, and a function that makes the array."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class Tensor:
 
 
 def lazy(name: str, array: mx.array) -> Tensor:
-    """A Tensor of an mlx array; an array not yet evaluated stays so until it is written."""
+    """A Tensor of an mlx array, which is not evaluated before it is written."""
     return Tensor(name, tuple(array.shape), array.dtype, lambda: array)
 
 
@@ -58,9 +59,9 @@ def model_directory(
     framework: str = "mlx",
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Path]:
-    """Write config and weights, then yield the directory for what else belongs there; whole or not at all.
+    """Write config and weights, then yield the directory for the tokenizer; complete or not at all.
 
-    Raises UserError where the target exists, the disk is full, or a weight is not finite.
+    Raises UserError if the target exists, the disk is full, or a weight is not finite.
     """
     with new_directory(target, overwrite=overwrite) as directory:
         write_weights(directory, tensors, shard_bytes=shard_bytes, framework=framework, progress=progress)
@@ -69,7 +70,7 @@ def model_directory(
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """config.json with sorted keys, as mlx-lm and transformers sort them; never NaN or Infinity."""
+    """config.json with sorted keys, as mlx-lm and transformers sort them; without NaN or Infinity."""
     text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -82,7 +83,7 @@ def write_weights(
     framework: str = "mlx",
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Write model.safetensors, or numbered shards and their index where `shard_bytes` is exceeded."""
+    """Write model.safetensors, or numbered shards and their index if the weights exceed `shard_bytes`."""
     shards = _shards(tensors, shard_bytes)
     count = len(shards)
     weight_map: dict[str, str] = {}
@@ -101,7 +102,7 @@ def write_weights(
 
 
 def write_safetensors(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, tensor by tensor; UserError where a weight is not finite.
+    """Write one safetensors file, tensor by tensor; UserError if a weight is not finite.
 
     The wide types come first, so that every tensor is aligned to its own type.
     """
@@ -129,7 +130,7 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     array = tensor.make()
     if tuple(array.shape) != tensor.shape or array.dtype != tensor.dtype:
         raise ValueError(f"{tensor.name} became {array.shape} {array.dtype}")
-    if mx.issubdtype(array.dtype, mx.floating) and array.size and not mx.isfinite(array).all().item():
+    if not is_finite(array):
         raise UserError(f"{tensor.name} holds weights that are not finite: the source is damaged")
     file.write(raw(array).data)
     del array
@@ -144,7 +145,7 @@ def raw(array: mx.array) -> np.ndarray:
 
 
 def _drain(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Hand the tensors over without keeping them, so that each is freed once it is written."""
+    """Yield the tensors without keeping them, so that each is freed once it is written."""
     while tensors:
         yield tensors.pop()
 
@@ -169,7 +170,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Hard-link a file (its real place, where it is a symbolic link itself), or copy it where that fails."""
+    """Hard-link a file (the target, if it is a symbolic link), or copy it if the file system cannot link."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -177,9 +178,17 @@ def link(source: Path, target: Path) -> None:
 
 
 def link_model_files(source: Path, target: Path) -> None:
-    """Give `target` the weights, index, tokenizer and generation config of `source`; weights are linked."""
-    for path in safe.shards(source):
-        link(path, target / path.name)
-    if (source / WEIGHTS_INDEX).is_file():
-        shutil.copyfile(source / WEIGHTS_INDEX, target / WEIGHTS_INDEX)
+    """Give `target` the weights, index, tokenizer and generation config of `source`; weights are linked.
+
+    Weights are written anew if they repeat the embedding as an output head, which mlx-lm refuses for some families.
+    """
+    stored = stored_tensors(source)
+    if unneeded := copied_head(read_config(source), stored):
+        arrays = load_lazily({name: tensor for name, tensor in stored.items() if name not in unneeded})
+        write_weights(target, (lazy(name, array) for name, array in sorted(arrays.items())))
+    else:
+        for path in weight_files(source):
+            link(path, target / path.name)
+        if (source / WEIGHTS_INDEX).is_file():
+            shutil.copyfile(source / WEIGHTS_INDEX, target / WEIGHTS_INDEX)
     copy_tokenizer(source, target)

@@ -82,3 +82,18 @@ def test_architectures_without_the_seam_are_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="gemma2"):
         load_pair(folder, method="ntk", factor=2.0)
+
+
+@pytest.mark.parametrize(("bits", "name"), [(None, "mlp.down_proj.weight"), (4, "self_attn.q_proj.scales")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named_before_training(
+    tmp_path: Path, bits: int | None, name: str, value: float
+) -> None:
+    folder = tiny_model(tmp_path / "m", bits=bits)
+    file = str(folder / "model.safetensors")
+    weights = dict(mx.load(file))
+    name = f"model.layers.2.{name}"
+    weights[name][-1, -1] = value
+    mx.save_safetensors(file, weights)
+    with pytest.raises(UserError, match=f"weights that are not finite: {name}"):
+        load_pair(folder, method="linear", factor=4.0)
