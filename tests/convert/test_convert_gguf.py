@@ -212,6 +212,43 @@ def test_linear_and_yarn_scalings_are_kept(tmp_path):
         ({"tokenizer.ggml.tokens": ["a"] * tiny.VOCAB}, "names a token twice"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, "must be an id below"),
         ({"tokenizer.ggml.token_type": [1, 2]}, "does not hold 272 numbers"),
+        ({"llama.rope.mystery": 1.0}, r"has llama\.rope\.mystery, which the conversion does not know"),
+        ({"llama.rope.dimension_sections": [4, 4]}, r"llama\.rope\.dimension_sections"),
+        ({"llama.rope.scaling.mystery": 1}, r"llama\.rope\.scaling\.mystery"),
+        ({"llama.attention.temperature_scale": 0.1}, r"llama\.attention\.temperature_scale"),
+        ({"llama.attention.layer_norm_epsilon": 1e-5}, r"llama\.attention\.layer_norm_epsilon"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor is 0\.5, which"),
+        ({"llama.rope.scaling.yarn_attn_factor": 1.25}, r"yarn_attn_factor is 1\.25, which"),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.5}, r"yarn_log_multiplier is 0\.5, which"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, r"attn_factor is 2\.0, which"),
+        ({"llama.rope.scaling.attn_factor": "two"}, "attn_factor is 'two', which"),
+        ({"llama.rope.scaling.yarn_ext_factor": math.nan}, "yarn_ext_factor is nan"),
+        ({"llama.attention.causal": False}, "attention.causal is False"),
+        ({"llama.attention.clamp_kqv": 8.0}, r"clamp_kqv is 8\.0"),
+        ({"llama.attention.scale": 0.5}, "attention.scale is 0.5"),
+        ({"llama.attention.value_length": 8}, "values of 8 and keys of 16"),
+        ({"llama.logit_scale": 0.25}, "logit_scale is 0.25"),
+        ({"llama.attention.head_count_kv": 3}, "4 heads of 16 dimensions in 3 groups"),
+        ({"llama.rope.scaling.type": 2}, "type must be a string, not 2"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": "four"}, "must be a positive number"),
+        ({"split.count": 2, "split.no": 0}, "one of 2 parts of a split model"),
+        ({"general.architecture": ["llama", "llama"]}, "general.architecture must be a string"),
+        ({"tokenizer.ggml.model": ["llama"]}, "only gpt2 and llama"),
+        ({"tokenizer.ggml.pre": 5}, "splits text by 5"),
+        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}, "adds a bos token"),
+        ({"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": None}, "adds a eos token"),
+        ({"tokenizer.ggml.add_bos_token": "yes"}, "must be true or false"),
+        ({"tokenizer.ggml.eot_token_id": 272}, "eot_token_id must be an id below 272"),
+        ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is not a chat template"),
+        ({"tokenizer.chat_template.../x": "evil"}, "is not a chat template"),
+        (
+            {
+                "tokenizer.ggml.tokens": [f"t{i}" for i in range(300)],
+                "tokenizer.ggml.merges": None,
+                "tokenizer.ggml.token_type": None,
+            },
+            "300 tokens, but embeddings for only 272",
+        ),
     ],
 )
 def test_refused_by_name(tmp_path, over, said):
@@ -219,6 +256,65 @@ def test_refused_by_name(tmp_path, over, said):
     with pytest.raises(UserError, match=said):
         from_gguf(path, tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def rope_scaling(path):
+    return json.loads((path / "config.json").read_text())["rope_scaling"]
+
+
+def test_yarn_keeps_its_betas(tmp_path):
+    over = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    over |= {"llama.rope.scaling.original_context_length": 16, "llama.rope.scaling.finetuned": True}
+    over |= {"llama.rope.scaling.yarn_beta_fast": 4.0, "llama.rope.scaling.yarn_beta_slow": 0.5}
+    over |= {"llama.rope.scaling.yarn_ext_factor": 1.0, "llama.rope.scaling.yarn_attn_factor": 1.0}
+    over |= {"llama.rope.scaling.yarn_log_multiplier": 0.0, "llama.attention.scale": 0.25}
+    scaling = rope_scaling(from_gguf(write(tmp_path, **over)[0], tmp_path / "ours"))
+    assert (scaling["rope_type"], scaling["beta_fast"], scaling["beta_slow"]) == ("yarn", 4.0, 0.5)
+
+
+def test_a_factor_without_a_type_scales_linearly_as_in_llama_cpp(tmp_path):
+    for number, over in enumerate(({"llama.rope.scaling.factor": 4.0}, {"llama.rope.scale_linear": 4.0})):
+        ours = from_gguf(write(tmp_path, **over)[0], tmp_path / str(number))
+        assert rope_scaling(ours)["rope_type"] == "linear" and rope_scaling(ours)["factor"] == 4.0
+    over = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}
+    assert not rope_scaling(from_gguf(write(tmp_path, **over)[0], tmp_path / "none"))
+
+
+def test_a_file_as_llama_quantize_writes_it(tmp_path):
+    """Q4_0 with its output in Q6_K; the 256 values of a block need a model as wide."""
+    settings = tiny.config(hidden_size=256, num_hidden_layers=1)
+    found = tensors(tiny.weights(settings), "Q4_0")
+    found["output.weight"] = (found["output.weight"][0], "Q6_K")
+    over = {"llama.embedding_length": 256, "llama.block_count": 1, "llama.attention.key_length": 16}
+    ours = from_gguf(gguf_files.write(tmp_path / "a.gguf", metadata(**over), found), tmp_path / "ours")
+    held = mx.load(str(ours / "model.safetensors"))
+    assert held["lm_head.weight"].shape == (tiny.VOCAB, 256) and held["lm_head.weight"].dtype == mx.float16
+
+
+def generation(path):
+    return json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
+
+
+def test_generation_stops_at_the_end_of_a_turn(tmp_path):
+    from mlx_lm import load
+
+    over = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
+    ours = from_gguf(write(tmp_path, **over)[0], tmp_path / "ours")
+    assert generation(ours) == [2, 5, 6]
+    assert load(str(ours))[1].eos_token_ids == {2, 5, 6}
+    tokens = metadata()["tokenizer.ggml.tokens"]
+    tokens[-1] = "<|eot_id|>"
+    for kind, ends in ((3, [2, 271]), (1, 2)):  # found by its name, if it is a control token
+        types = [3, 3, 3] + [1] * (tiny.VOCAB - 4) + [kind]
+        over = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+        assert generation(from_gguf(write(tmp_path, **over)[0], tmp_path / f"kind{kind}")) == ends
+    assert generation(from_gguf(write(tmp_path)[0], tmp_path / "one")) == 2
+
+
+def test_named_chat_templates_are_kept(tmp_path):
+    over = {"tokenizer.chat_template.tool_use": "TOOLS {{ messages }}", "tokenizer.chat_templates": ["tool_use"]}
+    ours = from_gguf(write(tmp_path, **over)[0], tmp_path / "ours")
+    assert set(AutoTokenizer.from_pretrained(ours).chat_template) == {"default", "tool_use"}
 
 
 def test_types_and_tensors_we_do_not_read(tmp_path):

@@ -136,3 +136,32 @@ def test_a_gguf_sentencepiece_vocabulary():
     made: Tokenizer = from_metadata(metadata, "test").tokenizer
     for text in (*TEXTS, *CORPUS[:5]):
         assert made.encode(text).ids == [1, *reference.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "begins"), [("llama-bpe", True), ("llama3", True), ("smollm", False), ("gpt-2", False)]
+)
+def test_the_pre_tokenizer_says_whether_texts_begin_with_bos(pre, begins):
+    """As in llama.cpp, if the file itself does not say."""
+    tokens, merges, _ = byte_level()
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+    }
+    assert (from_metadata(metadata, "test").tokenizer.encode("a").ids[0] == 0) == begins
+    for said in (True, False):
+        made = from_metadata({**metadata, "tokenizer.ggml.add_bos_token": said}, "test")
+        assert (made.tokenizer.encode("a").ids[0] == 0) == said
+        assert made.config["add_bos_token"] == said
+
+
+def test_a_sentencepiece_vocabulary_has_the_usual_special_tokens():
+    """llama.cpp's defaults: 0 is unknown, 1 begins and 2 ends a text."""
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "▁"]}
+    made = from_metadata(metadata, "test")
+    assert made.token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    assert (made.config["bos_token"], made.config["unk_token"]) == ("<s>", "<unk>")
+    assert made.tokenizer.encode("a").ids[0] == 1
