@@ -1,1 +1,1 @@
-"""Model directories: read, checked, written; their layers, adapters, and the pair of teacher and student."""
+"""Model directories: found, checked, loaded and written; their layers, adapters, and the pair of both models."""

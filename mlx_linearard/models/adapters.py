@@ -16,10 +16,15 @@ from ..errors import UserError
 from .layers import attention_of
 from .trees import named_modules, slot
 
+Leaves = dict[str, mx.array]  # trainable arrays of one layer, by their path inside it
+
+# The projections that make q, k and v, as mlx-lm's attentions name them; the last four are fused.
+QKV_NAMES = ("q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "qkv_proj", "query_key_value", "Wqkv", "c_attn")
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained: of which kind, and of which projections in which layers."""
+    """The kind of training, and the projections and layers that it trains."""
 
     fine_tune_type: str  # lora, dora or full
     rank: int
@@ -29,7 +34,10 @@ class Adapter:
     layers: tuple[int, ...]  # the layers that carry adapters
 
     def config(self, paths: list[str]) -> dict[str, Any]:
-        """mlx-lm's adapter_config.json, for layers at `paths`. Adapters on some layers only are named in full."""
+        """The content of mlx-lm's adapter_config.json, for a model whose layers have the dotted `paths`.
+
+        If only some layers carry adapters, the keys are full paths.
+        """
         keys: Iterable[str] = self.keys
         if len(self.layers) < len(paths):
             keys = [f"{paths[i]}.{key}" for i in self.layers for key in self.keys]
@@ -42,23 +50,28 @@ class Adapter:
 
 
 def adapt(student: Any, adapter: Adapter) -> None:
-    """Make the adapted projections trainable, and nothing else."""
+    """Make the adapted projections of `student` trainable, and nothing else."""
     for index in adapter.layers:
         layer = student.layers[index]
         if adapter.fine_tune_type == "full":
             _unshare(layer, adapter.keys)
             continue
-        wrapped = _OneLayer(layer)
         parameters = {
-            "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": set(adapter.keys),
-        }  # fmt: skip
-        linear_to_lora_layers(wrapped, 1, parameters, use_dora=adapter.fine_tune_type == "dora")
-    student.train()  # dropout; the frozen modules have none
+            "rank": adapter.rank,
+            "scale": adapter.scale,
+            "dropout": adapter.dropout,
+            "keys": set(adapter.keys),
+        }
+        linear_to_lora_layers(_OneLayer(layer), 1, parameters, use_dora=adapter.fine_tune_type == "dora")
+    student.train()  # switches dropout on; only adapters have it
     mx.eval(student.trainable_parameters())
 
 
 def drop_rows(student: Any, part: int, parts: int) -> None:
-    """From here on, dropout is what one of `parts` equal parts of a batch's rows has where the batch is whole."""
+    """Let dropout on part number `part` of a batch draw what it would draw on the complete batch.
+
+    A batch of a distributed run is divided by rows into `parts` equal parts, one per rank.
+    """
     for layer in student.layers:
         for name, module in named_modules(layer.leaf_modules()):
             if type(module) is nn.Dropout:
@@ -66,11 +79,11 @@ def drop_rows(student: Any, part: int, parts: int) -> None:
 
 
 class _DropoutOfRows(nn.Dropout):
-    """Draws for all rows of a batch, of which it gets only some."""
+    """Dropout on some rows of a batch that draws random numbers for all rows."""
 
-    def __init__(self, whole: nn.Dropout, part: int, parts: int):
-        super().__init__(1 - whole._p_1)
-        self._p_1, self._part, self._parts = whole._p_1, part, parts
+    def __init__(self, plain: nn.Dropout, part: int, parts: int):
+        super().__init__(1 - plain._p_1)
+        self._p_1, self._part, self._parts = plain._p_1, part, parts
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._p_1 == 1 or not self.training:
@@ -81,7 +94,7 @@ class _DropoutOfRows(nn.Dropout):
 
 
 class _OneLayer(nn.Module):
-    """A single layer as a model, so that mlx-lm's own conversion adapts exactly this one."""
+    """A single layer as a model, so that mlx-lm's own function adapts exactly this layer."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -89,18 +102,18 @@ class _OneLayer(nn.Module):
 
 
 def _unshare(layer: nn.Module, keys: Iterable[str]) -> None:
-    """Give the student its own trainable q, k, v: float32 masters of the shared arrays."""
+    """Give the student its own trainable q, k, v: float32 copies (masters) of the shared arrays."""
     modules = dict(layer.named_modules())
     for key in keys:
         if key not in modules:
             continue
-        old = modules[key]
-        if not isinstance(old, nn.Linear):
+        shared = modules[key]
+        if not isinstance(shared, nn.Linear):
             raise UserError(
-                f"--fine-tune-type full cannot train {type(old).__name__} {key}: use lora or dora on a quantized "
-                "model, or an unquantized one"
+                f"--fine-tune-type full cannot train {type(shared).__name__} {key}: use lora or dora on a quantized "
+                "model, or an unquantized model"
             )
-        layer.update_modules(tree_unflatten([(key, MasterLinear(old))]))
+        layer.update_modules(tree_unflatten([(key, MasterLinear(shared))]))
 
 
 class MasterLinear(nn.Linear):
@@ -113,21 +126,18 @@ class MasterLinear(nn.Linear):
             self[name] = value.astype(mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = x @ self.weight.astype(x.dtype).T
-        return y + self.bias.astype(x.dtype) if "bias" in self else y
+        product = x @ self.weight.astype(x.dtype).T
+        return product + self.bias.astype(x.dtype) if "bias" in self else product
 
     def as_linear(self) -> nn.Linear:
-        """The layer in the source's dtype."""
+        """A plain linear layer with the trained values, in the dtype of the source."""
         plain = nn.Linear(1, 1, bias="bias" in self)
         plain.update({name: value.astype(self.source_dtype) for name, value in self.parameters().items()})
         return plain
 
 
-Leaves = dict[str, mx.array]  # trainable arrays of one layer, by their path inside it
-
-
 def put(layer: nn.Module, leaves: Leaves) -> None:
-    """Set a layer's arrays by their paths."""
+    """Set the arrays of a layer by their paths."""
     for path, array in leaves.items():
         container, key = slot(layer, path)
         container[key] = array
@@ -135,27 +145,22 @@ def put(layer: nn.Module, leaves: Leaves) -> None:
 
 @contextmanager
 def holding(layer: nn.Module, leaves: Leaves) -> Iterator[None]:
-    """The layer with other arrays in place, for as long as the block runs."""
-    own = {path: container[key] for path in leaves for container, key in [slot(layer, path)]}
+    """Put other arrays into the layer while the block runs."""
+    replaced = {path: container[key] for path in leaves for container, key in [slot(layer, path)]}
     try:
         put(layer, leaves)
         yield
     finally:
-        put(layer, own)
+        put(layer, replaced)
 
 
 def qkv_keys(model: Any) -> tuple[str, ...]:
     """Paths, inside a layer, of the projections that make q, k and v; UserError for an architecture without them."""
     for layer in model.layers:
-        if found := attention_of(layer):
-            path, attention = found
-            if names := [name for name in QKV_NAMES if name in attention]:
-                return tuple(f"{path}.{name}" for name in names)
+        path, attention = attention_of(layer) or ("", {})
+        if names := [name for name in QKV_NAMES if name in attention]:
+            return tuple(f"{path}.{name}" for name in names)
     raise UserError(
-        f"no layer of {model.model_type} calls scaled_dot_product_attention on q, k, v projections "
-        "that are known here: this architecture is not supported"
+        f"no layer of {model.model_type} calls scaled_dot_product_attention on known q, k, v projections: this "
+        "architecture is not supported"
     )
-
-
-# The projections that make q, k and v, as mlx-lm's attentions name them; the last four are fused.
-QKV_NAMES = ("q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "qkv_proj", "query_key_value", "Wqkv", "c_attn")

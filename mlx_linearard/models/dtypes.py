@@ -1,4 +1,4 @@
-"""The types of numbers: safetensors' names, the names that --dtype accepts, and mlx's types."""
+"""Number types: the names of safetensors, the names that --dtype accepts, and mlx's types."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ DTYPES: dict[str, mx.Dtype] = {
     "BF16": mx.bfloat16,
     "F32": mx.float32,
 }
-
-
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-
-# What --dtype accepts, as mlx-lm spells it.
+# The names that --dtype accepts, as mlx-lm spells them.
 FLOATS: dict[str, mx.Dtype] = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-
-
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}

@@ -1,8 +1,8 @@
-"""One model's way from tokens through its layers to logits, and the seam where attention is seen and replaced.
+"""Runs a model layer by layer, and replaces attention inside one layer (the attention seam).
 
-mlx-lm's models differ in what stands before, between and behind their layers (embedding scales, masks,
-sliding windows, soft caps). Nothing of that is written again here: for one call stand-ins take the place
-of the layers, so the model's own code makes the first hidden state, each layer's arguments and the logits.
+mlx-lm's models differ before, between and after their layers (embedding scales, masks, sliding windows, soft
+caps). This file repeats none of that. For one call, stand-ins replace the layers, so the model's own code makes
+the first hidden state, the arguments of each layer, and the logits.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..ops.attention import attention_no_grad
 from ..ops.mlp import in_chunks
 from .trees import walk_modules
 
-SEAM = "scaled_dot_product_attention"  # the name every mlx-lm attention calls in its own module's namespace
-FEED_FORWARD = ("mlp", "block_sparse_moe")  # what mlx-lm's layers call their position-wise part; it takes one array
+SEAM = "scaled_dot_product_attention"  # the function that every mlx-lm attention calls in its module's namespace
+FEED_FORWARD = ("mlp", "block_sparse_moe")  # the names of the position-wise part of mlx-lm's layers
 Attend = Callable[..., mx.array]
 Wrap = Callable[[Callable[[mx.array], mx.array]], Callable[[mx.array], mx.array]]
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a model passes to one of its layers beside the hidden state: masks and caches."""
+    """The arguments of a layer beside the hidden state: masks and caches."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
 class _StandIn:
-    """Takes a layer's place in a model's list; attributes are still the layer's."""
+    """Replaces a layer in a model's list; its attributes are those of the layer."""
 
     def __init__(self, layer: nn.Module, run: Callable[[mx.array, Call], mx.array]):
         self._layer, self._run = layer, run
@@ -60,7 +60,7 @@ def _stand_ins(model: Any, run: Callable[[int, mx.array, Call], mx.array]) -> It
 
 
 def _own_list(model: Any) -> list[Any]:
-    """The list the model itself runs through; `model.layers` may be a copy of it."""
+    """The list of layers that the model itself iterates over; `model.layers` may be a copy of it."""
     first = model.layers[0]
     for module in model.modules():
         for value in module.values():
@@ -70,7 +70,7 @@ def _own_list(model: Any) -> list[Any]:
 
 
 def enter(model: Any, tokens: mx.array) -> tuple[mx.array, list[Call]]:
-    """The hidden state before the first layer, (B, T, width), and what each layer is called with.
+    """The hidden state before the first layer, (B, T, width), and the other arguments of each layer.
 
     Raises UserError for an architecture that does not call its layers once each, in order, on one hidden state.
     """
@@ -95,7 +95,10 @@ def enter(model: Any, tokens: mx.array) -> tuple[mx.array, list[Call]]:
 
 
 def head(model: Any) -> Callable[[mx.array], mx.array]:
-    """What the model does after its last layer: hidden (B, C, width) -> logits (B, C, V); position by position."""
+    """The part of the model after its last layer, a function of hidden (B, C, width) that returns logits (B, C, V).
+
+    The function treats each position by itself.
+    """
 
     def logits(hidden: mx.array) -> mx.array:
         with _stand_ins(model, lambda index, h, call: hidden):
@@ -105,7 +108,7 @@ def head(model: Any) -> Callable[[mx.array], mx.array]:
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """(path in the layer, module) of the attention whose code names the seam, or None where a layer has none."""
+    """(path in the layer, module) of the attention that calls `SEAM`; None if the layer has no such attention."""
     for path, module in walk_modules(layer):
         code = getattr(type(module).__call__, "__code__", None)
         if code is not None and SEAM in code.co_names and SEAM in type(module).__call__.__globals__:
@@ -116,10 +119,10 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
 def run_layer(
     layer: nn.Module, hidden: mx.array, call: Call, attend: Attend, wrap: Wrap = lambda part: part
 ) -> mx.array:
-    """layer(hidden) with `attend(q, k, v, *, scale, mask)` in place of attention, for this one call, and with
-    `wrap(feed_forward)` in place of its feed-forward part.
+    """layer(hidden) with attention and feed-forward part replaced for this one call.
 
-    A layer without the seam (a state-space layer, say) keeps what it has in place of attention.
+    `attend(q, k, v, *, scale, mask)` replaces attention, and `wrap(feed_forward)` the feed-forward part. A layer
+    without the seam, such as a state-space layer, runs as it is.
     """
     with _attending(layer, attend), _wrapped(layer, wrap):
         return layer(hidden, *call.arguments, **call.keywords)
@@ -127,32 +130,42 @@ def run_layer(
 
 @contextlib.contextmanager
 def _attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
-    found = attention_of(layer)
-    if found is None:
+    attention = attention_of(layer)
+    if attention is None:
         yield
         return
-    namespace = type(found[1]).__call__.__globals__
-    own = namespace[SEAM]
-    namespace[SEAM] = _adapt(attend)
+    namespace = type(attention[1]).__call__.__globals__
+    original = namespace[SEAM]
+    namespace[SEAM] = _seam(attend)
     try:
         yield
     finally:
-        namespace[SEAM] = own
+        namespace[SEAM] = original
 
 
 @contextlib.contextmanager
 def _wrapped(layer: nn.Module, wrap: Wrap) -> Iterator[None]:
-    own = {name: layer[name] for name in FEED_FORWARD if name in layer}
-    dict.update(layer, {name: wrap(part) for name, part in own.items()})
+    original = {name: layer[name] for name in FEED_FORWARD if name in layer}
+    dict.update(layer, {name: wrap(part) for name, part in original.items()})
     try:
         yield
     finally:
-        dict.update(layer, own)
+        dict.update(layer, original)
 
 
-def _adapt(attend: Attend) -> Attend:
-    def seam(queries: mx.array, keys: mx.array, values: mx.array, cache: Any = None, *, scale: float,
-             mask: Any = None, sinks: Any = None) -> mx.array:  # fmt: skip
+def _seam(attend: Attend) -> Attend:
+    """`attend` with the arguments of mlx-lm's scaled_dot_product_attention."""
+
+    def seam(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any = None,
+        *,
+        scale: float,
+        mask: Any = None,
+        sinks: Any = None,
+    ) -> mx.array:
         if sinks is not None:
             raise UserError("attention sinks are not supported in training")
         return attend(queries, keys, values, scale=scale, mask=mask)
@@ -161,9 +174,9 @@ def _adapt(attend: Attend) -> Attend:
 
 
 def forward_hidden(model: nn.Module, inputs: mx.array, *, feed_forward: int, workspace_bytes: int) -> mx.array:
-    """The hidden state behind all layers, (B, T, width), without a gradient and layer by layer in memory.
+    """The hidden state after all layers, (B, T, width), without a gradient and with one layer at a time in memory.
 
-    `feed_forward` is the width of a position in the layers' feed-forward parts (`feedforward.width_of`).
+    `feed_forward` is the width of a position in the layers' feed-forward parts (`ops.mlp.width_of`).
     """
     hidden, calls = enter(model, inputs)
     wrap = partial(in_chunks, width=feed_forward, workspace=workspace_bytes)

@@ -24,7 +24,7 @@ from .weights import check_finite
 
 @dataclass
 class Pair:
-    """Both models, their tokenizer and their configurations. `path` is the directory they were loaded from."""
+    """Teacher and student, their tokenizer and their configs. `path` is the directory of the weights."""
 
     path: Path
     teacher: Any
@@ -66,13 +66,13 @@ def load_pair(
 
     Args:
         path: a local mlx-lm or Hugging Face directory (safetensors), quantized or not.
-        method, factor: how the student's RoPE is scaled (`rope.scale_rope`).
+        method, factor: the scaling of the student's RoPE (see `rope.scale_rope`).
         fine_tune_type: `lora` or `dora` adapters on the q, k, v projections, or `full`: the projections themselves.
-        adapt_layers: the layers that get adapters, or a function of the model that says which; all by default.
-        dtype: of the frozen weights in memory (quantized ones keep their bits); by default the file's own.
-        seed: of the adapters' first values.
+        adapt_layers: the layers that get adapters, or a function from the model to these layers; all by default.
+        dtype: dtype of the frozen weights in memory (quantized weights keep their bits); by default that of the files.
+        seed: seed of the adapters' first values.
     Raises:
-        UserError: where the directory, the family or the method does not allow it, with the reason.
+        UserError: the directory is damaged, the weights are not finite, or the family does not support the method.
     """
     path = Path(path)
     native = check_model_dir(path).config
@@ -109,7 +109,7 @@ def load_frozen(path: Path, config: dict[str, Any], dtype: str | None = None) ->
 def share(teacher: Any, config: dict[str, Any]) -> Any:
     """A second model of the teacher's class with `config`'s RoPE, over the teacher's own arrays.
 
-    The new model's first weights are never evaluated, so no second copy exists at any time.
+    The initial weights of the new model are never evaluated, so there is no second copy at any time.
     """
     student = type(teacher)(type(teacher.args).from_dict(config))
     with_weights = [(name, module) for name, module in named_modules(teacher.leaf_modules()) if module.parameters()]
@@ -121,13 +121,13 @@ def share(teacher: Any, config: dict[str, Any]) -> Any:
 
 
 def layer_paths(model: Any) -> list[str]:
-    """Each layer's path in its model, such as model.layers.0."""
+    """The dotted path of each layer in its model, such as model.layers.0."""
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(layer)] for layer in model.layers]
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's arrays, bit for bit, to show that frozen weights stay frozen."""
+    """A hash of all bits of a model's arrays, to show that frozen weights do not change."""
     digest = hashlib.sha256()
     for name, array in sorted(named_arrays(model.parameters())):
         digest.update(name.encode())

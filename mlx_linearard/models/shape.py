@@ -17,13 +17,13 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int  # the widest feed-forward part that a token passes; of a mixture, its chosen experts together
+    ffn: int  # width of the widest feed-forward part; in a mixture of experts, of the chosen experts together
     vocabulary: int
     tied: bool
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Shape:
-        """The sizes in `config`; missing ones as transformers derives them."""
+        """The sizes in `config`. Missing sizes are derived as transformers derives them."""
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         return cls(
             width=width,
@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def block_weights(self) -> int:
-        """Weights of matrix products that a token passes, without the head."""
+        """The number of weights in the matrix products of one token, without the output head."""
         attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.ffn)
 

@@ -1,4 +1,4 @@
-"""Trees of arrays, as mlx keeps parameters, seen as named leaves."""
+"""Named leaves of trees of arrays and modules, as mlx keeps parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def named_modules(tree: Any) -> list[tuple[str, nn.Module]]:
 
 
 def walk_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A module and those inside it with their dotted paths, parents first; lazily, for who seeks one of the first."""
+    """A module and the modules inside it with their dotted paths, parents first, one at a time."""
     yield path, module
     for name, value in module.items():
         parts = enumerate(value) if isinstance(value, list) else [(None, value)]
@@ -32,8 +32,8 @@ def walk_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def slot(tree: Any, path: str) -> tuple[Any, Any]:
-    """The container and the key under which a tree of dicts, lists and modules holds what is at a dotted path."""
-    *way, last = path.split(".")
-    for step in way:
+    """The container and the key of the entry at a dotted path in a tree of dicts, lists and modules."""
+    *steps, last = path.split(".")
+    for step in steps:
         tree = tree[int(step) if isinstance(tree, list) else step]
     return tree, int(last) if isinstance(tree, list) else last

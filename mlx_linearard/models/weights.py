@@ -186,7 +186,7 @@ def load_lazily(tensors: Mapping[str, Stored]) -> dict[str, mx.array]:
 
 
 def same_values(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors of the same shape hold the same numbers, in whatever types."""
+    """Whether two stored tensors of the same shape hold the same numbers, in the same or in different types."""
     if one.shape != other.shape:
         return False
     if one.dtype != other.dtype:

@@ -1,4 +1,4 @@
-"""Hostile and broken input: one UserError, no output; and mutations of a valid directory."""
+"""Hostile and damaged model directories: one UserError and no output; and mutations of a valid directory."""
 
 import json
 import os
