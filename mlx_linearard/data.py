@@ -1,13 +1,17 @@
-"""Text of any form the contract lists -> token blocks of one length, in an order that a cursor resumes."""
+"""Text in any supported form -> token stream -> blocks of one length, in an order that a cursor can resume.
+
+Text is read and tokenized in pieces, so memory does not grow with the length of a file, compressed or not.
+"""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import importlib
-import json
+import itertools
 import lzma
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -15,14 +19,19 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from .errors import UserError, one_line
+from .files import check_file, parse_json, reading, without_surrogates
 
 HUB_PREFIX = "hf:"
+FORMS = ".txt or .jsonl, each optionally .gz or .xz"
+PIECE = 1 << 16  # characters that are read and tokenized at once
+MAX_LINE = 1 << 26  # characters of a line of .jsonl
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
-_FORMS = ".txt or .jsonl, each optionally .gz or .xz"
+
+Document = str | Iterable[str]  # a text, or its consecutive pieces
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer (mlx-lm's wrapper and transformers' both have it)."""
+    """The part of a tokenizer that this file uses; mlx-lm's wrapper and transformers' tokenizers have it."""
 
     eos_token_id: int | None
 
@@ -30,33 +39,40 @@ class Tokenizer(Protocol):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Text: add a form by giving its suffix a reader here.
+# Text: to add a form, give its suffix a reader in `_file`.
 
 
 def read_documents(source: str) -> Iterator[str]:
-    """Documents of `source`: a .txt, a folder of .txt, a .jsonl with `text` (.gz, .xz), or hf:NAME.
+    """The documents of `source` as whole texts; see `read_pieces`."""
+    return map("".join, read_pieces(source))
 
-    Raises UserError where it is missing, empty, binary, or not what its name says.
+
+def read_pieces(source: str) -> Iterator[Iterable[str]]:
+    """The documents of `source`, each as its pieces, which must be read before the next document.
+
+    source: a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME. A lone
+    surrogate in JSON becomes U+FFFD. Raises UserError if the source is missing, empty, binary, or damaged.
     """
     if source.startswith(HUB_PREFIX):
-        yield from _hub(source.removeprefix(HUB_PREFIX))
-        return
+        return _hub(source.removeprefix(HUB_PREFIX))
     path = Path(source)
-    if path.is_dir():
-        yield from _folder(path)
-    elif path.is_file():
-        yield from _file(path)
-    else:
-        raise UserError(
-            f"{source} does not exist: give {_FORMS}, a folder of .txt, or {HUB_PREFIX}NAME for a hub dataset"
-        )
+    with reading(path):
+        try:
+            folder = stat.S_ISDIR(path.stat().st_mode)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} does not exist: give {FORMS}, a folder of .txt, or {HUB_PREFIX}NAME for a hub dataset"
+            ) from None
+    return _folder(path) if folder else _file(path)
 
 
-def _folder(path: Path) -> Iterator[str]:
-    found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) == ".txt")
-    if not found:
+def _folder(path: Path) -> Iterator[Iterable[str]]:
+    with reading(path):
+        next(path.iterdir(), None)  # raises without permission, where rglob yields nothing
+        files = sorted(p for p in path.rglob("*") if _kind(p) == ".txt" and p.is_file())
+    if not files:
         raise UserError(f"{path} holds no .txt file")
-    for file in found:
+    for file in files:
         yield from _file(file)
 
 
@@ -64,49 +80,63 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _OPENERS else path.suffix.lower()
 
 
-def _file(path: Path) -> Iterator[str]:
-    readers = {".txt": _text, ".jsonl": _json_lines}
-    reader = readers.get(_kind(path))
-    if reader is None:
-        raise UserError(f"{path} is not a form of text that is read here: give {_FORMS}")
+def _file(path: Path) -> Iterator[Iterable[str]]:
+    kind = _kind(path)
+    if kind not in (".txt", ".jsonl"):
+        raise UserError(f"{path} is not a supported form of text: give {FORMS}")
+    check_file(path)
+    if kind == ".txt":
+        yield _text(path)
+    else:
+        yield from ([text] for text in _json_lines(path))
+
+
+def open_text(path: Path) -> IO[str]:
+    """A UTF-8 file, plain or compressed as .gz or .xz, open for reading without its byte order mark."""
     opener = _OPENERS.get(path.suffix.lower(), open)
-    try:
-        with opener(path, "rt", encoding="utf-8") as handle:
-            yield from reader(path, handle)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    handle: IO[str] = opener(path, "rt", encoding="utf-8-sig")
+    return handle
 
 
-def _text(path: Path, handle: IO[str]) -> Iterator[str]:
-    text = handle.read()
-    if "\0" in text:
-        raise UserError(f"{path} is binary, not text")
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    yield text
-
-
-def _json_lines(path: Path, handle: IO[str]) -> Iterator[str]:
+def _text(path: Path) -> Iterator[str]:
+    """The pieces of a text file."""
     empty = True
-    for number, line in enumerate(handle, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not valid JSON: {error}") from None
-        text = item.get("text") if isinstance(item, dict) else None
+    with reading(path), open_text(path) as handle:
+        while piece := handle.read(PIECE):
+            if "\0" in piece:
+                raise UserError(f"{path} is binary, not text")
+            empty = empty and piece.isspace()
+            yield piece
+    if empty:
+        raise UserError(f"{path} is empty")
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    empty = True
+    for place, line in read_lines(path):
+        value = parse_json(line, place, replace_surrogates=True)
+        text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{path} line {number} has no `text` field that holds text")
+            raise UserError(f"{place} has no `text` field that holds text")
         empty = empty and not text.strip()
         yield text
     if empty:
         raise UserError(f"{path} is empty")
 
 
-def _hub(name: str) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line that is not blank; `place` is "FILE line N". UserError if the file is damaged."""
+    with reading(path), open_text(path) as handle:
+        number = 0
+        while line := handle.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path} line {number} has more than {MAX_LINE} characters: split it, or give a .txt")
+            if line.strip():
+                yield f"{path} line {number}", line
+
+
+def _hub(name: str) -> Iterator[Iterable[str]]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -114,21 +144,23 @@ def _hub(name: str) -> Iterator[str]:
             f"{HUB_PREFIX}{name} needs the extra `datasets`: pip install 'mlx-linearard[datasets]'"
         ) from None
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # whatever the hub's client raises, it is the name or the network
+        rows = iter(datasets.load_dataset(name, split="train", streaming=True))
+        while (row := next(rows, None)) is not None:
+            if not isinstance(row.get("text"), str):
+                raise UserError(f"{HUB_PREFIX}{name} has no `text` column, but {', '.join(sorted(row))}")
+            yield [without_surrogates(row["text"])]
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises many types, for a wrong name or no network
         raise UserError(f"{HUB_PREFIX}{name} cannot be loaded: {one_line(error)}") from None
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise UserError(f"{HUB_PREFIX}{name} has no `text` column, but {', '.join(sorted(row))}")
-        yield row["text"]
 
 
 def python_prose() -> Iterator[str]:
-    """The prose that every Python installation carries: its language reference, as pydoc shows it."""
+    """The prose in every Python installation: its language reference, as pydoc shows it."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise UserError("this Python carries no documentation to train on: give text with --data") from None
+        raise UserError("this Python has no documentation to train on: give text with --data") from None
     for name in sorted(topics):
         yield topics[name]
 
@@ -137,22 +169,151 @@ def python_prose() -> Iterator[str]:
 # Tokens
 
 
-def tokenize(documents: Iterable[str], tokenizer: Tokenizer, *, limit: int) -> np.ndarray:
-    """One stream of at most `limit` tokens, documents ended by the end-of-text token where there is one; (N,) int32."""
+def tokenize(documents: Iterable[Document], tokenizer: Tokenizer, *, limit: int) -> np.ndarray:
+    """The first `limit` tokens of the documents, each followed by the end-of-text token if there is one; (N,) int32.
+
+    Documents are tokenized in pieces, with the tokens of the whole text (see `_pieces_of_tokens`).
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[np.ndarray] = []
     have = 0
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in documents:
-        ids = np.asarray([*tokenizer.encode(text, add_special_tokens=False), *end], dtype=np.int32)
-        pieces.append(ids)
-        have += len(ids)
-        if have >= limit:
+    for document in documents:
+        for ids in _with_end(_pieces_of_tokens(document, tokenizer), end):
+            pieces.append(np.asarray(ids, np.int32))
+            have += len(ids)
+            if have >= limit:
+                return np.concatenate(pieces)[:limit]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+
+
+def _with_end(pieces: Iterator[list[int]], end: list[int]) -> Iterator[list[int]]:
+    yield from pieces
+    yield end
+
+
+def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """The token ids of `text`, with the special tokens that the tokenizer adds if `special`.
+
+    Lone surrogates become U+FFFD. Raises UserError if the tokenizer fails.
+    """
+    try:
+        ids = list(tokenizer.encode(without_surrogates(text), add_special_tokens=special))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are not even that
+        raise UserError(
+            f"the tokenizer failed on text: {one_line(error)[:200]}; is its tokenizer.json damaged?"
+        ) from None
+    if ids and max(ids) > np.iinfo(np.int32).max:
+        raise UserError(
+            f"the tokenizer makes token {max(ids)}, a number that no model has; is its tokenizer.json damaged?"
+        )
+    return ids
+
+
+def first_token(tokenizer: Tokenizer, config: Mapping[str, Any] | None = None) -> int | None:
+    """The token that a text must begin with; None if there is none.
+
+    That is the token which the tokenizer puts before a text when it adds special tokens. Gemma models have it in any
+    case, because they compute nonsense without it.
+    """
+    plain, special = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
+    if len(special) > len(plain) and special[1 : 1 + len(plain)] == plain:
+        return int(special[0])
+    if str((config or {}).get("model_type", "")).startswith("gemma"):
+        return getattr(tokenizer, "bos_token_id", None)
+    return None
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, config: Mapping[str, Any], name: object) -> None:
+    """UserError if a token id has no row in the embedding of the model `name`."""
+    rows = config.get("vocab_size")
+    if isinstance(rows, int) and len(ids) and (largest := int(np.max(ids))) >= rows:
+        raise UserError(
+            f"the tokenizer of {name} makes token {largest}, but the model has only {rows} embeddings: use the "
+            "tokenizer that belongs to the model"
+        )
+
+
+# A cut in a document is safe if the tokens after it do not depend on the text before it, and the other way round.
+_OVERLAP = 2048  # characters that are tokenized twice to find a safe cut
+_SHIFTS = 16  # places that are tried: runs of one character or digit are tokenized in groups of up to this many
+_LONGEST = 1 << 24  # characters without a safe cut, after which a cut is made in any case
+
+
+def _pieces_of_tokens(document: Document, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The tokens of a document, piece by piece.
+
+    A piece ends where its tokens agree with those of a text that begins later. So the pieces are the tokens of the
+    whole document, for any tokenizer whose tokens depend on the text near them.
+    """
+    text, skip, size = "", 0, PIECE  # the text that is left; the tokens of it that are done; when a cut is tried
+    for part in _parts(document):
+        text += part
+        if len(text) < size:
+            continue
+        ids = encode(tokenizer, text)
+        cut = _safe_cut(text, ids, tokenizer)
+        if cut and cut.done >= skip:
+            yield ids[skip : cut.done]
+            text, skip, size = text[cut.start :], cut.skip, PIECE
+        elif len(text) >= _LONGEST:
+            yield ids[skip:]
+            text, skip, size = "", 0, PIECE
+        else:
+            size = 2 * len(text)
+    if text:
+        yield encode(tokenizer, text)[skip:]
+
+
+def _parts(document: Document) -> Iterator[str]:
+    """The text of a document in parts of at most PIECE characters."""
+    for text in [document] if isinstance(document, str) else document:
+        for start in range(0, len(text), PIECE):
+            yield text[start : start + PIECE]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Tokens before `done` are final. The rest are those of the text from `start` on, without its first `skip`."""
+
+    done: int
+    start: int
+    skip: int
+
+
+def _safe_cut(text: str, ids: list[int], tokenizer: Tokenizer) -> _Cut | None:
+    """A safe cut near the end of `text`, whose tokens are `ids`; None if there is none."""
+    for start in _starts(text):
+        later = encode(tokenizer, text[start:])
+        same = _common(reversed(ids), reversed(later))  # tokens that do not depend on the text before `start`
+        skip = len(later) - same
+        shorter = encode(tokenizer, text[start : (start + len(text)) // 2])
+        if 2 * same > len(later) > 8 and _common(later, shorter) > skip:  # nor do those at the cut on the end of `text`
+            return _Cut(len(ids) - same, start, skip)
+    return None
+
+
+def _starts(text: str) -> Iterator[int]:
+    """Places for a cut: the first white space in the overlap, then a few places in a row."""
+    begin = len(text) - _OVERLAP
+    spaces = (i for i in range(begin, begin + _OVERLAP // 4) if text[i].isspace() and not text[i - 1].isspace())
+    yield from itertools.islice(spaces, 1)
+    yield from range(begin, begin + _SHIFTS)
+
+
+def _common(a: Iterable[int], b: Iterable[int]) -> int:
+    """How many leading items of `a` and `b` are equal."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
             break
-    return np.concatenate(pieces)[:limit] if pieces else np.zeros(0, np.int32)
+        count += 1
+    return count
 
 
 def hash_of(*tokens: np.ndarray) -> str:
-    """A short hash of token arrays, one behind another."""
+    """A short hash of token arrays in order."""
     digest = hashlib.sha256()
     for array in tokens:
         digest.update(array.tobytes())
@@ -161,15 +322,18 @@ def hash_of(*tokens: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Training blocks cut from one token stream, in a seeded order that depends on nothing else.
+    """Training blocks cut from one token stream, in an order that depends on the seed alone.
 
-    Batch number n is the same whatever was read before it, so the number of batches taken is the whole
-    cursor: a resumed run continues with the blocks the interrupted one would have read.
+    Batch number n does not depend on earlier batches, so the number of batches taken is the cursor: a resumed run
+    continues with the blocks that the stopped run would have read.
+
+    tokens: (N,) int32. first: the token that each block begins with, if the model needs one.
     """
 
-    tokens: np.ndarray  # (N,) int32
+    tokens: np.ndarray
     seq_len: int
     seed: int
+    first: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -181,23 +345,25 @@ class Blocks:
     @property
     def count(self) -> int:
         """Blocks in one pass over the text."""
-        return (len(self.tokens) - 1) // self.seq_len
+        return (len(self.tokens) - (self.first is None)) // self.seq_len
 
     def batch(self, number: int, size: int) -> np.ndarray:
-        """Batch `number` of `size` blocks, (size, seq_len + 1) int32; each block's last token is only a target."""
+        """Batch `number` of `size` blocks, (size, seq_len + 1) int32. The last token of a block is only a target."""
         return np.stack([self._block(number * size + i) for i in range(size)])
 
     def _block(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, self.count)
         start = int(self._order(epoch)[place]) * self.seq_len
-        return self.tokens[start : start + self.seq_len + 1]
+        if self.first is None:
+            return self.tokens[start : start + self.seq_len + 1]
+        return np.concatenate([[self.first], self.tokens[start : start + self.seq_len]]).astype(np.int32)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
 def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
-    """At most `count` windows of length + 1 tokens, spread evenly over the stream; (n, length + 1) int32."""
+    """At most `count` windows of length + 1 tokens, spaced evenly over the stream; (n, length + 1) int32."""
     possible = (len(tokens) - 1) // length
     taken = min(count, possible)
     starts = [(i * possible // taken) * length for i in range(taken)]
@@ -205,6 +371,6 @@ def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
 
 
 def split(tokens: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out): the last `held_out` tokens, but never more than a fifth, are kept from training."""
+    """(training, held-out): the last `held_out` tokens are held out, but never more than a fifth."""
     cut = len(tokens) - min(held_out, len(tokens) // 5)
     return tokens[:cut], tokens[cut:]

@@ -9,7 +9,7 @@ fit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from ..config import objectives_of
-from ..data import read_documents, tokenize
+from ..data import Document, read_pieces
 from ..errors import UserError, one_line
 from ..files import RunDir
 from .model import Directory, Subject, load_subject, open_directory
@@ -199,18 +199,18 @@ def _lengths(lengths: Sequence[int], directory: Directory, default: int) -> tupl
     return tuple(lengths) or (min(default, directory.window),)
 
 
-def _sources(data: Sources) -> list[str]:
-    return [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
+def _documents(data: Sources) -> Iterator[Document]:
+    sources = [data] if isinstance(data, str | Path) else data
+    return itertools.chain.from_iterable(read_pieces(str(source)) for source in sources)
 
 
 def _stream(data: Sources, directory: Directory, window: int, lengths: Sequence[int], tokens: int) -> np.ndarray:
     """The first tokens of a text: the same for all lengths inside the window, so that evaluations add up."""
-    documents = itertools.chain.from_iterable(map(read_documents, _sources(data)))
-    return tokenize(documents, directory.tokenizer, limit=4 * max(tokens, window, *lengths) + 1)
+    return directory.stream(_documents(data), 4 * max(tokens, window, *lengths) + 1)
 
 
 def _prose(data: Sources) -> Prose:
-    return prose(itertools.chain.from_iterable(map(read_documents, _sources(data))))
+    return prose(_documents(data))
 
 
 # ---------------------------------------------------------------------------------------------------

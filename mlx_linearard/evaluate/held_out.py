@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..data import first_token
 from ..models.layers import forward_hidden, head
 from ..models.pair import Pair
 from ..ops.logits import compare_logits, token_nll
@@ -88,6 +89,7 @@ def measure(
 ) -> tuple[Fidelity, Fidelity]:
     """The rows of (teacher, student) on `windows` by length, each (n, length + 1) int32.
 
+    A model that needs a first token reads it before each window.
     Perplexity is measured at every length, the teacher's only if `native`. KL and top-1 agreement are measured at the
     longest length that fits the teacher's native window, because beyond it the native model is no reference.
     """
@@ -119,12 +121,18 @@ def measure(
 def _add(
     pair: Pair, window: np.ndarray, sums_t: _Sums, sums_s: _Sums, native: bool, compared: bool, workspace: int
 ) -> None:
-    tokens = mx.array(window)[None]
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    width = width_of(pair.native_config)
-    hidden_s = forward_hidden(pair.student, inputs, feed_forward=width, workspace_bytes=workspace)
+    targets = mx.array(window)[None, 1:]
+    first = first_token(pair.tokenizer, pair.native_config)
+    before = [] if first is None else [first]  # is read before the window, and not scored
+    inputs = mx.array([[*before, *window[:-1].tolist()]])
+
+    def hidden(model: Any) -> mx.array:
+        states = forward_hidden(model, inputs, feed_forward=width_of(pair.native_config), workspace_bytes=workspace)
+        return states[:, len(before) :]
+
+    hidden_s = hidden(pair.student)
     if native or compared:
-        hidden_t = forward_hidden(pair.teacher, inputs, feed_forward=width, workspace_bytes=workspace)
+        hidden_t = hidden(pair.teacher)
     if native:
         nll = token_nll(hidden_t, head(pair.teacher), targets, workspace_bytes=workspace)
         with_itself = {"kl": np.zeros(nll.shape), "agreement": np.ones(nll.shape)} if compared else {}

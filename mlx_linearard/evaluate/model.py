@@ -6,10 +6,11 @@ not computed if nothing needs them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from ..data import Document, check_ids, encode, first_token, tokenize
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
 from ..machine import on_gpu
@@ -62,16 +64,30 @@ class Directory:
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return math.inf
 
-    @property
-    def starts_with_bos(self) -> bool:
-        """Whether the family computes nonsense without its first token (Gemma), as in lm-evaluation-harness."""
-        return str(self.config.get("model_type", "")).startswith("gemma")
+    @functools.cached_property
+    def first(self) -> int | None:
+        """The token that a text must begin with, if there is one (see `first_token`)."""
+        return first_token(self.tokenizer, self.config)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, after the first token if the family needs it."""
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        return [bos, *ids] if self.starts_with_bos and bos is not None else ids
+        """The tokens of `text`, after the first token if there is one."""
+        return [*self.before(ids := self.encode_plain(text)), *ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The tokens of `text` alone; UserError if the model has no embedding of one."""
+        ids = encode(self.tokenizer, text)
+        check_ids(ids, self.config, self.path)
+        return ids
+
+    def before(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """The tokens to put before a text of tokens `ids`: the first token, unless they begin with it."""
+        return [] if self.first is None or (len(ids) and ids[0] == self.first) else [self.first]
+
+    def stream(self, documents: Iterable[Document], limit: int) -> np.ndarray:
+        """The first `limit` tokens of documents, without the first token; UserError if there is no embedding of one."""
+        tokens = tokenize(documents, self.tokenizer, limit=limit)
+        check_ids(tokens, self.config, self.path)
+        return tokens
 
     def prefix_token(self) -> int:
         """The token before a text without context: the first token, or else the end-of-text token."""
@@ -134,8 +150,12 @@ class Subject:
     # The three uses of the model
 
     def logits(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> Iterator[tuple[int, mx.array]]:
-        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order."""
+        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order.
+
+        The model reads its first token before them, if it has one.
+        """
         cache = make_prompt_cache(self.model)
+        self.prefill(cache, self.directory.before(tokens))
         ids = mx.array(np.asarray(tokens, np.int32))[None]
         size = self._logits_chunk(ids)
         for start in range(0, ids.shape[1], size):
@@ -148,7 +168,7 @@ class Subject:
                 tick(min(size, ids.shape[1] - start))
 
     def nll(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> np.ndarray:
-        """Negative log-likelihood of tokens[1:], each given all tokens before it, in nats; (T + 1,) -> (T,) float32."""
+        """Negative log-likelihood of tokens[1:], each given all before it (see `logits`), in nats; (T + 1,) -> (T,)."""
         tokens = np.asarray(tokens, np.int32)
         parts = []
         for start, logits in self.logits(tokens[:-1], tick):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,23 @@ def run_suite(
     state = _Done(f"{suite.name}, {subject.label}", items, done, progress, subject.directory.balance)
     for item in items:
         if item.id not in done:
-            done[item.id] = suite.measure(subject, item, state.tick)
+            done[item.id] = _checked(suite.measure(subject, item, state.tick), suite, subject)
             if log:
                 log.append(done[item.id])
             state.finish(item)
     records = [done[item.id] for item in items]
     return summary(suite, records), records
+
+
+def _checked(record: Record, suite: Suite, subject: Subject) -> Record:
+    """`record`, if all its samples are finite numbers; else UserError."""
+    for name, value in record["samples"].items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{subject.directory.path}: {name} of item {record['id']} of suite {suite.name} is {value}: "
+                "the model's weights are damaged, or need a wider type, such as --dtype float32"
+            )
+    return record
 
 
 class _Done:

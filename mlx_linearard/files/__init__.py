@@ -32,6 +32,7 @@ from .reading import (
     read_text,
     read_yaml,
     reading,
+    without_surrogates,
 )
 from .writing import (
     disk_errors,
@@ -70,6 +71,7 @@ __all__ = [
     "reading",
     "refuse_existing",
     "sweep",
+    "without_surrogates",
     "write_json",
     "write_text",
 ]

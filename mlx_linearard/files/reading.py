@@ -127,6 +127,7 @@ def _check_depth(value: Any) -> None:
 
 
 def without_surrogates(value: Any) -> Any:
+    """A JSON value with U+FFFD in place of each half of a surrogate pair."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 from ..errors import UserError, one_line
-from ..files import TOKENIZER_FILES, read_json
+from ..files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, read_json, read_object
 
 # Token types: the same numbers in GGUF and in sentencepiece's ModelProto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -86,13 +86,30 @@ def check_tokenizer(directory: Path) -> None:
 def tokenizer_of(directory: Path, config: Mapping[str, Any]) -> Any:
     """Load a model directory's tokenizer in mlx-lm's wrapper.
 
-    config is the model's config; generation stops at its `eos_token_id`, an id or a list of ids.
+    config is the model's config; generation stops at its end tokens (see `end_tokens`).
     Raises UserError if transformers cannot load the tokenizer.
     """
     from mlx_lm.utils import load_tokenizer
 
+    ends = end_tokens(directory, config)
     with tokenizer_errors(f"the tokenizer of {directory} cannot be loaded"):
-        return load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(directory, eos_token_ids=ends)
+
+
+def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
+    """The ids at which generation stops: those of generation_config.json, else those of config, as in mlx-lm.
+
+    Raises UserError if a file does not hold an id or a list of ids.
+    """
+    source, ends = directory / CONFIG, config.get("eos_token_id")
+    if (directory / GENERATION_CONFIG).is_file():
+        generation = read_object(directory / GENERATION_CONFIG).get("eos_token_id")
+        if generation is not None:
+            source, ends = directory / GENERATION_CONFIG, generation
+    ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+        raise UserError(f"{source}: eos_token_id must be a token id or a list of token ids")
+    return ids
 
 
 def _object(path: Path) -> dict[str, Any]:

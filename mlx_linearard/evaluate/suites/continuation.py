@@ -23,17 +23,21 @@ class Request:
 def split_tokens(directory: Directory, context: str, continuation: str) -> tuple[list[int], int]:
     """(tokens of context and continuation, how many are the continuation's), as lm-evaluation-harness splits them.
 
-    Spaces at the end of the context belong to the continuation. The joined text is encoded, and the continuation is
-    what follows as many tokens as the context alone has. An empty context is one first token.
+    Spaces at the end of the context belong to the continuation. The tokens are those of the context alone, and then
+    those of the joined text after as many tokens. So if a token of the joined text spans context and continuation,
+    it does not count. An empty context is one first token.
     """
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare
-    if not context:
-        ids = list(directory.tokenizer.encode(continuation, add_special_tokens=False))
+    before = directory.encode(context) if context else []
+    if not before:
+        ids = directory.encode_plain(continuation)
+        ids = ids[1:] if ids[:1] == [directory.prefix_token()] else ids
         return [directory.prefix_token(), *ids], len(ids)
     whole = directory.encode(context + continuation)
-    own = max(1, len(whole) - len(directory.encode(context)))  # at least one, if tokens merge across the border
-    return (whole if own < len(whole) else [directory.prefix_token(), *whole]), own
+    if len(whole) > len(before):
+        return [*before, *whole[len(before) :]], len(whole) - len(before)
+    return (whole if len(whole) > 1 else [directory.prefix_token(), *whole]), 1  # merged into the last token
 
 
 def request_item(

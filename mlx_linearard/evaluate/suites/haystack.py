@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ...data import Document
 from ...errors import UserError
 
 CLOSE = 0.995  # the search stops at this share of the budget
@@ -61,15 +62,28 @@ def join(words: Iterable[str]) -> str:
     return " ".join(words).replace(f"{_CUT} ", "").replace(_CUT, "")
 
 
-def prose(documents: Iterable[str], limit: int = 4_000_000) -> Prose:
+def prose(documents: Iterable[Document], limit: int = 4_000_000) -> Prose:
     """The first documents, up to about `limit` characters."""
-    pieces, have = [], 0
-    for text in documents:
-        pieces.append(text[:limit])
-        have += len(text)
-        if have >= limit:
+    texts: list[str] = []
+    left = limit
+    for document in documents:
+        texts.append(_beginning(document, left))
+        left -= len(texts[-1])
+        if left <= 0:
             break
-    return Prose("\n\n".join(pieces))
+    return Prose("\n\n".join(texts))
+
+
+def _beginning(document: Document, limit: int) -> str:
+    """At most `limit` characters of a document."""
+    pieces: list[str] = []
+    left = limit
+    for piece in [document] if isinstance(document, str) else document:
+        pieces.append(piece[:left])
+        left -= len(pieces[-1])
+        if left <= 0:
+            break
+    return "".join(pieces)
 
 
 def noise(words: int) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
-import zlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ...data import HUB_PREFIX
-from ...errors import UserError, one_line
+from ...data import HUB_PREFIX, read_lines
+from ...errors import UserError
+from ...files import check_file, parse_json
 from . import hub
 
 Items = str | Path | Iterable[Mapping[str, Any]]
@@ -24,15 +22,15 @@ def checked_items(source: Items, check: Check, limit: int | None = None) -> list
     Raises UserError if there are none, or if one is not valid.
     """
     if not isinstance(source, str | Path):
-        placed = [(f"item {number}", dict(item)) for number, item in enumerate(source)]
+        placed = [(f"item {number}", dict(item)) for number, item in enumerate(itertools.islice(source, limit))]
     elif str(source).startswith(HUB_PREFIX):
         rows = hub.load_set(str(source).removeprefix(HUB_PREFIX), limit)
         placed = [(f"{source} item {number}", row) for number, row in enumerate(rows)]
     else:
-        placed = list(read_items(source))
+        placed = list(itertools.islice(read_items(source), limit))
     if not placed:
         raise UserError("there are no items: give at least one")
-    return [check(item, place) for place, item in placed[:limit]]
+    return [check(item, place) for place, item in placed]
 
 
 def name_of(source: str | Path) -> str:
@@ -44,33 +42,17 @@ def name_of(source: str | Path) -> str:
 
 
 def read_items(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of each line of a JSONL file; UserError names the line that is not a JSON object."""
-    path = Path(source)
-    try:
-        with opened(path) as handle:  # not splitlines: a JSON text may contain U+2028
-            lines = handle.read().removeprefix("\ufeff").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a .jsonl file with one item per line") from None
-    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    if not any(line.strip() for line in lines):
+    """(place, object) of each line of a JSONL file, plain or compressed; a lone surrogate becomes U+FFFD.
+
+    Raises UserError that names the line that is not a JSON object.
+    """
+    path = check_file(source)
+    empty = True
+    for place, line in read_lines(path):
+        value = parse_json(line, place, replace_surrogates=True)
+        if not isinstance(value, dict):
+            raise UserError(f"{place} must hold a JSON object, not a {type(value).__name__}")
+        empty = False
+        yield place, value
+    if empty:
         raise UserError(f"{path} is empty")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{path} line {number}", _object(line, f"{path} line {number}")
-
-
-def opened(path: Path) -> IO[str]:
-    """A text file, plain or compressed as .gz or .xz, open for reading."""
-    openers: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
-    return openers.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8")
-
-
-def _object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{place} must hold a JSON object, not a {type(value).__name__}")
-    return value
