@@ -63,7 +63,15 @@ def _from_peft(options: argparse.Namespace) -> None:
 def _scale(options: argparse.Namespace) -> None:
     from .hf import scale
 
-    scale(options.source, options.target, method=options.method, factor=options.factor, overwrite=options.overwrite)
+    scale(
+        options.source,
+        options.target,
+        method=options.method,
+        factor=options.factor,
+        beta_fast=options.yarn_beta_fast,
+        beta_slow=options.yarn_beta_slow,
+        overwrite=options.overwrite,
+    )
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -122,6 +130,8 @@ VERBS = {
         flags=(
             ("--method", {"choices": METHODS, "default": "linear", "help": "how to scale (default: linear)"}),
             ("--factor", {"type": float, "required": True, "help": "how many times longer the window becomes"}),
+            ("--yarn-beta-fast", {"type": float, "help": "yarn: the fast end of its ramp (default: 32)"}),
+            ("--yarn-beta-slow", {"type": float, "help": "yarn: the slow end of its ramp (default: 1)"}),
         ),
     ),
     "verify": Verb(

@@ -142,6 +142,8 @@ def scale(
     *,
     method: str,
     factor: float,
+    beta_fast: float | None = None,
+    beta_slow: float | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Make a copy of a model directory with its RoPE scaled; return its path.
@@ -153,7 +155,7 @@ def scale(
     directory = resolve(source)
     checked = check_model_dir(directory)
     try:
-        config = scale_rope(_clean(checked.config), method, factor)
+        config = scale_rope(_clean(checked.config), method, factor, beta_fast=beta_fast, beta_slow=beta_slow)
     except ValueError as error:
         raise UserError(one_line(error)) from None
     with new_directory(target, overwrite=overwrite) as output:

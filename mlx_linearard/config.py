@@ -139,6 +139,20 @@ class DistillConfig:
     factor: float = option(
         4.0, "how many times longer the window becomes", check=_above_one, metavar="X", group="window"
     )
+    yarn_beta_fast: float | None = option(
+        None,
+        "yarn: dimensions that turn more often than this in the native window keep their frequency (default: 32)",
+        check=_positive,
+        metavar="X",
+        group="window",
+    )
+    yarn_beta_slow: float | None = option(
+        None,
+        "yarn: dimensions that turn less often than this are divided by the factor (default: 1)",
+        check=_positive,
+        metavar="X",
+        group="window",
+    )
     objective: str = option(
         "relation",
         "the loss: attention relations (LinearARD), the teacher's logits, both, or plain next-token cross-entropy",
@@ -166,6 +180,28 @@ class DistillConfig:
     relation_weight: float = option(1.0, "weight of the relation loss", check=_positive, metavar="W", group="objective")
     logits_weight: float = option(
         1.0, "weight of the logits loss in relation+logits", check=_positive, metavar="W", group="objective"
+    )
+    long_weight: float = option(
+        0.0,
+        "weight of the long part of every step: next-token cross-entropy on one block of long text, which teaches the "
+        "student to use its new window; 0 leaves it out",
+        check=_not_negative,
+        metavar="W",
+        group="long text",
+    )
+    long_seq_len: int | None = option(
+        None,
+        "tokens of a block of long text; at most the new window, by default twice the native window, or as many as fit "
+        "the memory",
+        check=_positive,
+        metavar="T",
+        group="long text",
+    )
+    long_data: str | None = option(
+        None,
+        "long text, in the forms of --data; by default --data, documents that are long enough first",
+        metavar="PATH_OR_DATASET",
+        group="long text",
     )
     seq_len: int | None = option(
         None,
@@ -269,6 +305,8 @@ class DistillConfig:
             raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
         if self.compare and self.objective != "relation":
             raise UserError("--compare and --objective both say what is distilled: give one of them")
+        if not self.long_weight and (self.long_seq_len or self.long_data):
+            raise UserError("--long-seq-len and --long-data belong to the long part: give --long-weight as well")
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 

@@ -157,6 +157,7 @@ class Manifest:
             "grad_accum": sizing.grad_accum,
             "steps": job.schedule.steps,
             "eval_tokens": sizing.eval_tokens,
+            **({"long_seq_len": sizing.long_seq_len} if sizing.long_seq_len else {}),
         }
         return cls(_identity(job), sizes)
 

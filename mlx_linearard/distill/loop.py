@@ -35,7 +35,7 @@ def train_run(job: Job, state: TrainState, scaled: Fidelity | None, listener: Li
             ensure_best(job, state, scaled)
             save_if_due(job, state, improved=evaluate_if_due(job, state, listener))
         if not ranks.any(out_of_patience(job, state, listener)):
-            for record in train(job.pair, job.objective, job.schedule, job.blocks, state, ranks):
+            for record in train(job.pair, job.objective, job.schedule, job.blocks, state, ranks, job.long):
                 if ranks.leads:
                     log(job, record, listener)
                     rescue.keep(state)

@@ -65,6 +65,7 @@ class Sizing:
     model: str
     window: tuple[int, int]  # native, extended
     processes: int = 1  # that share the blocks of a step
+    long_seq_len: int = 0  # tokens of the block of long text in every step; 0 without a long part
 
     @property
     def tokens_per_step(self) -> int:
@@ -79,6 +80,8 @@ class Sizing:
             f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
             f"{self.seq_len}{shared}) on {machine.name}: about {duration(self.seconds)}"
         )
+        if self.long_seq_len:
+            yield f"every step also reads one block of {self.long_seq_len} tokens of long text"
         if machine.hint:
             yield f"hint: {machine.hint}"
 
@@ -116,7 +119,19 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
         model=config.model or "SmolLM2-135M-Instruct",
         window=(native_window, int(native_window * config.factor)),
         processes=ranks.size,
+        long_seq_len=long_seq_len(config, native_window),
     )
+
+
+def long_seq_len(config: DistillConfig, native_window: int) -> int:
+    """The length of long blocks, 0 without a long part; UserError if it is above the new window."""
+    if not config.long_weight:
+        return 0
+    extended = int(native_window * config.factor)
+    length = config.long_seq_len or min(2 * native_window, extended)
+    if length > extended:
+        raise UserError(f"--long-seq-len {length} is above the new window: give at most {extended} tokens")
+    return length
 
 
 def steps_of(tokens: int, per_step: int) -> int:
@@ -149,7 +164,8 @@ class Plan:
     dtype: str | None  # of the frozen weights in memory; None keeps the file's own
     machine: Machine
     sizing: Sizing
-    step: Step  # the memory of a step, for one rank
+    step: Step  # the sizes of a step that decide its memory, for one rank
+    long_step: Step | None  # the same of its long part, if it has one
 
     @property
     def run(self) -> RunDir:
@@ -157,7 +173,7 @@ class Plan:
 
     @property
     def memory(self) -> MemoryPlan:
-        return plan_memory(self.step)
+        return max(map(plan_memory, filter(None, (self.step, self.long_step))), key=lambda plan: plan.total)
 
     def lines(self) -> Iterator[str]:
         """The plan as text, line by line."""
@@ -172,12 +188,20 @@ class Plan:
         """Raise UserError, with flags that help, if the plan exceeds the machine's memory; --force allows it."""
         if self.config.force or self.memory.total <= self.machine.usable:
             return
-        advice = "; ".join(_advice(self.step, self.machine.usable, self.config))
+        advice = "; ".join(self._advice())
         raise UserError(
             f"this run needs about {self.memory.total / 1e9:.2f} GB and this machine has "
             f"{self.machine.usable / 1e9:.2f}: {advice or 'no flag makes it fit, use a smaller model'} "
             "(--force runs it nevertheless)"
         )
+
+    def _advice(self) -> Iterator[str]:
+        limit, long = self.machine.usable, self.long_step
+        if plan_memory(self.step).total > limit:
+            yield from _advice(self.step, limit, self.config)
+        if long and plan_memory(long).total > limit:
+            most = longest(long, limit, long.seq_len)
+            yield f"--long-seq-len {most}" if most >= SHORTEST else "--long-weight 0"
 
 
 def _advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
@@ -228,7 +252,13 @@ def inspect_model(config: DistillConfig, path: Path) -> Inspected:
     """
     checked = check_model_dir(path)
     try:
-        rope.scale_rope(checked.config, config.method, config.factor)
+        rope.scale_rope(
+            checked.config,
+            config.method,
+            config.factor,
+            beta_fast=config.yarn_beta_fast,
+            beta_slow=config.yarn_beta_slow,
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     model = build(checked.config, len(checked.stored), path)
@@ -240,7 +270,25 @@ def plan_run(config: DistillConfig, inspected: Inspected, machine: Machine, rank
     dtype = working_dtype(config)
     sizing = size_run(config, inspected.checked.config, machine, ranks)
     step = _step_of(config, inspected, dtype, sizing, ranks.share(sizing.grad_accum, sizing.batch_size))
-    return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step)
+    long_step = _long_step(step, len(inspected.model.layers), sizing.long_seq_len)
+    if long_step and not config.long_seq_len and (most := longest(long_step, machine.usable, long_step.seq_len)):
+        long_step = dataclasses.replace(long_step, seq_len=most)
+        sizing = dataclasses.replace(sizing, long_seq_len=most)
+    return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step)
+
+
+def _long_step(step: Step, layers: int, length: int) -> Step | None:
+    """The long part of `step` as the memory plan describes it; the sum of the short part is another copy."""
+    if not length:
+        return None
+    return dataclasses.replace(
+        step, layers=layers, supervised=0, logits="ce", batch=1, seq_len=length, grad_accum=max(2, step.grad_accum)
+    )
+
+
+def trained_layers(config: DistillConfig, objective: Objective, total: int) -> int:
+    """How many layers carry adapters: those that the loss depends on, all of them with a long part."""
+    return total if config.long_weight else objective.last_layer(total) + 1
 
 
 def objective_of(config: DistillConfig, model: Any) -> Objective:
@@ -268,11 +316,12 @@ def _step_of(config: DistillConfig, inspected: Inspected, dtype: str | None, siz
     """A training step of this model, as the memory plan describes it."""
     checked, model, objective = inspected.checked, inspected.model, inspected.objective
     layers = objective.last_layer(len(model.layers)) + 1
+    trained = trained_layers(config, objective, len(model.layers))
     keys = set(qkv_keys(model))
     return Step(
         shape=Shape.of(checked.config),
         weights=weight_bytes(checked.arrays, dtype),
-        trained=FLOAT32 * sum(_trained_numbers(layer, keys, config) for layer in model.layers[:layers]),
+        trained=FLOAT32 * sum(_trained_numbers(layer, keys, config) for layer in model.layers[:trained]),
         rank=0 if config.fine_tune_type == "full" else config.lora_rank * len(keys),
         size=activation_size(checked.arrays, dtype),
         layers=layers,

@@ -34,8 +34,9 @@ from ..models.tokenizer import tokenizer_of
 from . import checkpoint
 from .best import reference_length, score
 from .listener import Listener
+from .long import LongBlocks, LongPart, long_objective
 from .objective import Objective
-from .plan import Plan, Sizing, inspect_model, objective_of, plan_run
+from .plan import Plan, Sizing, inspect_model, objective_of, plan_run, trained_layers
 from .step import Schedule, TrainState
 
 # Options that may change when a run is resumed. A change of any other option makes another run.
@@ -52,6 +53,7 @@ class Text:
 
     training: np.ndarray
     held_out: dict[int, np.ndarray]
+    long: np.ndarray | None = None  # the stream of --long-data; None without one
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Job:
     blocks: Blocks
     identity: dict[str, Any]  # what a checkpoint must agree on
     ranks: Ranks = ALONE
+    long: LongPart | None = None
     _saving: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -168,7 +171,7 @@ def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig
 
     A resumed run keeps its sizes, although the machine may be busier now and look slower.
     """
-    names = ["seq_len", "grad_accum", "eval_tokens"] + ([] if config.tokens else ["steps"])
+    names = ["seq_len", "grad_accum", "eval_tokens", "long_seq_len"] + ([] if config.tokens else ["steps"])
     return dataclasses.replace(
         config, **{name: sizes[name] for name in names if getattr(config, name) is None and name in sizes}
     )
@@ -275,16 +278,20 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
         plan.path,
         method=config.method,
         factor=config.factor,
+        yarn_beta_fast=config.yarn_beta_fast,
+        yarn_beta_slow=config.yarn_beta_slow,
         fine_tune_type=config.fine_tune_type,
         lora_rank=config.lora_rank,
         lora_scale=config.lora_scale,
         lora_dropout=config.lora_dropout,
-        adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
+        adapt_layers=lambda model: range(trained_layers(config, objective_of(config, model), len(model.layers))),
         dtype=plan.dtype,
         seed=config.seed,
     )
     share = ranks.share(sizing.grad_accum, sizing.batch_size)
     if share.parts > 1:
+        if config.long_weight and config.lora_dropout:
+            raise UserError("--long-weight with --lora-dropout needs whole batches per process: raise --grad-accum")
         drop_rows(pair.student, share.part, share.parts)
     text = text or read_text(config, sizing, pair.tokenizer, listener)
     return Job(
@@ -298,6 +305,7 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
         blocks=blocks_of(config, sizing, text),
         identity=_identity(config, sizing, plan.path, text),
         ranks=ranks,
+        long=long_part_of(config, sizing, text, pair.tokenizer),
     )
 
 
@@ -335,6 +343,8 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> 
         "grad_accum": sizing.grad_accum,
         "model": hashlib.sha256(model).hexdigest()[:16],
         "data": hash_of(text.training),
+        **({"long_seq_len": sizing.long_seq_len} if sizing.long_seq_len else {}),
+        **({"long_data": hash_of(text.long)} if text.long is not None else {}),
     }
 
 
@@ -357,7 +367,19 @@ def read_text(config: DistillConfig, sizing: Sizing, tokenizer: Tokenizer, liste
             f"the held-out text has {len(held_out)} tokens, too few for one block of {sizing.eval_lengths[0]}: give "
             "more text with --data or --valid-data, or a shorter --seq-len"
         )
-    return Text(training, {n: cut for n, cut in by_length.items() if len(cut)})
+    long = None
+    if config.long_data:
+        long = tokenize(read_documents(config.long_data), tokenizer, limit=config.data_tokens)
+    return Text(training, {n: cut for n, cut in by_length.items() if len(cut)}, long)
+
+
+def long_part_of(config: DistillConfig, sizing: Sizing, text: Text, tokenizer: Tokenizer) -> LongPart | None:
+    """The long part of a step, None without one; UserError if the long text is too short for one block."""
+    if not sizing.long_seq_len:
+        return None
+    tokens = text.training if text.long is None else text.long
+    blocks = LongBlocks.of(tokens, sizing.long_seq_len, config.seed, tokenizer.eos_token_id)
+    return LongPart(config.long_weight, blocks, long_objective(config.workspace << 20))
 
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
@@ -376,10 +398,12 @@ def check_text(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = A
     few = dataclasses.replace(plan.config, data_tokens=min(plan.config.data_tokens, _enough(plan)))
     with ranks.meeting():
         tokenizer = tokenizer_of(plan.path, plan.native)
-        blocks_of(plan.config, plan.sizing, read_text(few, plan.sizing, tokenizer, listener or Listener()))
+        text = read_text(few, plan.sizing, tokenizer, listener or Listener())
+        blocks_of(plan.config, plan.sizing, text)
+        long_part_of(plan.config, plan.sizing, text, tokenizer)
 
 
 def _enough(plan: Plan) -> int:
     """Tokens of text that make a batch and a held-out window; a fifth of them is held out."""
     sizing = plan.sizing
-    return 10 * (sizing.seq_len * sizing.batch_size + max(sizing.eval_lengths) + 1)
+    return 10 * (sizing.seq_len * sizing.batch_size + max(sizing.eval_lengths) + sizing.long_seq_len + 1)

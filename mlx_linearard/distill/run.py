@@ -164,6 +164,7 @@ def _resolved(job: Job) -> DistillConfig:
         steps=job.schedule.steps,
         tokens=None,
         eval_tokens=job.sizing.eval_tokens,
+        long_seq_len=job.sizing.long_seq_len or None,
     )
 
 

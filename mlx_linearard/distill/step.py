@@ -22,7 +22,10 @@ from ..models.adapters import Leaves
 from ..models.pair import Pair
 from ..models.trees import named_arrays
 from .guard import Guard
+from .long import LongPart
 from .objective import Objective, objective_loss
+
+_LONG_SEEDS = 1 << 31  # the dropout of long blocks draws from seeds that no short block uses
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class StepRecord:
     parts: dict[str, float]
     grad_norm: float  # before clipping
     learning_rate: float
-    tokens: int  # of this step
+    tokens: int  # of this step, long text included
     seconds: float
     peak_memory: int  # bytes, of mlx
     skipped: str | None = None  # the guard's reason for making no update
@@ -150,6 +153,7 @@ def train_step(
     batches: list[mx.array],
     ranks: Ranks = ALONE,
     share: Share = WHOLE,
+    long: LongPart | None = None,
 ) -> StepRecord:
     """One optimizer step over `batches`; the update is made if the guard accepts the loss and the gradient.
 
@@ -158,13 +162,17 @@ def train_step(
 
     Args:
         batches: (B, T + 1) int32 each, of equal weight.
+        long: what is added to the mean over the batches, if the run has a long part.
     Raises:
         LostProcess: another rank has ended; the state is unchanged.
     """
     started = time.perf_counter()
     pair.set_parameters(state.parameters)  # or the arrays that they were loaded with would stay in memory
     mx.reset_peak_memory()
-    losses, parts, gradients = ranks.mean(_accumulate(pair, objective, schedule, state, batches, share))
+    sums = _accumulate(pair, objective, schedule, state, batches, share)
+    if long:
+        sums = _with_long(sums, pair, schedule, state, long, ranks)
+    losses, parts, gradients = ranks.mean(sums)
     norm = (_compiled_norm if on_gpu() else gradient_norm)(gradients)
     rate = schedule.rate(state.step) * state.guard.factor
     loss = _number(losses)
@@ -180,7 +188,7 @@ def train_step(
         parts={name: _number(value) for name, value in parts.items()},
         grad_norm=_number(norm),
         learning_rate=rate,
-        tokens=ranks.size * sum(b.shape[0] * (b.shape[1] - 1) for b in batches),
+        tokens=ranks.size * sum(b.shape[0] * (b.shape[1] - 1) for b in batches) + (long.blocks.seq_len if long else 0),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
         skipped=skipped,
@@ -192,9 +200,12 @@ def _number(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
 
 
+Sums = tuple[mx.array, dict[str, mx.array], list[Leaves]]  # loss, its parts, gradients
+
+
 def _accumulate(
     pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array], share: Share
-) -> tuple[mx.array, dict[str, mx.array], list[Leaves]]:
+) -> Sums:
     """Mean loss, parts and gradients over the batches; each batch is evaluated and released before the next one."""
     passes = len(batches) * share.groups
     first = (schedule.seed % 2**24 << 32) + state.step * passes + share.passes(passes).start
@@ -210,6 +221,29 @@ def _accumulate(
         total = now if total is None else tree_map(mx.add, total, now)
         mx.eval(total)
     return total if len(batches) == 1 else tree_map(lambda x: x / len(batches), total)
+
+
+def _with_long(short: Sums, pair: Pair, schedule: Schedule, state: TrainState, long: LongPart, ranks: Ranks) -> Sums:
+    """The short part plus `long.weight` times the long one.
+
+    One rank reads the block, in turn, and counts it once for every rank, so that the mean over the ranks is right.
+    """
+    loss, parts, gradients = short
+    if ranks.rank != state.step % ranks.size:
+        return loss, {**parts, "long": mx.array(0.0)}, gradients
+    tokens = mx.array(long.blocks.block(state.step))
+    dropout_seed = _LONG_SEEDS + state.step if pair.adapter.dropout > 0 else None
+    if dropout_seed is not None:
+        dropout_seed += schedule.seed % 2**24 << 32
+
+    def loss_of(parameters: list[Leaves]) -> mx.array:
+        return objective_loss(pair, long.objective, parameters, tokens, dropout_seed)[0]
+
+    own, own_gradients = mx.value_and_grad(loss_of)(state.parameters)
+    weight = long.weight * ranks.size
+    total = tree_map(lambda a, b: a + b * mx.array(weight, b.dtype), (loss, gradients), (own, own_gradients))
+    mx.eval(total)
+    return total[0], {**parts, "long": own * ranks.size}, total[1]
 
 
 def gradient_norm(gradients: list[Leaves]) -> mx.array:
@@ -250,7 +284,13 @@ def _updated(
 
 
 def train(
-    pair: Pair, objective: Objective, schedule: Schedule, blocks: Blocks, state: TrainState, ranks: Ranks = ALONE
+    pair: Pair,
+    objective: Objective,
+    schedule: Schedule,
+    blocks: Blocks,
+    state: TrainState,
+    ranks: Ranks = ALONE,
+    long: LongPart | None = None,
 ) -> Iterator[StepRecord]:
     """Make the steps from `state.step` to the last; yields a record after each, so the caller can save or stop."""
     share = ranks.share(schedule.grad_accum, schedule.batch_size)
@@ -259,4 +299,4 @@ def train(
         first = state.step * schedule.grad_accum
         passes = share.passes(schedule.grad_accum)
         batches = [mx.array(blocks.batch(first + i, schedule.batch_size)[rows]) for i in passes]
-        yield train_step(pair, objective, schedule, state, batches, ranks, share)
+        yield train_step(pair, objective, schedule, state, batches, ranks, share, long)

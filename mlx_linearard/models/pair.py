@@ -54,6 +54,8 @@ def load_pair(
     *,
     method: str,
     factor: float,
+    yarn_beta_fast: float | None = None,
+    yarn_beta_slow: float | None = None,
     fine_tune_type: str = "lora",
     lora_rank: int = 64,
     lora_scale: float = 2.0,
@@ -66,7 +68,7 @@ def load_pair(
 
     Args:
         path: a local mlx-lm or Hugging Face directory (safetensors), quantized or not.
-        method, factor: the scaling of the student's RoPE (see `rope.scale_rope`).
+        method, factor, yarn_beta_fast, yarn_beta_slow: the scaling of the student's RoPE (see `rope.scale_rope`).
         fine_tune_type: `lora` or `dora` adapters on the q, k, v projections, or `full`: the projections themselves.
         adapt_layers: the layers that get adapters, or a function from the model to these layers; all by default.
         dtype: dtype of the frozen weights in memory (quantized weights keep their bits); by default that of the files.
@@ -77,7 +79,7 @@ def load_pair(
     path = Path(path)
     native = check_model_dir(path).config
     try:
-        scaled = rope.scale_rope(native, method, factor)
+        scaled = rope.scale_rope(native, method, factor, beta_fast=yarn_beta_fast, beta_slow=yarn_beta_slow)
     except ValueError as error:
         raise UserError(str(error)) from None
     teacher = load_frozen(path, native, dtype)

@@ -16,7 +16,7 @@ from .families import family_or_default, native_window
 from .parameters import FULL, SLIDING, normalise, read, rotary_dims, yarn_attention_factor
 from .values import positive
 
-_YARN_FAST, _YARN_SLOW = 32.0, 1.0  # the defaults of beta_fast and beta_slow
+YARN_FAST, YARN_SLOW = 32.0, 1.0  # the defaults of beta_fast and beta_slow
 
 
 def inverse_frequencies(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -85,8 +85,8 @@ def _yarn(native: np.ndarray, dims: int, params: Mapping[str, Any]) -> np.ndarra
         ratio = params["original_max_position_embeddings"] / (turns * 2 * math.pi)
         return dims * math.log(ratio) / (2 * math.log(params["rope_theta"]))
 
-    low = max(math.floor(index(params.get("beta_fast", _YARN_FAST))), 0)
-    high: float = min(math.ceil(index(params.get("beta_slow", _YARN_SLOW))), dims - 1)
+    low = max(math.floor(index(params.get("beta_fast", YARN_FAST))), 0)
+    high: float = min(math.ceil(index(params.get("beta_slow", YARN_SLOW))), dims - 1)
     if low == high:
         high += 0.001
     divide = np.clip((np.arange(native.size, dtype=np.float64) - low) / (high - low), 0, 1)

@@ -18,15 +18,25 @@ from .families import (
     native_window,
     window_binds,
 )
-from .frequencies import frequencies
+from .frequencies import YARN_FAST, YARN_SLOW, frequencies
 from .parameters import LLAMA3_HIGH, LLAMA3_LOW, normalise, read, rotary_dims, write
-from .values import number
+from .values import number, positive
 
 
-def scale_rope(config: Mapping[str, Any], method: str, factor: float) -> dict[str, Any]:
+def scale_rope(
+    config: Mapping[str, Any],
+    method: str,
+    factor: float,
+    *,
+    beta_fast: float | None = None,
+    beta_slow: float | None = None,
+) -> dict[str, Any]:
     """A new config whose window is `factor` times as long, by `method` of `METHODS`, in both spellings.
 
-    max_position_embeddings is multiplied. `ntk` multiplies rope_theta by factor^(d / (d - 2)) for d rotary
+    max_position_embeddings is multiplied. `beta_fast` and `beta_slow` are the ends of YaRN's ramp, in turns of a
+    dimension over the native window (arXiv 2309.00071, section 3.2): dimensions that turn more often than
+    `beta_fast` keep their frequency, those that turn less often than `beta_slow` are divided by the factor.
+    None: 32 and 1, which both libraries assume. `ntk` multiplies rope_theta by factor^(d / (d - 2)) for d rotary
     dimensions, and is the only method that composes with a scaling that the model already has. ValueError names
     the reason: the family does not honour the method, a native scaling would be overwritten, factor <= 1, or
     mlx-lm and transformers would compute different things.
@@ -36,6 +46,7 @@ def scale_rope(config: Mapping[str, Any], method: str, factor: float) -> dict[st
     factor = number("factor", factor)
     if factor <= 1:
         raise ValueError(f"factor must be greater than 1, not {factor:g}")
+    ramp = _ramp(method, beta_fast, beta_slow)
     kind = family(config)
     name = config["model_type"]
     if method not in kind.methods:
@@ -54,7 +65,7 @@ def scale_rope(config: Mapping[str, Any], method: str, factor: float) -> dict[st
         if sliding is not None and kind.local is None:  # mlx-lm has one theta for both kinds of layer
             sliding["rope_theta"] *= growth
     else:
-        full.update(_scaling(result, kind, method, factor, window))
+        full.update(_scaling(result, kind, {"rope_type": method, "factor": factor, **ramp}, window))
     result["max_position_embeddings"] = int(window * factor)
     if full["rope_type"] == "longrope":  # equal windows make the attention factor 1 in both libraries
         full["original_max_position_embeddings"] = result["max_position_embeddings"]
@@ -71,6 +82,18 @@ def disagreement(config: Mapping[str, Any]) -> str | None:
     kind = family_or_default(config)
     full, sliding = read(config, kind)
     return _window_disagreement(config) or _rope_disagreement(config, kind, full, sliding)
+
+
+def _ramp(method: str, fast: float | None, slow: float | None) -> dict[str, float]:
+    """The keys of YaRN's ramp, as far as they are given; ValueError unless 0 < beta_slow < beta_fast."""
+    given = {"beta_fast": fast, "beta_slow": slow}
+    ramp = {name: positive(name, value) for name, value in given.items() if value is not None}
+    if ramp and method != "yarn":
+        raise ValueError(f"{' and '.join(ramp)} shape the ramp of yarn: {method} has none")
+    low, high = ramp.get("beta_slow", YARN_SLOW), ramp.get("beta_fast", YARN_FAST)
+    if low >= high:
+        raise ValueError(f"beta_fast {high:g} must be above beta_slow {low:g}")
+    return ramp
 
 
 def _ntk_growth(dims: int, factor: float) -> float:
@@ -94,9 +117,9 @@ def _refuse_overwriting(full: Mapping[str, Any], method: str) -> None:
     )
 
 
-def _scaling(config: Mapping[str, Any], kind: Family, method: str, factor: float, window: int) -> dict[str, Any]:
-    """The parameters that `method` adds (without rope_theta)."""
-    params: dict[str, Any] = {"rope_type": method, "factor": factor}
+def _scaling(config: Mapping[str, Any], kind: Family, chosen: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """The parameters of a scaling (without rope_theta), from its type, factor and ramp."""
+    params, method = dict(chosen), chosen["rope_type"]
     if method in ("yarn", "llama3"):
         params["original_max_position_embeddings"] = window
     if method == "llama3":
