@@ -98,7 +98,7 @@ class Verb:
 
 
 _DTYPE = ("--dtype", {"choices": list(FLOATS), "help": "type of the weights (default: as stored)"})
-_OVERWRITE = ("--overwrite", {"action": "store_true", "help": "replace TARGET if it exists"})
+_OVERWRITE = ("--overwrite", {"action": "store_true", "help": "replace TARGET if this tool wrote it"})
 
 VERBS = {
     "from-hf": Verb(

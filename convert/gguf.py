@@ -102,7 +102,7 @@ def from_gguf(
     _check_complete(file, config, tensors)
     with (
         disk_errors(target),
-        model_directory(target, config, tensors, overwrite=overwrite, progress=progress) as directory,
+        model_directory(target, config, tensors, overwrite=overwrite, sources=[source], progress=progress) as directory,
     ):
         tokenizer.write(directory, rebuilt)
         generation = {key: value for key, value in rebuilt.token_ids.items() if value is not None}

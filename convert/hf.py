@@ -66,6 +66,7 @@ def from_hf(
         _clean(config),
         _tensors(arrays),
         overwrite=overwrite,
+        sources=[directory],
         shard_bytes=shard_bytes,
         progress=progress,
     ) as output:
@@ -113,6 +114,7 @@ def to_hf(
         _tensors(arrays),
         framework="pt",
         overwrite=overwrite,
+        sources=[directory],
         shard_bytes=shard_bytes,
         progress=progress,
     ) as output:
@@ -158,7 +160,7 @@ def scale(
         config = scale_rope(_clean(checked.config), method, factor, beta_fast=beta_fast, beta_slow=beta_slow)
     except ValueError as error:
         raise UserError(one_line(error)) from None
-    with new_directory(target, overwrite=overwrite) as output:
+    with new_directory(target, overwrite=overwrite, sources=[directory]) as output:
         link_model_files(directory, output)
         write_config(output, config)
     return Path(target)

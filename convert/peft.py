@@ -114,7 +114,7 @@ def to_peft(
         for path, leaves in modules.items()
         for leaf, array in leaves.items()
     ]
-    _write(target, PEFT_WEIGHTS, tensors, peft_config, "pt", overwrite, progress)
+    _write(target, PEFT_WEIGHTS, tensors, peft_config, "pt", overwrite, source, progress)
     if progress and base and _quantized(Path(base)):
         progress(
             f"{base} is quantized by mlx, so transformers cannot load it: convert it with to-hf, then name the copy"
@@ -169,7 +169,7 @@ def from_peft(
     if base:
         mlx_config["model"] = base
     tensors = [_tensor(f"{path}.{leaf}", array) for path, leaves in modules.items() for leaf, array in leaves.items()]
-    _write(target, ADAPTERS, tensors, mlx_config, "mlx", overwrite, progress)
+    _write(target, ADAPTERS, tensors, mlx_config, "mlx", overwrite, source, progress)
     return Path(target)
 
 
@@ -337,9 +337,10 @@ def _write(
     config: Mapping[str, Any],
     framework: str,
     overwrite: bool,
+    source: Path,
     progress: Callable[[str], None] | None,
 ) -> None:
-    with new_directory(target, overwrite=overwrite) as directory:
+    with new_directory(target, overwrite=overwrite, sources=[source]) as directory:
         write_safetensors(directory / weights, tensors, {"format": framework})
         write_json(directory / ADAPTER_CONFIG, config)
     if progress:

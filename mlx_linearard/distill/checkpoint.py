@@ -74,7 +74,7 @@ def save(folder: Path, state: TrainState, identity: dict[str, Any], kept: int = 
     arrays = dict(named_arrays(_tree(state)))
     need = sum(array.nbytes for array in arrays.values()) + MARGIN
     facts = {**_facts(state), "identity": identity}
-    with new_directory(target, overwrite=True, need=need) as temporary:
+    with new_directory(target, overwrite=True, need=need, marker=False) as temporary:
         mx.save_safetensors(str(temporary / ARRAYS), arrays)
         write_json(temporary / FACTS, {**facts, "checksum": _checksum(facts, temporary / ARRAYS)})
     _prune(folder, kept, state.best)

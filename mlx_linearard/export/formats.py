@@ -8,7 +8,7 @@ from pathlib import Path
 from ..convert.hf import from_hf, to_hf
 from ..convert.peft import to_peft
 from ..errors import UserError
-from ..files import RunDir, new_directory
+from ..files import RunDir, check_overwrite, new_directory
 from ..models.save import link
 
 FORMATS = ("mlx", "hf", "peft", "adapters")
@@ -36,7 +36,7 @@ def export(
             the scaled base beside them.
         dtype: float32, float16 or bfloat16 for the fused weights (`mlx`, `hf`); None keeps their dtype.
         quantize: quantize the fused model (`mlx`), with `q_bits` per weight and one scale per `q_group_size` weights.
-        overwrite: replace the content of `out_dir`.
+        overwrite: replace `out_dir`, if this tool wrote it.
         progress: called with one line per finished file.
 
     Returns:
@@ -54,6 +54,8 @@ def export(
         raise UserError(f"--quantize needs --format mlx, not {format}")
     if dtype and format in ("peft", "adapters"):
         raise UserError(f"--dtype needs --format mlx or hf, not {format}")
+    if overwrite:
+        check_overwrite(out_dir, [run.root])
     if format == "mlx":
         return from_hf(
             run.model,
@@ -76,7 +78,7 @@ def export(
 
 def _with_base(run: RunDir, out_dir: Path, overwrite: bool) -> Path:
     """Write adapters/ and base/ side by side, for mlx_lm.server --model base --adapter-path adapters."""
-    with new_directory(out_dir, overwrite=overwrite) as folder:
+    with new_directory(out_dir, overwrite=overwrite, sources=[run.root]) as folder:
         for source in (run.adapters, run.base):
             (folder / source.name).mkdir()
             for file in sorted(path for path in source.iterdir() if path.is_file()):

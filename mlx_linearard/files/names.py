@@ -24,6 +24,8 @@ LOCK = ".lock"  # inside a directory that a process has locked
 # mlx-lm's adapter directory.
 ADAPTERS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# In every directory that this tool writes: only such a directory may be overwritten.
+MARKER = ".mlx_linearard"
 
 
 class RunDir:

@@ -9,15 +9,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_line
-from .reading import shown, without_surrogates
+from .names import MARKER
+from .reading import read_object, shown, without_surrogates
 
-# The names that tempfile makes for the functions below: .NAME.xxxxxxxx, .NAME.old.xxxxxxxx, .NAME.xxxxxxxx.suffix.
-_TEMPORARY = re.compile(r"\.(?P<name>.+?)(?P<old>\.old)?\.[a-z0-9_]{8}(\.\w+)?")
+_WRITTEN_BY = "mlx-linearard"  # in the marker
+
+# The names that tempfile makes below: .NAME.new-xxxxxxxx, for files with their suffix, and .NAME.old-xxxxxxxx.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-[a-z0-9_]{8}(\.\w+)?")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO)
@@ -108,7 +111,7 @@ def new_file(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.new-", suffix=target.suffix, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -122,26 +125,47 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory(target: str | Path, *, overwrite: bool = False, need: int | None = None) -> Iterator[Path]:
+def new_directory(
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    sources: Iterable[str | Path] = (),
+    need: int | None = None,
+    marker: bool = True,
+) -> Iterator[Path]:
     """A temporary directory beside `target`, renamed to it if the block ends without an error, else removed.
 
-    `need` is the number of bytes that will be written, if known: UserError if the disk has fewer.
+    An existing `target` is refused unless it is an empty directory, or `overwrite` is set and `check_overwrite`
+    allows it. It is replaced only after the new directory is complete. The new directory gets a marker file that
+    lists the other files in it.
 
-    An existing `target` is refused unless it is an empty directory or `overwrite` is set. It is replaced only
-    after the new one is complete.
+    Args:
+        sources: the files and directories that are read, which an overwritten target may not touch.
+        need: the number of bytes that will be written, if known: UserError if the disk has fewer.
+        marker: whether to write and demand the marker; not for parts of a directory that only this tool uses.
     """
     target = Path(target)
-    if not overwrite:
-        refuse_existing(target)
+    sources = tuple(sources)
+
+    def check() -> None:
+        if overwrite and marker:
+            check_overwrite(target, sources)
+        elif not overwrite:
+            refuse_existing(target)
+
+    check()
     with disk_errors(target, need):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
             yield temporary
+            if marker:
+                _mark(temporary)
             for path in temporary.rglob("*"):
                 if path.is_file() and not path.is_symlink():
                     _sync(path)
             temporary.chmod(0o755)
+            check()  # again: the block may have run for hours
             _swap(temporary, target)
             _sync(target.parent)
         finally:
@@ -152,10 +176,95 @@ def refuse_existing(target: str | Path) -> None:
     """UserError if `target` is a file, or a directory that is not empty."""
     target = Path(target)
     with disk_errors(target):
-        if target.is_dir() and not any(target.iterdir()):
-            return
-        if target.exists() or target.is_symlink():
+        if _is_empty_directory(target):
+            _refuse_place(target)
+        elif os.path.lexists(target):
             raise UserError(f"{shown(target)} already exists: remove it, choose another name, or pass --overwrite")
+
+
+def check_overwrite(target: str | Path, sources: Iterable[str | Path] = ()) -> None:
+    """UserError if `target` exists and is not a directory that this tool wrote, with nothing else in it.
+
+    Refused too: a link, the current directory or one above it, the home directory or one above it, a mounted disk,
+    and any directory that contains, is, or is inside one of `sources`.
+    """
+    target = Path(target)
+    with disk_errors(target):
+        if target.is_symlink():
+            raise UserError(f"{shown(target)} is a link, which --overwrite does not replace: name the directory itself")
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise UserError(f"{shown(target)} is a file, which --overwrite does not replace: choose another name")
+        _refuse_place(target)
+        if _is_empty_directory(target):
+            return
+        real = target.resolve()
+        for source in (Path(source) for source in sources):
+            for path in (source.absolute(), source.resolve()):
+                if path.is_relative_to(real) or real.is_relative_to(path):
+                    relation = "is" if path == real else "contains" if path.is_relative_to(real) else "is inside"
+                    raise UserError(f"{shown(target)} {relation} the source {shown(source)}: choose another target")
+        if foreign := _not_written_here(target):
+            raise UserError(
+                f"{shown(target)} {foreign}, so --overwrite leaves it alone: move it or choose another name"
+            )
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _refuse_place(target: Path) -> None:
+    """UserError for a directory that no output may replace, even if it is empty."""
+    real = target.resolve()
+    places = {"the current directory": Path.cwd, "the home directory": Path.home}
+    for name, find in places.items():
+        try:
+            place = find().resolve()
+        except (OSError, RuntimeError):  # removed, or no HOME
+            continue
+        if place.is_relative_to(real):
+            verb = "is" if place == real else "contains"
+            raise UserError(f"{shown(target)} {verb} {name}: choose another target")
+    if real.is_mount():
+        raise UserError(f"{shown(target)} is a mounted disk: choose a directory on it")
+
+
+# Files that an operating system adds to directories.
+_ADDED = (".DS_Store", ".localized", "Thumbs.db", "desktop.ini")
+
+
+def _files_in(directory: Path) -> set[str]:
+    """The paths in `directory` of all its files and links, at any depth, without the marker."""
+    paths: set[str] = set()
+    for folder, folders, files in os.walk(directory):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        paths.update(str((Path(folder) / name).relative_to(directory).as_posix()) for name in (*files, *links))
+    return {path for path in paths if path != MARKER and path.rpartition("/")[2] not in _ADDED}
+
+
+def _mark(directory: Path) -> None:
+    """Write the marker, by which `check_overwrite` recognises the directory."""
+    listed = json.dumps({"written_by": _WRITTEN_BY, "files": sorted(_files_in(directory))}, indent=2)
+    (directory / MARKER).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _not_written_here(directory: Path) -> str | None:
+    """Why a directory is not one that this tool wrote; None if it is."""
+    marker = directory / MARKER
+    unmarked = f"has no valid file {MARKER}, which marks what this tool wrote"
+    if marker.is_symlink() or not marker.is_file():
+        return unmarked
+    try:
+        value = read_object(marker)
+    except UserError:
+        return unmarked
+    listed = value.get("files")
+    if value.get("written_by") != _WRITTEN_BY or not isinstance(listed, list):
+        return unmarked
+    others = sorted(_files_in(directory) - {str(name) for name in listed})
+    return f"holds {shown(others[0])}, which this tool did not write" if others else None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -171,7 +280,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _swap(temporary: Path, target: Path) -> None:
     if target.is_dir() and not target.is_symlink():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
         target.replace(old)
         temporary.replace(target)
         shutil.rmtree(old, ignore_errors=True)
@@ -189,7 +298,7 @@ def sweep(folder: Path) -> None:
             continue
         if not path.is_dir():
             path.unlink(missing_ok=True)
-        elif match["old"] and any(path.iterdir()) and not (folder / match["name"]).exists():
+        elif match["kind"] == "old" and any(path.iterdir()) and not (folder / match["name"]).exists():
             path.replace(folder / match["name"])
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -55,15 +55,17 @@ def model_directory(
     tensors: Iterable[Tensor],
     *,
     overwrite: bool = False,
+    sources: Iterable[str | Path] = (),
     shard_bytes: int = SHARD_BYTES,
     framework: str = "mlx",
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Path]:
     """Write config and weights, then yield the directory for the tokenizer; complete or not at all.
 
-    Raises UserError if the target exists, the disk is full, or a weight is not finite.
+    `overwrite` and `sources` mean the same as in `new_directory`. Raises UserError if the target exists, the disk is
+    full, or a weight is not finite.
     """
-    with new_directory(target, overwrite=overwrite) as directory:
+    with new_directory(target, overwrite=overwrite, sources=sources) as directory:
         write_weights(directory, tensors, shard_bytes=shard_bytes, framework=framework, progress=progress)
         write_config(directory, config)
         yield directory

@@ -220,6 +220,49 @@ def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys, argume
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "source"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("from-hf", "models/llama", "models", "--overwrite"), "models contains the source models/llama"),
+        (("scale", "models/llama", "models", "--factor", "2", "--overwrite"), "models contains the source"),
+        (("to-hf", "models/llama", "way/..", "--overwrite"), "contains the source"),
+        (("from-hf", "models/llama", "other", "--overwrite"), "other has no valid file .mlx_linearard"),
+        (("from-hf", "models/llama", "way", "--overwrite"), "way is the source itself"),
+        (("from-hf", "models/llama", "ours", "--overwrite"), "ours holds notes.txt"),
+        (("from-hf", "models/llama", "link", "--overwrite"), "link is a link"),
+        (("from-hf", "models/llama", ".", "--overwrite"), ". is the current directory"),
+        (("from-hf", "models/llama", "..", "--overwrite"), ".. contains the current directory"),
+        (("from-hf", "models/llama", "models/notes.txt", "--overwrite"), "notes.txt is a file"),
+    ],
+)
+def test_overwrite_deletes_nothing_that_this_tool_did_not_write(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "models" / "llama")
+    (tmp_path / "models" / "notes.txt").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "way").symlink_to("models/llama")
+    (tmp_path / "link").symlink_to("other")
+    assert command("from-hf", "models/llama", "ours") == 0
+    (tmp_path / "ours" / "notes.txt").write_text("precious")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert command(*arguments) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_overwrite_replaces_an_earlier_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "source")
+    for factor in ("2", "4"):
+        assert command("scale", "source", "out", "--factor", factor, "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]["factor"] == 4.0
+    assert command("from-hf", "source", "out", "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] is None
+
+
 def test_the_written_header_is_aligned_and_covers_the_file(tmp_path):
     values = {"b": mx.zeros((3,), dtype=mx.uint8), "a": mx.ones((5,), dtype=mx.bfloat16), "c": mx.arange(7)}
     write.write_safetensors(tmp_path / "x.safetensors", [write.lazy(k, v) for k, v in values.items()])

@@ -202,8 +202,8 @@ class Killed(BaseException):
 def test_what_a_kill_left_is_swept_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Temporaries go; a directory caught while it was replaced comes back; what is nobody's temporary stays."""
     for name in ("new", "replaced"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "old").touch()
+        with new_directory(tmp_path / name) as old:
+            (old / "old").touch()
     real = Path.replace
 
     def killed(source: Path, target: Path) -> Path:

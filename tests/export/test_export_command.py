@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_linearard.errors import UserError
 from mlx_linearard.export import __main__ as command
+from mlx_linearard.export.formats import FORMATS, export
+from mlx_linearard.files import new_directory
 
 
 @pytest.mark.parametrize("name", ["out", "my model", "a;touch b", "$(touch b)", "it's"])
@@ -20,3 +23,15 @@ def test_the_next_command_names_the_directory_as_one_word(
     words = shlex.split(capsys.readouterr().out.split("next: ")[1], comments=True)
     model = words[words.index("--model") + 1]
     assert model == str(tmp_path / name) + ("/base" if form == "adapters" else "")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("target", ["run", "run/model", "run/adapters", "run/base", "."])
+def test_overwrite_never_deletes_the_run(tmp_path: Path, form: str, target: str) -> None:
+    for name in ("model", "adapters", "base"):
+        with new_directory(tmp_path / "run" / name) as folder:
+            (folder / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="the source"):
+        export(tmp_path / "run", tmp_path / target, format=form, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
