@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..results.fields import Field
 from ..results.rows import NOT_MODELS, Comparison, Results, Row, SuiteResult
 from ..results.statistics import compare
-from ..results.store import ItemLog, Record, merge_results, read_results, update_results
+from ..results.store import ItemLog, Record, read_results, update_results
 from .model import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
 from .suites.suite import Item, Suite, all_options, identity, metric_names, samples, summary
 
@@ -42,7 +42,17 @@ def run_suite(
                 log.append(done[item.id])
             state.finish(item)
     records = [done[item.id] for item in items]
-    return summary(suite, records), records
+    return _summary(suite, records, log), records
+
+
+def _summary(suite: Suite, records: Sequence[Record], log: ItemLog | None) -> dict[str, Any]:
+    """The entry of the suite; UserError if a record of the log is not one of the suite's."""
+    try:
+        return summary(suite, records)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if log is None:
+            raise
+        raise UserError(f"{log.path} holds a record that is not valid ({one_line(repr(error))}): delete it") from None
 
 
 def _checked(record: Record, suite: Suite, subject: Subject) -> Record:
@@ -129,20 +139,23 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
         for suite in suites:
             key = digest([directory.fingerprint(), suite.name, identity(suite.options, suite.parts), job.dtype])
             log = ItemLog.beside(job.out, directory.label, suite.name, key)
-            run_suite(subject, suite, log=log, progress=progress, window=job.window)
-            records[suite.name][directory.label] = list(log.read().values())
-            _merge(job.out, directory.label, suite, log)
+            with log.held():
+                run_suite(subject, suite, log=log, progress=progress, window=job.window)
+                records[suite.name][directory.label] = list(log.read().values())
+                _merge(job.out, directory.label, suite, log)
         del subject
-    everything = {suite.name: {**_before(job.out, suite), **records[suite.name]} for suite in suites}
-    compared = [suite for suite in suites if len(everything[suite.name]) > 1]
-    if compared:
-        merge_results(job.out, Results(comparisons=comparisons(compared, everything, _baseline(job))))
-    return read_results(job.out).as_json()
+
+    def compared(old: Results) -> Results:
+        everything = {suite.name: {**_before(job.out, old, suite), **records[suite.name]} for suite in suites}
+        several = [suite for suite in suites if len(everything[suite.name]) > 1]
+        return old.merged(Results(comparisons=comparisons(several, everything, _baseline(job))))
+
+    return update_results(job.out, compared).as_json()
 
 
 def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:
     """Put the records of a log into results.json, in place of the entry of an earlier part of it."""
-    measured = summary(suite, list(log.read().values()))
+    measured = _summary(suite, list(log.read().values()), log)
 
     def change(old: Results) -> Results:
         before = old.rows.get(label, Row()).suites.get(suite.name)
@@ -156,10 +169,10 @@ def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:
     update_results(out, change)
 
 
-def _before(out: Path, suite: Suite) -> dict[str, list[Record]]:
-    """label -> records of the models in results.json that were measured with the same suite, text and seed."""
+def _before(out: Path, results: Results, suite: Suite) -> dict[str, list[Record]]:
+    """label -> records of the models in `results` that were measured with the same suite, text and seed."""
     before: dict[str, list[Record]] = {}
-    for label, row in read_results(out).rows.items():
+    for label, row in results.rows.items():
         entry = row.suites.get(suite.name)
         if entry is None or entry.options is None or entry.items is None:
             continue

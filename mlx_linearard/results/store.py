@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import disk_errors, new_file, read_json, write_json
+from ..files import disk_errors, locked, read_json, reading, write_json, write_text
 from .fields import Field
 from .rows import Results
+
+LOCK_SECONDS = 60.0  # that a process waits for others that change the same results
 
 Record = dict[str, Any]  # one measured item: `id`, `samples` (metric -> number), and what a reader may want to see
 
@@ -34,8 +38,12 @@ def write_results(path: Path, results: Results) -> Results:
 
 
 def update_results(path: Path, change: Callable[[Results], Results]) -> Results:
-    """Read results.json, apply `change` to its content, and replace the file; returns the new content."""
-    return write_results(path, change(read_results(path)))
+    """Read results.json, apply `change` to its content, and replace the file; returns the new content.
+
+    Other processes that do the same wait meanwhile, so no change is lost.
+    """
+    with locked(path, wait=LOCK_SECONDS):
+        return write_results(path, change(read_results(path)))
 
 
 def merge_results(path: Path, new: Results) -> Results:
@@ -44,7 +52,10 @@ def merge_results(path: Path, new: Results) -> Results:
 
 
 class ItemLog:
-    """The records of one suite of one model, in a JSONL file: an interrupted evaluation reads them back."""
+    """The records of one suite of one model, in a JSONL file: an interrupted evaluation reads them back.
+
+    Any process may read a log. The process that appends to it holds it (see `held`).
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -60,32 +71,52 @@ class ItemLog:
         """The log of that file name among the logs of a results.json."""
         return cls(results.with_name(f"{results.stem}.items") / Path(name).name)
 
-    def read(self) -> dict[str, Record]:
-        """Records by item. A line that was cut while it was written is removed from the file."""
-        if not self.path.exists():
-            return {}
-        records: list[Record] = []
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the log for appending while the block runs, and remove damaged lines from it.
+
+        Raises UserError if another process holds it.
+        """
         with disk_errors(self.path):
-            *lines, cut = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and "id" in record and isinstance(record.get("samples"), dict):
-                records.append(record)
-        if cut or len(records) < len(lines):
-            with new_file(self.path) as file:
-                file.write_text("".join(_line(record) for record in records), encoding="utf-8")
-        return {record["id"]: record for record in records}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            text, records = self._text(), self.read()
+            undamaged = "".join(map(_line, records.values()))
+            if text != undamaged:
+                write_text(self.path, undamaged)
+            yield
+
+    def read(self) -> dict[str, Record]:
+        """Records by item, without lines that were damaged or cut while they were written."""
+        records = (_record(line) for line in self._text().split("\n"))
+        return {record["id"]: record for record in records if record}
+
+    def _text(self) -> str:
+        with reading(self.path):
+            return self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
 
     def append(self, record: Record) -> None:
         """Add a record. The record is in the file when this returns."""
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write(_line(record))
 
 
 def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _record(line: str) -> Record | None:
+    """The record of a line of a log; None if the line is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+        return None
+    samples = record.get("samples")
+    numbers = isinstance(samples, dict) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in samples.values()
+    )
+    return record if numbers else None

@@ -1,0 +1,117 @@
+"""Several evaluations into one results file: no row is lost, and no item log is written by two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from mlx_linearard.cli import run_command
+from mlx_linearard.errors import UserError
+from mlx_linearard.evaluate.__main__ import run
+from mlx_linearard.results.store import ItemLog, read_results, update_results
+
+ITEMS = [{"query": f"Question {i}:", "choices": ["the best", f"number {i}"], "gold": i % 2} for i in range(4)]
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_no_change_of_results_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    row = {"perplexity": {"32": 1.0}, "kl": 0.0, "agreement": 1.0}
+    path.write_text(json.dumps({"native": row}))
+    children = []
+    for number in range(4):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                for step in range(8):
+                    native = read_results(path).rows["native"]
+                    update_results(path, lambda old, n=f"m{number}-{step}", r=native: old.merged(type(old)({n: r})))
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    expected = {"native", *(f"m{number}-{step}" for number in range(4) for step in range(8))}
+    assert set(json.loads(path.read_text())) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_log_that_another_process_writes_is_refused(model_dir: Path, items: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "results.json"
+    arguments = ["--model", str(model_dir), "--suite", "choice", "--data", str(items), "--out", str(out)]
+    assert run(arguments) == 0
+    before = out.read_bytes()
+    log = ItemLog(next((tmp_path / "results.items").glob("*.jsonl")))
+    capsys.readouterr()
+    with log.held():
+        assert run_command(lambda: run(arguments)) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "is in use by another process" in lines[0]
+        with pytest.raises(UserError, match="in use"), log.held():
+            pass
+    assert out.read_bytes() == before and run(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "[" * 50_000,
+        '{"id": "0"}',
+        '{"id": 0, "samples": {"acc": 1.0}}',
+        '{"id": "0", "samples": {"acc": NaN}}',
+        '{"id": "0", "samples": {"acc": "1"}}',
+        '{"id": "0", "samples": {"acc": ' + "9" * 5000 + "}}",
+        "\udcff",
+    ],
+)
+def test_a_damaged_line_is_measured_again(model_dir: Path, items: Path, tmp_path: Path, line: str) -> None:
+    out = tmp_path / "results.json"
+    arguments = ["--model", str(model_dir), "--suite", "choice", "--data", str(items), "--out", str(out)]
+    assert run(arguments) == 0
+    log = next((tmp_path / "results.items").glob("*.jsonl"))
+    lines = log.read_text().splitlines()
+    log.write_bytes("\n".join([line, *lines[1:]]).encode("utf-8", "surrogateescape") + b"\n")
+    assert run(arguments) == 0
+    assert sorted(log.read_text().splitlines()) == sorted(lines)
+
+
+def test_a_record_of_another_suite_is_named(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "results.json"
+    arguments = ["--model", str(model_dir), "--suite", "ppl", "--data", str(text_file), "--lengths", "32", "--tokens",
+                 "64", "--out", str(out)]  # fmt: skip
+    assert run(arguments) == 0
+    log = next((tmp_path / "results.items").glob("*.jsonl"))
+    record: dict[str, Any] = json.loads(log.read_text().splitlines()[0])
+    del record["positions"]
+    log.write_text(json.dumps(record) + "\n")
+    capsys.readouterr()
+    assert run_command(lambda: run(arguments)) == 2
+    assert f"{log} holds a record that is not valid" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_evaluations_side_by_side_keep_all_rows(items: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    models = [tiny_model(tmp_path / f"m{seed}", seed=seed) for seed in range(4)]
+    command = [sys.executable, "-m", "mlx_linearard.evaluate", "--suite", "choice", "--data", str(items)]
+    processes = [subprocess.Popen([*command, "--model", str(model), "--out", str(out)]) for model in models]
+    assert [process.wait() for process in processes] == [0] * 4
+    results = json.loads(out.read_text())
+    assert set(results) == {"m0", "m1", "m2", "m3", "comparisons"}
+    assert set(results["comparisons"]["choice/few"]["metrics"]["acc"]) == {"m0", "m1", "m2", "m3"}
