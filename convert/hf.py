@@ -11,8 +11,9 @@ import mlx.core as mx
 from ..errors import UserError, one_line
 from ..files import CONFIG, new_directory
 from ..models import tokenizer
-from ..models.directory import build, check_model_dir, quantization_of, resolve
+from ..models.directory import Checked, build, check_model_dir, resolve
 from ..models.dtypes import FLOAT_NAMES, FLOATS
+from ..models.quantization import Scheme, dequantize, scheme_of
 from ..models.save import (
     SHARD_BYTES,
     Tensor,
@@ -41,9 +42,10 @@ def from_hf(
 ) -> Path:
     """Convert a local Hugging Face directory or hub repository to an mlx-lm directory; return its path.
 
-    dtype float32, float16 or bfloat16 (default: as stored). With `quantize`, linear and embedding layers
-    become mlx's affine groups of q_group_size at q_bits. Both config generations are normalised; a bare
-    tokenizer.model becomes a tokenizer.json. Read and written one tensor at a time.
+    dtype is float32, float16 or bfloat16 (default: as stored). With `quantize`, linear and embedding layers become
+    mlx's affine groups of q_group_size at q_bits; layers that are quantized already stay as they are. Both config
+    generations are normalised; a tokenizer.model without a tokenizer.json gets one. Tensors are read and written one
+    at a time.
     Raises UserError if the source is damaged, unknown, or would compute something else in mlx-lm.
     """
     directory = resolve(source)
@@ -51,15 +53,12 @@ def from_hf(
     config = dict(checked.config)
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
-    stated = quantization_of(config, directory / CONFIG)
     arrays = checked.arrays
     if dtype is not None:
         arrays = _cast(arrays, dtype)
         config["dtype"] = config["torch_dtype"] = dtype
     if quantize:
-        if stated is not None:
-            raise UserError(f"{directory} is already quantized; convert the original")
-        arrays, settings = _quantize(config, arrays, q_bits, q_group_size, len(checked.stored), directory)
+        arrays, settings = _quantize(checked, arrays, scheme_of({"bits": q_bits, "group_size": q_group_size}, "-q"))
         config["quantization"] = config["quantization_config"] = settings
     with model_directory(
         target,
@@ -95,12 +94,9 @@ def to_hf(
         raise UserError(f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back")
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
-    settings = quantization_of(config, directory / CONFIG)
-    arrays = checked.arrays
-    if settings is not None:
-        arrays = _dequantize(arrays, settings)
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
+    arrays = _dequantize(checked)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
     if dtype is not None:
         arrays = _cast(arrays, dtype)
     kinds = {FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in FLOAT_NAMES}
@@ -189,35 +185,50 @@ def _cast(arrays: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
 
 
 def _quantize(
-    config: dict[str, Any], arrays: dict[str, mx.array], bits: int, group: int, count: int, where: Path
+    checked: Checked, arrays: dict[str, mx.array], scheme: Scheme
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Quantize, lazily, the layers that mlx-lm would quantize; the arrays, and the settings for the config."""
-    settings = quantization_of({"quantization": {"group_size": group, "bits": bits}}, where)
-    assert settings is not None
-    settings["mode"] = "affine"
-    model = build(config, count, where)
+    """Quantize, lazily, the layers that mlx-lm would quantize; the arrays, and the settings for the config.
+
+    Layers that are quantized already keep their scheme. UserError if no other layer is left.
+    """
+    settings: dict[str, Any] = {**scheme.settings()}
+    for path, own in checked.quantized.items():
+        if own != scheme:
+            settings[path] = own.settings()
+    model = build(checked.config, len(checked.stored), checked.directory)
     predicate = getattr(model, "quant_predicate", None)  # some families keep their routers at 8 bits
+    count = 0
     for path, module in model.named_modules():
         name = f"{path}.weight"
-        if not hasattr(module, "to_quantized") or name not in arrays or arrays[name].shape[-1] % group:
+        if path in checked.quantized or not hasattr(module, "to_quantized") or name not in arrays:
+            continue
+        if arrays[name].shape[-1] % scheme.group_size:
             continue
         answer = predicate(path, module) if predicate else True
         if not answer:
             continue
-        own = answer if isinstance(answer, dict) else {"group_size": group, "bits": bits}
-        if own is answer:
-            settings[path] = dict(own)
-        weight, scales, biases = mx.quantize(arrays.pop(name), group_size=own["group_size"], bits=own["bits"])
-        arrays.update({name: weight, f"{path}.scales": scales, f"{path}.biases": biases})
+        own = scheme_of(answer, path) if isinstance(answer, dict) else scheme
+        if own is not scheme:
+            settings[path] = own.settings()
+        weight, scales, *biases = mx.quantize(arrays.pop(name), **own.settings())
+        arrays.update({name: weight, f"{path}.scales": scales})
+        arrays.update({f"{path}.biases": array for array in biases})
+        count += 1
+    if checked.quantized and not count:
+        raise UserError(f"{checked.directory} is already quantized; convert the original")
     return arrays, settings
 
 
-def _dequantize(arrays: dict[str, mx.array], settings: dict[str, Any]) -> dict[str, mx.array]:
-    for path in [name.removesuffix(".scales") for name in arrays if name.endswith(".scales")]:
-        own = settings.get(path)
-        own = own if isinstance(own, dict) else settings
-        weight, scales, biases = (arrays.pop(f"{path}.{leaf}") for leaf in ("weight", "scales", "biases"))
-        arrays[f"{path}.weight"] = mx.dequantize(weight, scales, biases, group_size=own["group_size"], bits=own["bits"])
+def _dequantize(checked: Checked) -> dict[str, mx.array]:
+    """The arrays with quantized layers dequantized, lazily: in the type of their scales, else of the other weights."""
+    arrays = checked.arrays
+    floats = {a.dtype for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)}
+    other = floats.pop() if len(floats) == 1 else None
+    for path, scheme in checked.quantized.items():
+        weight = dequantize(path, arrays, scheme, None if scheme.mode == "affine" else other)
+        for leaf in ("weight", "scales", "biases"):
+            arrays.pop(f"{path}.{leaf}", None)
+        arrays[f"{path}.weight"] = weight
     return arrays
 
 

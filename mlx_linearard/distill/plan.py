@@ -19,6 +19,7 @@ from ..files import RunDir
 from ..machine import Machine, on_gpu
 from ..models.adapters import qkv_keys
 from ..models.directory import Checked, build, check_model_dir
+from ..models.quantization import check_trainable
 from ..models.shape import Shape
 from ..models.trees import named_modules
 from ..progress import duration
@@ -262,6 +263,7 @@ def inspect_model(config: DistillConfig, path: Path) -> Inspected:
     except ValueError as error:
         raise UserError(str(error)) from None
     model = build(checked.config, len(checked.stored), path)
+    check_trainable(config.fine_tune_type, checked.quantized, qkv_keys(model))
     return Inspected(path, checked, model, objective_of(config, model))
 
 

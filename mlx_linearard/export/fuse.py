@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..files import ADAPTER_CONFIG, ADAPTERS, new_directory, write_json
@@ -46,7 +47,8 @@ def write_fused(pair: Pair, target: Path) -> None:
     The adapted projections of a quantized base are written unquantized, because quantizing them again would lose
     most of the training; mlx-lm loads such a mixture. The config names the dtype of the weights that are written.
     """
-    fused = {name: _fuse(module) for name, module in pair.student.named_modules() if _is_adapted(module)}
+    dtype = next(array.dtype for _, array in named_arrays(pair.teacher.parameters()) if array.dtype in FLOAT_NAMES)
+    fused = {name: _fuse(module, dtype) for name, module in pair.student.named_modules() if _is_adapted(module)}
     tensors = list(_fused_tensors(pair, fused))
     config = {**pair.scaled_config, **_dtype_keys(tensors)}
     for key in ("quantization", "quantization_config"):
@@ -71,14 +73,34 @@ def _is_adapted(module: Any) -> bool:
     return hasattr(module, "fuse") or isinstance(module, MasterLinear)
 
 
-def _fuse(module: Any) -> nn.Module:
-    """One projection with its adapter folded in, unquantized, in the dtype of its base; not yet evaluated."""
+def _fuse(module: Any, dtype: mx.Dtype) -> nn.Module:
+    """One projection with its adapter folded in, unquantized, in the dtype of its base; not yet evaluated.
+
+    `dtype` is for a base that has no floating numbers, such as one of 4-bit floats.
+    """
     if isinstance(module, MasterLinear):
         return module.as_linear()
+    if "scales" in module.linear and module.linear.scales.dtype not in FLOAT_NAMES:
+        module = _on_floats(module, dtype)
     base = module.linear
     fused: nn.Module = module.fuse(dequantize=True)
     fused.set_dtype((base.scales if "scales" in base else base.weight).dtype)  # DoRA's fuse gives float32
     return fused
+
+
+def _on_floats(module: Any, dtype: mx.Dtype) -> Any:
+    """An adapted projection over its dequantized base."""
+    base = module.linear
+    plain = nn.Linear(1, 1, bias="bias" in base)
+    scheme = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+    plain.weight = mx.dequantize(base.weight, base.scales, **scheme).astype(dtype)
+    if "bias" in base:
+        plain.bias = base.bias
+    copy = type(module).from_base(plain, r=module.lora_a.shape[1], scale=module.scale)
+    for name in ("lora_a", "lora_b", "m"):
+        if name in module:
+            copy[name] = module[name]
+    return copy
 
 
 def _fused_tensors(pair: Pair, fused: Mapping[str, nn.Module]) -> Iterator[Tensor]:

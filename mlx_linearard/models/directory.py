@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
 from ..rope import FAMILIES, family, normalise
+from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer
 from .weights import Stored, check_finite, load_lazily, refuse, same_values, stored_tensors
 
@@ -153,45 +154,6 @@ def sanitize(model: nn.Module, arrays: dict[str, mx.array], where: Path) -> dict
         raise UserError(f"{where}: mlx-lm cannot read these weights ({type(error).__name__}: {error})") from None
 
 
-def quantization_of(config: Mapping[str, Any], where: Path) -> dict[str, Any] | None:
-    """mlx's quantization settings of a config, checked; None if it is not quantized."""
-    settings = config.get("quantization")
-    if settings is None:
-        method = config.get("quantization_config")
-        if isinstance(method, Mapping) and "quant_method" in method:
-            raise UserError(f"{where} is quantized by {method['quant_method']!r}; convert an unquantized copy")
-        settings = method
-    if settings is None:
-        return None
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{where}: quantization must be a JSON object")
-    bits, group, mode = settings.get("bits"), settings.get("group_size"), settings.get("mode", "affine")
-    if mode != "affine" or bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128):
-        raise UserError(f"{where}: quantization of {bits!r} bits, groups of {group!r}, mode {mode!r} is not read")
-    return dict(settings)
-
-
-def expected(
-    model: nn.Module, config: Mapping[str, Any], arrays: Mapping[str, mx.array], where: Path
-) -> dict[str, tuple[int, ...]]:
-    """Quantize `model` in place as its config and weights say; the names and shapes of all its parameters."""
-    settings = quantization_of(config, where)
-    if settings is not None:
-        # The rule by which mlx-lm rebuilds a quantized model.
-        def quantized(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            own = settings.get(path)
-            if isinstance(own, dict | bool):
-                return own
-            return hasattr(module, "to_quantized") and f"{path}.scales" in arrays
-
-        try:
-            nn.quantize(model, settings["group_size"], settings["bits"], class_predicate=quantized)
-        except Exception as error:  # a width that is not a multiple of the group, a bad setting of one layer
-            raise UserError(f"{where}: its quantization does not fit the model ({one_line(error)})") from None
-    parameters: Any = tree_flatten(model.parameters())
-    return {name: tuple(value.shape) for name, value in parameters}
-
-
 def check_tensors(wanted: Mapping[str, tuple[int, ...]], arrays: Mapping[str, mx.array], where: Path) -> None:
     """UserError that names every tensor that is missing, unexpected or of the wrong shape."""
     wrong = [f"missing {name}" for name in sorted(wanted.keys() - arrays.keys())]
@@ -206,12 +168,16 @@ def check_tensors(wanted: Mapping[str, tuple[int, ...]], arrays: Mapping[str, mx
 
 @dataclass(frozen=True)
 class Checked:
-    """A model directory that passed: its normalised config, and its arrays, not yet evaluated, by mlx-lm's names."""
+    """A model directory that passed: its normalised config, and its arrays, not yet evaluated, by mlx-lm's names.
+
+    `quantized` are the quantized layers by path.
+    """
 
     directory: Path
     config: dict[str, Any]
     arrays: dict[str, mx.array]
     stored: dict[str, Stored]
+    quantized: dict[str, Scheme]
 
 
 def check_model_dir(path: str | Path, *, tokenizer: bool = True, finite: bool = False) -> Checked:
@@ -254,14 +220,18 @@ def _assemble(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Check
     used = {name: tensor for name, tensor in stored.items() if name not in unneeded}
     arrays = sanitize(model, load_lazily(used), directory)
     arrays = {name: array for name, array in arrays.items() if not name.endswith(RECOMPUTED)}
-    wanted = expected(model, config, arrays, where)
+    quantized = quantize_structure(model, config, arrays, where)
+    if quantized and "quantization" not in config:  # mlx-lm's own loader looks for it under this name
+        config["quantization"] = config["quantization_config"]
+    parameters: Any = tree_flatten(model.parameters())
+    wanted = {name: tuple(value.shape) for name, value in parameters}
     if lost := [name for name in heads if name not in wanted]:
         raise UserError(
             f"{directory}: {lost[0]} differs from the embedding, and mlx-lm's {config['model_type']} has no output "
             "head of its own: it would compute other logits"
         )
     check_tensors(wanted, arrays, directory)
-    return model, Checked(directory, config, arrays, stored)
+    return model, Checked(directory, config, arrays, stored, quantized)
 
 
 def copied_head(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> list[str]:

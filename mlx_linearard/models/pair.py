@@ -17,6 +17,7 @@ from .. import rope
 from ..errors import UserError
 from .adapters import Adapter, Leaves, adapt, put, qkv_keys
 from .directory import check_model_dir, load
+from .quantization import check_trainable
 from .tokenizer import tokenizer_of
 from .trees import named_arrays, named_modules
 from .weights import check_finite
@@ -77,7 +78,8 @@ def load_pair(
         UserError: the directory is damaged, the weights are not finite, or the family does not support the method.
     """
     path = Path(path)
-    native = check_model_dir(path).config
+    checked = check_model_dir(path)
+    native = checked.config
     try:
         scaled = rope.scale_rope(native, method, factor, beta_fast=yarn_beta_fast, beta_slow=yarn_beta_slow)
     except ValueError as error:
@@ -85,6 +87,7 @@ def load_pair(
     teacher = load_frozen(path, native, dtype)
     check_finite(dict(named_arrays(teacher.parameters())), path)
     student = share(teacher, scaled)
+    check_trainable(fine_tune_type, checked.quantized, qkv_keys(student))
     if adapt_layers is None:
         adapt_layers = range(len(student.layers))
     chosen = tuple(sorted(adapt_layers(student) if callable(adapt_layers) else adapt_layers))
