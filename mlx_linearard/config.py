@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from . import files
 from .errors import UserError
 from .rope import METHODS
 
@@ -22,6 +25,10 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 NORMALIZATIONS = ("heads", "paper-code")
 KEEPS = ("best", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+LARGEST = 2**31 - 1  # of an integer option: mlx counts rows and columns in 32 bits
+LARGEST_COUNT = 2**53  # of a number of tokens in a text, and of a seed
+LARGEST_FACTOR = 10**6
 
 Check = Callable[[Any], str | None]  # the complaint, or None if the value is right
 
@@ -38,8 +45,10 @@ def _fraction(value: Any) -> str | None:
     return None if 0 <= value < 1 else "must be at least 0 and below 1"
 
 
-def _above_one(value: Any) -> str | None:
-    return None if value > 1 else "must be above 1: a factor of 1 extends nothing"
+def _factor(value: Any) -> str | None:
+    if value <= 1:
+        return "must be above 1: a factor of 1 extends nothing"
+    return None if value <= LARGEST_FACTOR else f"must be at most {LARGEST_FACTOR}"
 
 
 def _one_of(choices: Sequence[str]) -> Check:
@@ -49,8 +58,13 @@ def _one_of(choices: Sequence[str]) -> Check:
     return check
 
 
+def _is_number(text: str) -> bool:
+    """Whether `text` is a whole number of at most nine ASCII digits."""
+    return re.fullmatch(r"[0-9]{1,9}", text.strip()) is not None
+
+
 def _layers(value: str) -> str | None:
-    if value in ("last", "all") or all(part.strip().isdigit() for part in value.split(",")):
+    if value in ("last", "all") or all(map(_is_number, value.split(","))):
         return None
     return "must be last, all, or layer numbers such as 0,5,11"
 
@@ -74,7 +88,7 @@ def _several_objectives(value: str) -> str | None:
 
 
 def _lengths(value: str) -> str | None:
-    if value == "auto" or all(part.strip().isdigit() and int(part) > 1 for part in value.split(",")):
+    if value == "auto" or all(_is_number(part) and int(part) > 1 for part in value.split(",")):
         return None
     return "must be auto or token counts above 1, such as 2048,16384"
 
@@ -87,17 +101,19 @@ def option(
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
     group: str = "run",
+    most: int = LARGEST,
 ) -> Any:
     """A dataclass field with everything that defines an option.
 
     Args:
         check: returns a complaint about a wrong value, or None.
         group: the heading of the option in --help.
+        most: the largest value of an integer.
     """
     if choices is not None:
         check = _one_of(choices)
         metavar = metavar or "|".join(choices)
-    metadata = {"help": help, "check": check, "metavar": metavar, "group": group}
+    metadata = {"help": help, "check": check, "metavar": metavar, "group": group, "most": most}
     return field(default=default, metadata=metadata)
 
 
@@ -131,14 +147,13 @@ class DistillConfig:
         16_000_000,
         "read at most this many tokens of --data",
         check=_positive,
+        most=LARGEST_COUNT,
         metavar="N",
         group="model and data",
     )
     output: str = option("linearard-run", "the run directory to write", metavar="DIR")
     method: str = option("linear", "how RoPE is scaled", choices=METHODS, group="window")
-    factor: float = option(
-        4.0, "how many times longer the window becomes", check=_above_one, metavar="X", group="window"
-    )
+    factor: float = option(4.0, "how many times longer the window becomes", check=_factor, metavar="X", group="window")
     yarn_beta_fast: float | None = option(
         None,
         "yarn: dimensions that turn more often than this in the native window keep their frequency (default: 32)",
@@ -220,7 +235,12 @@ class DistillConfig:
     )
     steps: int | None = option(None, "optimizer steps", check=_positive, metavar="N", group="training")
     tokens: int | None = option(
-        None, "training tokens, instead of --steps", check=_positive, metavar="N", group="training"
+        None,
+        "training tokens, instead of --steps",
+        check=_positive,
+        metavar="N",
+        group="training",
+        most=LARGEST_COUNT,
     )
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", check=_positive, metavar="LR", group="training")
     warmup: int = option(4, "warm-up steps", check=_not_negative, metavar="N", group="training")
@@ -243,7 +263,9 @@ class DistillConfig:
         choices=FINE_TUNE_TYPES,
         group="training",
     )
-    seed: int = option(0, "seed of adapters, data order and dropout", check=_not_negative, metavar="N")
+    seed: int = option(
+        0, "seed of adapters, data order and dropout", check=_not_negative, metavar="N", most=LARGEST_COUNT
+    )
     save_every: int = option(50, "steps between checkpoints; 0 saves only the last", check=_not_negative, metavar="N")
     eval_every: int = option(
         0,
@@ -294,11 +316,9 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value, check = getattr(self, item.name), item.metadata["check"]
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{flag(item.name)} {value}: must be a finite number")
-            if value is not None and check and (complaint := check(value)):
-                raise UserError(f"--{flag(item.name)} {value}: {complaint}")
+            value = getattr(self, item.name)
+            if (complaint := _complaint(item, value)) is not None:
+                raise UserError(f"--{flag(item.name)} {shortened(value)}: {complaint}")
         if self.steps is not None and self.tokens is not None:
             raise UserError("--steps and --tokens say the same thing twice: give one of them")
         if self.patience and not self.eval_every:
@@ -311,50 +331,87 @@ class DistillConfig:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
 
+def _complaint(item: dataclasses.Field[Any], value: Any) -> str | None:
+    """Why `value` is wrong for an option, or None."""
+    if value is None:
+        return None if item.default is None else "must have a value"
+    kind, check, most = type_of(item), item.metadata["check"], item.metadata["most"]
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if type(value) is not kind and not (kind is float and numeric):
+        return f"must be a {kind.__name__}, not a {type(value).__name__}"
+    if kind is float and not _is_finite(value):
+        return "must be a finite number"
+    if kind is int and abs(value) > most:
+        return f"must be at most {most}"
+    if kind is str and not _is_utf8(value):
+        return "must be UTF-8 text"
+    return check(value) if check else None
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer
+        return False
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # a byte of the command line that is not UTF-8
+        return False
+
+
 def flag(name: str) -> str:
     """The spelling of an option on the command line, without its dashes."""
     return name.replace("_", "-")
 
 
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(DistillConfig)
+
+
 def type_of(item: dataclasses.Field[Any]) -> type:
     """The plain type of a field, with `| None` taken off."""
-    hint = typing.get_type_hints(DistillConfig)[item.name]
+    hint = _types()[item.name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in hint.__args__ if part is not type(None))
     return typing.cast(type, hint)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Options from a YAML file, checked by name and type; UserError names the nearest option there is."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {error}") from None
-    if loaded is None:
+    """The options in a YAML file, checked by name and type.
+
+    Raises:
+        UserError: the file cannot be read, or an option is unknown (the message names the nearest one) or has a
+            value of another type.
+    """
+    value = files.read_yaml(path)
+    if value is None:
         return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"--config {path} must hold `option: value` lines, not a {type(loaded).__name__}")
-    return {str(key).replace("-", "_"): _checked(path, str(key), value) for key, value in loaded.items()}
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold `option: value` lines, not a {type(value).__name__}")
+    return {str(key).replace("-", "_"): _checked(path, str(key), value) for key, value in value.items()}
 
 
 def _checked(path: str | Path, key: str, value: Any) -> Any:
-    known = {item.name: item for item in dataclasses.fields(DistillConfig)}
+    """The value of an option in a YAML file, in the option's type; UserError if it has another type."""
+    options = {item.name: item for item in dataclasses.fields(DistillConfig)}
     name = key.replace("-", "_")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if name not in options:
+        near = difflib.get_close_matches(name[:100], options, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see mlx_linearard.distill --help"
-        raise UserError(f"--config {path}: there is no option {one_word(key)}{hint}")
-    kind = type_of(known[name])
-    if value is None and known[name].default is None:
+        raise UserError(f"{path}: there is no option {quoted(key)}{hint}")
+    kind = type_of(options[name])
+    if value is None and options[name].default is None:
         return None
     if kind is str and name in ("layers", "eval_lengths", "compare") and isinstance(value, int | list):
         value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         value = _number(value)  # YAML 1.1 reads 3e-4 as a word
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"--config {path}: {name} must be a {kind.__name__}, not {one_word(value)}")
+        raise UserError(f"{path}: {name} must be a {kind.__name__}, not {quoted(value)}")
     return value
 
 
@@ -365,9 +422,17 @@ def _number(value: int | str) -> Any:
         return value
 
 
-def one_word(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value quoted for a message, shortened if it is long."""
-    text = repr(value)
+    return shortened(repr(value))
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, shortened if it is long, in characters that any terminal prints."""
+    if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+        return "the given number"  # Python refuses to write integers of thousands of digits
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cli import Parser, run_command
-from ..config import DistillConfig, flag, read_yaml, type_of
+from ..cli import Parser, integer, run_command
+from ..config import LARGEST_COUNT, DistillConfig, flag, read_yaml, shortened, type_of
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
 from ..progress import Progress, duration
@@ -51,13 +51,22 @@ def _add_flag(group: Any, item: dataclasses.Field[Any]) -> None:
         return
     if item.default is not None:
         text = f"{text} (default: {item.default})"
+    types = {int: integer(-LARGEST_COUNT, LARGEST_COUNT), float: _number, str: str}
     group.add_argument(
         f"--{flag(item.name)}",
-        type=kind,
+        type=types[kind],
         help=text,
         metavar=item.metadata["metavar"],
         default=argparse.SUPPRESS,
     )
+
+
+def _number(text: str) -> float:
+    """An argparse type: a number in ASCII characters."""
+    try:
+        return float(text if text.isascii() else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {shortened(text)}") from None
 
 
 def parse(arguments: Sequence[str] | None = None) -> DistillConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -51,6 +52,11 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def list_all(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, and the damaged ones that were set aside."""
+    return [*list_checkpoints(folder), *(p for p in folder.glob("damaged-step-*") if p.is_dir())]
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)), key=step_of)
@@ -86,7 +92,7 @@ def _facts(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "guard": state.guard.as_json(),
-        "best": None if state.best is None else dataclasses.asdict(state.best),
+        "best": None if state.best is None else _best_as_json(state.best),
     }
 
 
@@ -207,7 +213,13 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _best_as_json(best: Best) -> dict[str, Any]:
+    """The best evaluation; an infinite score is null, because JSON has no infinity."""
+    return {**dataclasses.asdict(best), "score": best.score if math.isfinite(best.score) else None}
+
+
 def _best(value: Any) -> Best:
+    value = {**value, "score": math.inf if value["score"] is None else value["score"]}
     counts = [value[name] for name in ("step", "misses", "evaluated")]
     if not all(type(count) is int and count >= 0 for count in counts) or type(value["score"]) is not float:
         raise ValueError("not an evaluation")

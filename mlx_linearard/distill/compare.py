@@ -28,8 +28,9 @@ from ..results.rows import RESTORED
 from ..results.store import update_results
 from .checkpoint import differences
 from .listener import Listener
+from .place import check_model_stays, check_not_in_use, check_place
 from .plan import steps_of
-from .prepare import FREE_ON_RESUME, Job, Text, check_not_in_use, check_place, check_text, load, make_plan
+from .prepare import FREE_ON_RESUME, Job, Text, check_text, load, make_plan
 from .run import Rows, execute, read_before
 
 
@@ -80,7 +81,7 @@ def compare_objectives(config: DistillConfig, listener: Listener | None = None) 
                 opened.enter_context(new_comparison(config, place, manifest))
             manifest.check(_identity(job))
             write_config(place, manifest.with_sizes(config), str(job.pair.path))
-            run_objective(objective, job, listener, run_started, measured_before(place, objectives))
+            run_objective(objective, job, listener, run_started, measured_before(job, place, objectives))
             del plan, job  # the models, before the next ones are loaded
             mx.clear_cache()
             manifest = manifest.with_finished(objective, config)
@@ -95,10 +96,10 @@ def compare_objectives(config: DistillConfig, listener: Listener | None = None) 
 def check_comparison_place(config: DistillConfig, place: RunDir) -> None:
     """UserError if the comparison cannot be written to `place`."""
     root = place.root
-    check_place(config, root, "comparison", holds=place.comparison.exists(), missing="comparison to resume")
+    with disk_errors(root):
+        check_place(config, root, "comparison", holds=place.comparison.exists(), missing="comparison to resume")
+        check_model_stays(config, root)
     check_not_in_use(config, root)
-    if config.overwrite and config.model and Path(config.model).resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--overwrite would remove --model {config.model}: choose another --output")
 
 
 def plan_all(config: DistillConfig, place: RunDir, objectives: Sequence[str], listener: Listener) -> None:
@@ -130,9 +131,9 @@ def run_objective(objective: str, job: Job, listener: Listener, started: float, 
         raise UserError(f"{objective}: {error}") from None
 
 
-def measured_before(place: RunDir, objectives: Sequence[str]) -> Rows | None:
+def measured_before(job: Job, place: RunDir, objectives: Sequence[str]) -> Rows | None:
     """The rows of native and scaled, if a run of this comparison has measured them."""
-    rows = (read_before(RunDir(place.root / objective)) for objective in objectives)
+    rows = (read_before(RunDir(place.root / objective), job.measured_on) for objective in objectives)
     return next((pair for pair in rows if pair), None)
 
 
@@ -231,7 +232,7 @@ def new_comparison(config: DistillConfig, place: RunDir, manifest: Manifest) -> 
         check_place(config, place.root, "comparison", holds=place.comparison.exists(), missing="")
         with disk_errors(place.root):
             for old in [*(place.root / objective for objective in OBJECTIVES), place.items]:
-                if old.is_dir():
+                if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old)
             for file in (place.results, place.report, place.report_markdown):
                 file.unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM as a request to stop between two steps; a second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop between two steps; a second one stops at once.
+
+SIGHUP comes when a terminal is closed or an ssh connection is lost. A process that was started with `nohup` ignores
+it, and continues to do so.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import threading
 from collections.abc import Collection, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Request:
@@ -31,7 +35,8 @@ def stop_requests(hurried: Collection[int] = SIGNALS) -> Iterator[Request]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    handlers = {number: signal.signal(number, request) for number in SIGNALS}
+    heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, request) for number in heard}
     try:
         yield request
     finally:

@@ -19,21 +19,24 @@ from .objective import Objective
 class LongBlocks:
     """Blocks of long text in a seeded order. Block `n` depends on `n` alone, so a resumed run reads the same blocks.
 
-    tokens: the stream, (N,) int32. starts: the first token of each block, (count,) int64.
+    tokens: the stream, (N,) int32. starts: the first token of each block, (count,) int64. first: the token that
+    each block begins with, if the model needs one.
     """
 
     tokens: np.ndarray
     seq_len: int
     seed: int
     starts: np.ndarray
+    first: int | None = None
 
     @classmethod
-    def of(cls, tokens: np.ndarray, seq_len: int, seed: int, end: int | None) -> LongBlocks:
+    def of(cls, tokens: np.ndarray, seq_len: int, seed: int, end: int | None, first: int | None = None) -> LongBlocks:
         """Blocks of `seq_len` tokens inside documents that are long enough, or across documents if none is.
 
         Args:
             tokens: a stream of documents, (N,) int32.
             end: the token that ends a document; None if the tokenizer has none.
+            first: the token that each block begins with; None if the model needs none.
         Raises:
             UserError: the text is too short for one block.
         """
@@ -47,14 +50,16 @@ class LongBlocks:
                 f"the long text has {len(tokens)} tokens, too few for one block of {seq_len + 1}: give more text with "
                 "--long-data or --data, or a shorter --long-seq-len"
             )
-        return cls(tokens, seq_len, seed, starts)
+        return cls(tokens, seq_len, seed, starts, first)
 
     def block(self, number: int) -> np.ndarray:
         """Block `number`, (1, seq_len + 1) int32; its last token is only a target."""
         epoch, place = divmod(number, len(self.starts))
         order = np.random.default_rng([self.seed, epoch, self.seq_len]).permutation(len(self.starts))
         start = int(self.starts[order[place]])
-        return self.tokens[None, start : start + self.seq_len + 1]
+        if self.first is None:
+            return self.tokens[None, start : start + self.seq_len + 1]
+        return np.concatenate([[self.first], self.tokens[start : start + self.seq_len]]).astype(np.int32)[None]
 
 
 def _starts(first: int, end: int, seq_len: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,14 @@ def log(job: Job, record: StepRecord, listener: Listener) -> None:
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Add a JSON line to a file."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def finite_json(value: Any) -> Any:
+    """`value` with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_guard(job: Job, state: TrainState, record: StepRecord, listener: Listener) -> None:
@@ -141,7 +149,7 @@ def evaluate_if_due(job: Job, state: TrainState, listener: Listener) -> bool:
     row = job.measure(state)
     improved = judge(state, job.score(row), job.compared_on)
     with disk_errors(job.run.evaluations):
-        append_line(job.run.evaluations, {"step": state.step, **row.as_json()})
+        append_line(job.run.evaluations, finite_json({"step": state.step, **row.as_json()}))
     if row.kl is None or row.agreement is None:
         text = f"perplexity {row.perplexity[job.reference]:.2f}"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -214,9 +215,8 @@ def _advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
     options = []
     if (length := longest(step, limit, step.seq_len)) >= SHORTEST:
         options.append(f"--seq-len {length // SHORTEST * SHORTEST}")
-    smaller = next((n for n in range(step.batch - 1, 0, -1) if fits(batch=n)), None)
-    if smaller:
-        options.append(f"--batch-size {smaller * (config.batch_size // step.batch)}")
+    if batch := bisect.bisect_left(range(1, step.batch), True, key=lambda n: not fits(batch=n)):
+        options.append(f"--batch-size {batch * (config.batch_size // step.batch)}")
     if config.layers != "last" and "relation" in config.objective and fits(supervised=1):
         options.append("--layers last")
     if config.workspace > 64 and fits(workspace=64 << 20):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,37 @@ import numpy as np
 
 from ..config import DistillConfig, read_yaml
 from ..convert.default_model import default_model
-from ..data import Blocks, Tokenizer, hash_of, python_prose, read_documents, split, tokenize, windows
+from ..data import (
+    Blocks,
+    Document,
+    Tokenizer,
+    check_ids,
+    first_token,
+    hash_of,
+    python_prose,
+    read_pieces,
+    split,
+    tokenize,
+    windows,
+)
 from ..distributed.ranks import ALONE, Ranks
 from ..distributed.watchdog import BEGIN
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
-from ..files import LOCK, RunDir, existing_parent, locked, read_config
+from ..files import RunDir, read_config, reading
 from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
 from ..models.adapters import drop_rows
 from ..models.directory import resolve
 from ..models.pair import Pair, load_pair
 from ..models.tokenizer import tokenizer_of
+from ..models.trees import named_arrays
+from ..models.weights import check_finite, weight_files
 from . import checkpoint
 from .best import reference_length, score
 from .listener import Listener
 from .long import LongBlocks, LongPart, long_objective
 from .objective import Objective
+from .place import check_not_in_use, check_output
 from .plan import Plan, Sizing, inspect_model, objective_of, plan_run, trained_layers
 from .step import Schedule, TrainState
 
@@ -49,11 +64,12 @@ FREE_ON_RESUME = {
 
 @dataclass(frozen=True)
 class Text:
-    """The tokens of a run: the training stream (N,) int32, and held-out windows (n, length + 1) int32 by length."""
+    """The tokens of a run."""
 
-    training: np.ndarray
-    held_out: dict[int, np.ndarray]
+    training: np.ndarray  # (N,) int32
+    held_out: dict[int, np.ndarray]  # by length, windows (n, length + 1) int32
     long: np.ndarray | None = None  # the stream of --long-data; None without one
+    first: int | None = None  # the token that each block begins with, if the model needs one
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,12 @@ class Job:
     def reference(self) -> int:
         """The length of the windows on which states are compared."""
         return reference_length(self.text.held_out, self.pair.native_window)
+
+    @property
+    def measured_on(self) -> str:
+        """A hash of the weights, the scaling and the held-out windows: rows of another one are not comparable."""
+        scaling = [self.identity[name] for name in ("model", "method", "factor", "yarn_beta_fast", "yarn_beta_slow")]
+        return f"{hash_of(*self.text.held_out.values())}-{hashlib.sha256(repr(scaling).encode()).hexdigest()[:16]}"
 
     @property
     def compared_on(self) -> str:
@@ -199,60 +221,6 @@ def _measured_machine(config: DistillConfig, ranks: Ranks) -> Machine:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The output directory
-
-
-def check_output(config: DistillConfig, run: RunDir) -> None:
-    """UserError if the run cannot be written to `run`."""
-    if run.comparison.exists():
-        raise UserError(f"--output {run.root} holds a comparison: give --compare as well, or choose another directory")
-    holds = run.config.exists() or run.checkpoints.exists()
-    check_place(config, run.root, "run", holds=holds, missing="checkpoint to resume from")
-
-
-def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, missing: str) -> None:
-    """UserError if a `kind` cannot be written to `root`.
-
-    Args:
-        kind: "run" or "comparison".
-        holds: whether `root` holds one.
-        missing: what --resume needs, for the message.
-    """
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--output {root} is a file: choose a directory")
-    if config.resume and not holds:
-        raise UserError(f"--resume: {root} holds no {missing}")
-    if holds and not (config.resume or config.overwrite):
-        raise UserError(
-            f"--output {root} already holds a {kind}: pass --resume to continue it, --overwrite to replace it"
-        )
-    if root.is_dir() and not holds and any(path.name != LOCK for path in root.iterdir()):
-        raise UserError(f"--output {root} exists and is not a {kind}: choose another directory")
-    if not config.dry_run:
-        _check_writable(root)
-
-
-def check_not_in_use(config: DistillConfig, root: Path) -> None:
-    """UserError if another process writes to `root`; the run's opening checks again."""
-    if root.is_dir() and not config.dry_run:
-        with locked(root):
-            pass
-
-
-def _check_writable(target: Path) -> None:
-    """UserError if `target` cannot be made or written; nothing stays behind."""
-    parent = existing_parent(target)
-    if not parent.is_dir():
-        raise UserError(f"--output {target}: {parent} is not a directory; choose another place")
-    probe = parent / f".linearard-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise UserError(f"--output {target} cannot be written ({error.strerror}): choose another place") from None
-
-
-# ---------------------------------------------------------------------------------------------------
 # The job
 
 
@@ -288,12 +256,13 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
         dtype=plan.dtype,
         seed=config.seed,
     )
+    check_finite(dict(named_arrays(pair.teacher.parameters())), plan.path)
     share = ranks.share(sizing.grad_accum, sizing.batch_size)
     if share.parts > 1:
         if config.long_weight and config.lora_dropout:
             raise UserError("--long-weight with --lora-dropout needs whole batches per process: raise --grad-accum")
         drop_rows(pair.student, share.part, share.parts)
-    text = text or read_text(config, sizing, pair.tokenizer, listener)
+    text = text or read_text(plan, pair.tokenizer, listener)
     return Job(
         config=config,
         sizing=sizing,
@@ -335,30 +304,52 @@ def _check_identity(job: Job, first: dict[str, Any]) -> None:
 def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> dict[str, Any]:
     """The facts that a checkpoint must agree on to be resumed by this run."""
     fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
-    weights = [f"{p.name}:{p.stat().st_size}" for p in sorted(path.glob("model*.safetensors"))]
-    model = json.dumps([read_config(path), weights], sort_keys=True).encode()
     return {
         **fixed,
         "seq_len": sizing.seq_len,
         "grad_accum": sizing.grad_accum,
-        "model": hashlib.sha256(model).hexdigest()[:16],
+        "model": hash_of_model(path),
         "data": hash_of(text.training),
+        "first_token": text.first,
         **({"long_seq_len": sizing.long_seq_len} if sizing.long_seq_len else {}),
         **({"long_data": hash_of(text.long)} if text.long is not None else {}),
     }
+
+
+EDGE = 1 << 20  # bytes
+
+
+def hash_of_model(path: Path) -> str:
+    """A short hash of a model: its config, and of each weight file the length and the first and last MiB."""
+    digest = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
+    for weights in weight_files(path):
+        with reading(weights), weights.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{weights.name}:{size}:".encode())
+            file.seek(0)
+            digest.update(file.read(EDGE))
+            file.seek(max(0, size - EDGE))
+            digest.update(file.read(EDGE))
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------
 # The text
 
 
-def read_text(config: DistillConfig, sizing: Sizing, tokenizer: Tokenizer, listener: Listener) -> Text:
-    """Training tokens and held-out windows; UserError if the text is too short for one held-out window."""
-    documents = read_documents(config.data) if config.data else python_prose()
+def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
+    """Training tokens and held-out windows.
+
+    Raises:
+        UserError: the text is missing, damaged or too short for one held-out window, or the model has no embedding
+            for one of its tokens.
+    """
+    config, sizing = plan.config, plan.sizing
+    documents: Iterable[Document] = read_pieces(config.data) if config.data else python_prose()
     listener.say(f"reading {config.data or 'the prose of this Python'}")
     training = tokenize(documents, tokenizer, limit=config.data_tokens)
     if config.valid_data:
-        held_out = tokenize(read_documents(config.valid_data), tokenizer, limit=config.data_tokens)
+        held_out = tokenize(read_pieces(config.valid_data), tokenizer, limit=config.data_tokens)
     else:
         training, held_out = split(training, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
     by_length = {n: windows(held_out, n, max(1, sizing.eval_tokens // n)) for n in sizing.eval_lengths}
@@ -367,10 +358,12 @@ def read_text(config: DistillConfig, sizing: Sizing, tokenizer: Tokenizer, liste
             f"the held-out text has {len(held_out)} tokens, too few for one block of {sizing.eval_lengths[0]}: give "
             "more text with --data or --valid-data, or a shorter --seq-len"
         )
-    long = None
-    if config.long_data:
-        long = tokenize(read_documents(config.long_data), tokenizer, limit=config.data_tokens)
-    return Text(training, {n: cut for n, cut in by_length.items() if len(cut)}, long)
+    long = tokenize(read_pieces(config.long_data), tokenizer, limit=config.data_tokens) if config.long_data else None
+    first = first_token(tokenizer, plan.native)
+    for ids in (training, held_out, long, None if first is None else [first]):
+        if ids is not None:
+            check_ids(ids, plan.native, plan.path)
+    return Text(training, {n: cut for n, cut in by_length.items() if len(cut)}, long, first)
 
 
 def long_part_of(config: DistillConfig, sizing: Sizing, text: Text, tokenizer: Tokenizer) -> LongPart | None:
@@ -378,13 +371,13 @@ def long_part_of(config: DistillConfig, sizing: Sizing, text: Text, tokenizer: T
     if not sizing.long_seq_len:
         return None
     tokens = text.training if text.long is None else text.long
-    blocks = LongBlocks.of(tokens, sizing.long_seq_len, config.seed, tokenizer.eos_token_id)
+    blocks = LongBlocks.of(tokens, sizing.long_seq_len, config.seed, tokenizer.eos_token_id, text.first)
     return LongPart(config.long_weight, blocks, long_objective(config.workspace << 20))
 
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
     """Training blocks; UserError if they are fewer than a batch."""
-    blocks = Blocks(text.training, sizing.seq_len, config.seed)
+    blocks = Blocks(text.training, sizing.seq_len, config.seed, text.first)
     if blocks.count < config.batch_size:
         raise UserError(
             f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
@@ -395,10 +388,11 @@ def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
 
 def check_text(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = ALONE) -> None:
     """UserError if the text is missing, damaged or too short. Reads only its start, and no weights."""
-    few = dataclasses.replace(plan.config, data_tokens=min(plan.config.data_tokens, _enough(plan)))
+    config = dataclasses.replace(plan.config, data_tokens=min(plan.config.data_tokens, _enough(plan)))
+    few = dataclasses.replace(plan, config=config)
     with ranks.meeting():
         tokenizer = tokenizer_of(plan.path, plan.native)
-        text = read_text(few, plan.sizing, tokenizer, listener or Listener())
+        text = read_text(few, tokenizer, listener or Listener())
         blocks_of(plan.config, plan.sizing, text)
         long_part_of(plan.config, plan.sizing, text, tokenizer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
-from ..files import RunDir, disk_errors, locked, new_file, sweep
+from ..files import RunDir, disk_errors, locked, new_file, parse_json, sweep
 from ..report.content import write_report
 from ..results import store
 from ..results.records import read_pieces, write_pieces
@@ -27,10 +27,12 @@ from ..results.rows import ExportInfo, Results, RunInfo
 from . import checkpoint
 from .listener import Listener
 from .loop import train_run
-from .prepare import Job, check_output, check_text, load, make_plan
+from .place import check_output
+from .prepare import Job, check_text, load, make_plan
 from .step import TrainState
 
 VERIFY_TOKENS = 64
+MEASURED_ON = "measured_on"  # the key of before.json that identifies the weights and the held-out text
 
 Rows = tuple[Fidelity, Fidelity]  # native, scaled
 
@@ -133,25 +135,35 @@ def clear(job: Job, state: TrainState) -> None:
     run = job.run
     with disk_errors(run.root):
         if not job.config.resume:
-            _remove_old_run(run)
+            remove_run(run)
         with new_file(run.config) as file:
             file.write_text(to_yaml(_resolved(job)), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
         sweep(run.root)
+        if read_before(job.run, job.measured_on) is None:  # those lines would be of other weights or another text
+            run.evaluations.unlink(missing_ok=True)
         for lines in (run.metrics, run.evaluations):
             _drop_lines_after(lines, state.step)
     write_base(job.pair, run.base)
 
 
-def _remove_old_run(run: RunDir) -> None:
-    for old in checkpoint.list_checkpoints(run.checkpoints):
-        shutil.rmtree(old)
+def remove_run(run: RunDir) -> None:
+    """Remove what an earlier run wrote, by name, its models first: they must not look like the new run's."""
+    for folder in (run.model, run.adapters, run.base, run.items, *checkpoint.list_all(run.checkpoints)):
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            shutil.rmtree(folder)
     for file in (
-        run.metrics, run.results, run.report, run.report_markdown, run.before, run.evaluations, run.held_out,
-    ):  # fmt: skip
+        run.results,
+        run.report,
+        run.report_markdown,
+        run.metrics,
+        run.before,
+        run.evaluations,
+        run.held_out,
+    ):
         file.unlink(missing_ok=True)
-    if run.items.is_dir():
-        shutil.rmtree(run.items)
 
 
 def _resolved(job: Job) -> DistillConfig:
@@ -173,9 +185,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            if parse_json(line, str(path))["step"] <= step:
                 kept.append(line)
     with new_file(path) as file:
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -188,9 +200,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
 def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
     """The rows of native and scaled before training (the adapters add nothing yet).
 
-    A resumed run reads them from its files if they are of the same lengths.
+    A resumed run reads them from its files if they are of the same weights and held-out text.
+
+    Raises:
+        UserError: a number is not finite.
     """
-    if job.config.resume and (saved := read_before(job.run)) and saved[0].perplexity.keys() == job.text.held_out.keys():
+    if job.config.resume and (saved := read_before(job.run, job.measured_on)):
         return saved
     native, scaled = before or measure(
         job.pair,
@@ -199,17 +214,32 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
         workspace_bytes=job.workspace_bytes,
         progress=listener.counter("measuring native and scaled"),
     )
+    check_row("native", native)
+    check_row("scaled", scaled)
     write_pieces(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
-    store.write_results(job.run.before, Results({"native": native.row, "scaled": scaled.row}))
+    rows = {"native": native.row, "scaled": scaled.row}
+    store.write_results(job.run.before, Results(rows, other={MEASURED_ON: job.measured_on}))
     return native, scaled
 
 
-def read_before(run: RunDir) -> Rows | None:
-    """The rows of native and scaled that a run has measured; None if it has not."""
-    if not run.before.exists() or not run.held_out.exists():
+def check_row(name: str, row: Fidelity) -> None:
+    """UserError if a number of a row is not finite: no training starts from such a model."""
+    numbers = [*row.perplexity.values(), 0.0 if row.kl is None else row.kl]
+    if not all(math.isfinite(number) for number in numbers):
+        raise UserError(
+            f"the {name} model computes numbers that are not finite on the held-out text: "
+            "try --dtype float32, or check the model and the text"
+        )
+
+
+def read_before(run: RunDir, measured_on: str) -> Rows | None:
+    """The rows of native and scaled that a run has measured on the same weights and text; None if it has not."""
+    try:
+        before, pieces = store.read_results(run.before), read_pieces(run.held_out)
+    except UserError:  # damaged: they are measured again
         return None
-    rows, pieces = store.read_results(run.before).rows, read_pieces(run.held_out)
-    if not {"native", "scaled"} <= rows.keys() & pieces.keys():
+    rows = before.rows
+    if before.other.get(MEASURED_ON) != measured_on or not {"native", "scaled"} <= rows.keys() & pieces.keys():
         return None
     native, scaled = (Fidelity.of_row(rows[name], pieces[name]) for name in ("native", "scaled"))
     return native, scaled

@@ -178,6 +178,8 @@ class Watch:
                 return
             if signal.SIGTERM in numbers and not self.leaving.is_set():
                 threading.Thread(target=self._after_sigterm, daemon=True).start()
+            if signal.SIGHUP in numbers:  # the terminal is closed, so the launcher ends too: one request is enough
+                launcher = 0
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
                 time.sleep(SECOND_CTRL_C)

@@ -127,7 +127,11 @@ def read_run(root: str | Path) -> RunFacts:
     objectives = objectives_of(config.get("compare"))
     runs = {name: RunDir(run.root / name) for name in objectives}
     results = next(filter(None, (_object(path) for path in (run.results, run.before, *_befores(runs)))), {})
-    rows = {name: _row(run.results, name, value) for name, value in results.items() if name not in NOT_MODELS}
+    rows = {
+        name: _row(run.results, name, value)
+        for name, value in results.items()
+        if name not in (*NOT_MODELS, "measured_on")
+    }
     parts = {name: _mapping(run.results, name, results.get(name, {})) for name in NOT_MODELS}
     _check_comparisons(run.results, parts["comparisons"])
     curves = {name: _steps(own.metrics) for name, own in runs.items()}
