@@ -286,7 +286,13 @@ class DistillConfig:
         metavar="N",
     )
     keep_checkpoints: int = option(2, "how many checkpoints stay, besides the best one", check=_positive, metavar="N")
-    eval_tokens: int | None = option(None, "held-out tokens per length", check=_positive, metavar="N")
+    eval_tokens: int | None = option(
+        None,
+        "held-out tokens per length; by default at most 32768, so many that measuring takes about a quarter of the "
+        "training time",
+        check=_positive,
+        metavar="N",
+    )
     eval_lengths: str = option(
         "auto",
         "lengths at which perplexity is measured; auto is the block length, and on a GPU also twice the native window",

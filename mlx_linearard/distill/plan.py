@@ -23,14 +23,13 @@ from ..models.directory import Checked, build, check_model_dir
 from ..models.quantization import check_trainable
 from ..models.shape import Shape
 from ..models.trees import named_modules
-from ..progress import duration
+from .best import reference_length
 from .memory import FLOAT32, MemoryPlan, Step, longest, plan_memory
 from .objective import Objective, resolve_objective
+from .timing import Clock, Times, choose_eval_tokens
 
 STEP_TOKENS = 8192  # tokens per step of the measured recipe
 STEP_COUNT = 144
-GPU_EFFICIENCY = 0.35  # fraction of the matrix speed that a step reached on one GPU
-CPU_EFFICIENCY = 0.8
 SHORTEST = 64  # tokens: no shorter sequence is suggested
 QUANTIZED = 4.5 / 8  # bytes per weight in 4 bits, with one scale and one bias per 64 weights
 
@@ -63,7 +62,7 @@ class Sizing:
     steps: int
     eval_tokens: int
     eval_lengths: tuple[int, ...]
-    seconds: float  # estimated, for training and both measurements
+    times: Times  # estimated
     model: str
     window: tuple[int, int]  # native, extended
     processes: int = 1  # that share the blocks of a step
@@ -80,10 +79,13 @@ class Sizing:
         shared = f", shared by {self.processes} processes" if self.processes > 1 else ""
         yield (
             f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
-            f"{self.seq_len}{shared}) on {machine.name}: about {duration(self.seconds)}"
+            f"{self.seq_len}{shared}) on {machine.name}"
         )
         if self.long_seq_len:
             yield f"every step also reads one block of {self.long_seq_len} tokens of long text"
+        lengths = " and ".join(map(str, self.eval_lengths))
+        yield f"held-out text: {self.eval_tokens} tokens in windows of {lengths}"
+        yield self.times.line()
         if machine.hint:
             yield f"hint: {machine.hint}"
 
@@ -106,10 +108,17 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
     steps = config.steps or (steps_of(config.tokens, per_step) if config.tokens else 0)
     steps = steps or (demo.steps if demo else STEP_COUNT)
     lengths = eval_lengths(config, seq_len, native_window, machine)
-    eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else 32768)
-    tokens = 4 * per_step * steps / ranks.devices + 4 * max(eval_tokens, seq_len) * len(lengths)
-    work = tokens * 2 * Shape.of(native).block_weights
-    speed = machine.gflops * 1e9 * (GPU_EFFICIENCY if machine.gpu else CPU_EFFICIENCY)
+    clock = Clock(Shape.of(native), machine, config)
+    long = long_seq_len(config, native_window)
+    training = clock.training(per_step * steps, seq_len) / ranks.devices + clock.long_part(long * steps, long)
+    reference = reference_length(lengths, native_window)
+    evaluations = steps // config.eval_every if config.eval_every else 0
+
+    def measuring(tokens: int) -> float:
+        return clock.measuring(tokens, lengths, reference, evaluations)
+
+    eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else None)
+    eval_tokens = eval_tokens or choose_eval_tokens(training, measuring, reference)
     return Sizing(
         seq_len=seq_len,
         batch_size=config.batch_size,
@@ -117,11 +126,11 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
         steps=steps,
         eval_tokens=eval_tokens,
         eval_lengths=lengths,
-        seconds=work / speed,
+        times=Times(measuring(eval_tokens), training, clock.exporting()),
         model=config.model or "SmolLM2-135M-Instruct",
         window=(native_window, int(native_window * config.factor)),
         processes=ranks.size,
-        long_seq_len=long_seq_len(config, native_window),
+        long_seq_len=long,
     )
 
 

@@ -53,6 +53,7 @@ from .objective import Objective
 from .place import check_not_in_use, check_output
 from .plan import Plan, Sizing, inspect_model, objective_of, plan_run, trained_layers
 from .step import Schedule, TrainState
+from .timing import held_out_windows
 
 # Options that may change when a run is resumed. A change of any other option makes another run.
 FREE_ON_RESUME = {
@@ -352,7 +353,7 @@ def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
         held_out = tokenize(read_pieces(config.valid_data), tokenizer, limit=config.data_tokens)
     else:
         training, held_out = split(training, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
-    by_length = {n: windows(held_out, n, max(1, sizing.eval_tokens // n)) for n in sizing.eval_lengths}
+    by_length = {n: windows(held_out, n, held_out_windows(sizing.eval_tokens, n)) for n in sizing.eval_lengths}
     if not len(by_length[sizing.eval_lengths[0]]):
         raise UserError(
             f"the held-out text has {len(held_out)} tokens, too few for one block of {sizing.eval_lengths[0]}: give "

@@ -115,7 +115,7 @@ def test_the_time_is_that_of_the_machines_and_the_memory_that_of_a_share(model_d
     apart, beside = (Ranks(0, 2, hosts) for hosts in (("a", "b"), ("a", "a")))
     alone, two, same = (size_run(config, native, machine, ranks) for ranks in (ALONE, apart, beside))
     assert alone.tokens_per_step == two.tokens_per_step and alone.processes == 1 and two.processes == 2
-    assert two.seconds == pytest.approx(alone.seconds / 2, rel=0.1)
+    assert two.times.training == pytest.approx(alone.times.training / 2, rel=0.1)
     assert "shared by 2 processes" in next(itertools.islice(two.lines(machine), 1, None))
     assert (
         beside.on_this_host == 2
@@ -123,7 +123,7 @@ def test_the_time_is_that_of_the_machines_and_the_memory_that_of_a_share(model_d
         and machine_of_speed(1.0, 2).memory == machine_of_speed(1.0).memory // 2
     )
     if not mx.cuda.is_available():
-        assert same.seconds == alone.seconds
+        assert same.times == alone.times
     step = plan_run(config, inspect_model(config, model_dir), machine, Ranks(0, 8, ("a",) * 8)).step
     assert (step.grad_accum, step.batch) == (1, 1)
 
