@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -36,6 +37,33 @@ def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from {least} to {most}")
 
     return parse
+
+
+def shell_command(*words: object) -> str:
+    """A command line, on one line, that bash and zsh read as exactly these words."""
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def path_word(path: str | os.PathLike[str]) -> str:
+    """A path as a word of a command line: one that begins with a dash must not be read as an option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _quoted(word: str) -> str:
+    """`word` in single quotes if it needs them; unprintable characters and bytes as $'\\x1b'."""
+    if word.isprintable():
+        return shlex.quote(word)
+    marked = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return "$'" + "".join(marked.get(c) or (c if c.isprintable() else _escaped_bytes(c)) for c in word) + "'"
+
+
+def _escaped_bytes(character: str) -> str:
+    try:
+        data = os.fsencode(character)
+    except UnicodeEncodeError:  # half of a surrogate pair, which is no byte of a file name
+        data = "\ufffd".encode()
+    return "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def run_command(body: Callable[[], int | None]) -> int:

@@ -73,6 +73,12 @@ def test_commands_run_from_the_wheel(environment: Path, command: str) -> None:
     assert "usage" in python(environment, "-m", f"mlx_linearard.{command}", "--help")
 
 
+def test_the_report_has_its_templates_and_style(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: smol\n")
+    python(environment, "-m", "mlx_linearard.report", str(tmp_path))
+    assert "<style>\n/*" in (tmp_path / "report.html").read_text() and "# smol" in (tmp_path / "report.md").read_text()
+
+
 def test_both_names_of_the_main_path_are_callable(environment: Path) -> None:
     code = "import mlx_linearard as m; f = m.distill; import mlx_linearard.distill, mlx_linearard.export\n"
     told = python(

@@ -13,7 +13,8 @@ from ..config import LARGEST_COUNT, DistillConfig, flag, read_yaml, shortened, t
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
 from ..progress import Progress, duration
-from ..report.content import read_run, verdict
+from ..report.load import read_run
+from ..results.verdict import verdict
 from .compare import compare_objectives
 from .listener import Listener
 from .run import Result, distill

@@ -22,7 +22,7 @@ from ..config import OBJECTIVES, DistillConfig, objectives_of, read_yaml, to_yam
 from ..data import hash_of
 from ..errors import UserError
 from ..files import RunDir, disk_errors, locked, read_json, write_json
-from ..report.content import write_report
+from ..report.render import write_report
 from ..results.objectives import combine_runs
 from ..results.rows import RESTORED
 from ..results.store import update_results

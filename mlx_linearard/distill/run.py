@@ -20,7 +20,7 @@ from ..evaluate.held_out import Fidelity, measure
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
 from ..files import RunDir, disk_errors, locked, new_file, parse_json, sweep
-from ..report.content import write_report
+from ..report.render import write_report
 from ..results import store
 from ..results.records import read_pieces, write_pieces
 from ..results.rows import ExportInfo, Results, RunInfo

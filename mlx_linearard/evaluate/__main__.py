@@ -16,9 +16,11 @@ from ..config import DTYPES
 from ..errors import UserError
 from ..files import RunDir
 from ..progress import Progress
-from ..report.content import headline, read_run, write_report
+from ..report.load import read_run
+from ..report.render import write_report
 from ..results.rows import COMPARISONS
 from ..results.statistics import NOISE
+from ..results.verdict import headline
 from . import api
 from .model import CHUNK, Directory, Subject, open_directory
 from .runner import Evaluation, evaluate

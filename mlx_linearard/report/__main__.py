@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ..cli import Parser, run_command
-from .content import write_report
+from .render import write_report
 
 __all__ = ["main", "run", "write_report"]
 

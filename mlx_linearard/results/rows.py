@@ -355,6 +355,10 @@ class Results:
             other_entries(entries, [*rows, *NOT_MODELS]),
         )
 
+    def compared(self, suite: str, metric: str) -> Mapping[str, Compared]:
+        """The comparison of all models in one metric, by label; empty if there is none."""
+        return self.comparisons.get(suite, Comparison()).metrics.get(metric, {})
+
     def merged(self, new: Results) -> Results:
         """These results with what `new` has: rows are merged, comparisons of one name are replaced."""
         rows = {**self.rows, **{name: self.rows.get(name, Row()).merged(row) for name, row in new.rows.items()}}

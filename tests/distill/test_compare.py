@@ -20,9 +20,12 @@ from mlx_linearard.distill.listener import Listener
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run as evaluate
 from mlx_linearard.report.__main__ import run as report
-from mlx_linearard.report.content import read_run, verdict
-from mlx_linearard.results.statistics import compare_objectives as weigh
-from mlx_linearard.results.weighing import Weighed
+from mlx_linearard.report.load import read_run
+from mlx_linearard.results import rows, statistics
+from mlx_linearard.results.fields import Field
+from mlx_linearard.results.objectives import ObjectiveVerdict
+from mlx_linearard.results.rows import HELD_OUT, Results
+from mlx_linearard.results.verdict import verdict
 
 FLAGS = [
     "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "2e-3",
@@ -245,12 +248,13 @@ def pieces(mean: float, noise: float, seed: int) -> dict[str, float]:
     return {str(i): float(value) for i, value in enumerate(values)}
 
 
-def weighed(**kl: tuple[float, float]) -> Weighed:
+def compared(**kl: tuple[float, float]) -> ObjectiveVerdict:
     """A comparison whose objectives have these KLs, each (mean, noise over pieces)."""
     names = [name.replace("_", "+") for name in kl]
     models = {"native": {"kl": pieces(0, 0, 0)}, "scaled": {"kl": pieces(1.6, 0.1, 1)}}
     models |= {name: {"kl": pieces(*kl[key], 2 + i)} for i, (name, key) in enumerate(zip(names, kl, strict=True))}
-    return Weighed(names, {}, json.loads(json.dumps(weigh(models, names).as_json())))
+    value = json.loads(json.dumps(statistics.compare_objectives(models, names).as_json()))
+    return ObjectiveVerdict(names, Results(comparisons={HELD_OUT: rows.Comparison.from_json(value, Field("test"))}))
 
 
 @pytest.mark.parametrize(
@@ -261,15 +265,15 @@ def weighed(**kl: tuple[float, float]) -> Weighed:
         ({"relation": (0.4, 0.02), "logits": (0.2, 0.02)}, "was not worth it here: logits is closer"),
         ({"relation": (0.1, 0.02), "ce": (0.9, 0.02)}, "was worth it here: relation is closer"),
         ({"relation": (0.1, 0.02), "ce": (1.9, 0.02)}, "Behind it: ce, no closer to the native model than the scaled"),
-        ({"relation": (0.3, 0.2), "logits": (0.3, 0.2)}, "Not to be told apart from it: "),
-        ({"relation_logits": (0.3, 0.2), "logits": (0.3, 0.2)}, "no difference that can be told from chance"),
+        ({"relation": (0.3, 0.2), "logits": (0.3, 0.2)}, "No different from it beyond chance: "),
+        ({"relation_logits": (0.3, 0.2), "logits": (0.3, 0.2)}, "made no difference beyond chance: "),
         ({"relation": (1.9, 0.1), "ce": (1.8, 0.1)}, "None of relation and ce helped"),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(kl: dict[str, tuple[float, float]], says: str) -> None:
-    assert says in " ".join(weighed(**kl).sentences())
+    assert says in " ".join(compared(**kl).sentences())
 
 
 def test_too_few_pieces_are_said_to_be(made: Path) -> None:
     """A window of 200 tokens makes four pieces of held-out text, which no test is made of."""
-    assert "on too few pieces of text" in " ".join(verdict(read_run(made)))
+    assert "too few pieces of text to compare it with" in " ".join(verdict(read_run(made)))

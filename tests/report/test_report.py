@@ -24,9 +24,12 @@ from mlx_linearard.distill.run import distill
 from mlx_linearard.errors import UserError
 from mlx_linearard.report.__main__ import run as command
 from mlx_linearard.report.charts import Series, heat_map, line_chart, linear_axis, log_axis, number, tokens
-from mlx_linearard.report.content import figures, headline, notes, read_run, verdict, write_report
+from mlx_linearard.report.content import figures, notes
+from mlx_linearard.report.load import read_run
+from mlx_linearard.report.render import write_report
 from mlx_linearard.results.rows import HELD_OUT
-from mlx_linearard.results.statistics import compare_objectives as weigh
+from mlx_linearard.results.statistics import compare_objectives
+from mlx_linearard.results.verdict import headline, verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -76,7 +79,7 @@ def a_comparison(root: Path) -> Path:
     models = {name: {"kl": {str(i): mean * (1 + i % 5 / 5) for i in range(32)}} for name, mean in kl.items()}
     training = {"tokens": 18432, "seconds": 300.0, "tokens_per_second": 61.0, "peak_memory_gb": 0.8}
     rows = {name: a_row(kl[name], 30.0 + kl[name], training=training) for name in OBJECTIVES}
-    results["comparisons"][HELD_OUT] = weigh(models, OBJECTIVES).as_json()
+    results["comparisons"][HELD_OUT] = compare_objectives(models, OBJECTIVES).as_json()
     (root / "results.json").write_text(json.dumps({**results, **rows, "restored": rows["relation"]}))
     (root / "config.yaml").write_text(f"model: smol\nmethod: linear\nfactor: 4.0\ncompare: {','.join(OBJECTIVES)}\n")
     for name in OBJECTIVES:
@@ -230,12 +233,12 @@ def test_a_run_under_way_has_a_report_on_request(model_dir: Path, text_file: Pat
         ("results.json", '{"native": {"kl": "low"}}', "native.kl must be a finite number, not 'low'"),
         ("results.json", '{"native": {"kl": NaN}}', "NaN is not a JSON number"),
         ("results.json", '{"native": {"kl": true}}', "native.kl must be a finite number, not True"),
-        ("results.json", '{"native": {"perplexity": {"x": 1}}}', "'x' where a length belongs"),
+        ("results.json", '{"native": {"perplexity": {"x": 1}}}', "perplexity has the key 'x', which is not a length"),
         ("results.json", '{"native": {"ppl": {"metrics": {"a": {}}}}}', "native.ppl.a must be a finite number"),
         ("results.json", '{"native": {"passkey": {"metrics": {}, "grid": [1]}}}', "grid must be a JSON object"),
         ("results.json", '{"comparisons": {"a": {"metrics": {"b": {"c": {"tests": [1]}}}}}}', "paired tests"),
-        ("metrics.jsonl", '{"step": 1}\n', "line 1 is not a step's record"),
-        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("metrics.jsonl", '{"step": 1}\n', "line 1 is not a valid step record"),
+        ("config.yaml", "a: [", "config.yaml is not valid YAML"),
     ],
 )  # fmt: skip
 def test_broken_parts_are_told_in_one_line(tmp_path: Path, file: str, text: str, says: str, capsys) -> None:
@@ -287,7 +290,8 @@ def test_a_model_that_lost_copying_is_not_called_restored(tmp_path: Path) -> Non
     )
     assert "not restored: RULER at 4096 tokens: 0.0% against 30.3% native" in first
     assert "Training restored the model" not in first + second
-    assert facts.root == tmp_path / "run" and not any("finds what stands" in note.text for note in notes(facts))
+    assert facts.root == tmp_path / "run"
+    assert not any("Finding a detail in a long text" in note.text for note in notes(facts))
     write_report(facts.root)
     assert "RULER at 4096 tokens: 0.0%" in Page((facts.root / "report.html").read_text()).text
 
@@ -302,7 +306,7 @@ def test_only_what_cannot_be_chance_is_called_lost(
 ) -> None:
     facts = read_run(with_ruler(tmp_path / "run", native, restored, outcome))
     assert ("not restored: RULER" in verdict(facts)[0]) == (sure is True)
-    assert any("too few samples to tell it from chance: RULER" in note.text for note in notes(facts)) == (sure is False)
+    assert any("too few samples to rule out chance: RULER" in note.text for note in notes(facts)) == (sure is False)
     assert ("Training restored the model: it won back 92%" in verdict(facts)[0]) == (sure is not True)
 
 
@@ -327,11 +331,11 @@ def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path)
     assert any("config.yaml' --compare relation,logits" in str(note.command) for note in notes(facts))
     write_report(root)
     page, twin = (root / "report.html").read_text(), (root / "report.md").read_text()
-    assert f"--run &#x27;{root}&#x27; --suite passkey,ruler" in page and f"--run '{root}' --suite passkey" in twin
+    assert f"--run &#39;{root}&#39; --suite passkey,ruler" in page and f"--run '{root}' --suite passkey" in twin
     full = read_run(a_run(tmp_path / "full"))
     assert not any("--suite" in str(note.command) and "choice" in str(note.command) for note in notes(full))
     beyond = [note.text for note in notes(full) if "--lengths 16384" in str(note.command)]
-    assert beyond == ["What it finds in a text beyond the native window of 8192 tokens was not measured."]
+    assert beyond == ["Finding a detail beyond the native window of 8192 tokens was not measured."]
 
 
 def test_what_scaling_alone_does_as_well_is_said(tmp_path: Path) -> None:
@@ -368,7 +372,7 @@ def test_the_runs_own_numbers_have_their_uncertainty(tmp_path: Path) -> None:
     (root / "held_out.json").write_text(json.dumps(held_out({"native": 0.0, "scaled": 1.7, "restored": 1.69}, 0.5)))
     rows = {"scaled": a_row(1.7, 164.3), "restored": a_row(1.69, 160.0)}
     noisy = a_run(tmp_path / "run", **rows)
-    assert "made no difference to the simple scaled model that can be told from chance" in verdict(read_run(noisy))[0]
+    assert "made no difference to the simple scaled model beyond chance" in verdict(read_run(noisy))[0]
 
 
 def test_perplexity_by_position_needs_no_evaluation(tmp_path: Path) -> None:
@@ -379,7 +383,7 @@ def test_perplexity_by_position_needs_no_evaluation(tmp_path: Path) -> None:
     expected = [math.exp(4.0), math.exp(3.9), math.exp(3.75), math.exp(3.45)]
     assert [float(cell) for cell in figure.data.rows[0][1:]] == pytest.approx(expected, abs=0.005)
     assert [row[0] for row in figure.data.rows] == ["native", "scaled", "restored"]
-    for broken, says in (({"native": {"kl": {"x": 1.0}}}, "'x' where LENGTH/WINDOW/PIECE belongs"), ([], "JSON object"),
+    for broken, says in (({"native": {"kl": {"x": 1.0}}}, "'x' instead of LENGTH/WINDOW/PIECE"), ([], "JSON object"),
                          ({"native": {"kl": {"1/1/1": None}}}, "must be a finite number")):  # fmt: skip
         (root / "held_out.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=says):

@@ -1,0 +1,117 @@
+"""Writes the report of a run: report.html, which needs no other file, and report.md, from the templates."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from ..files import RunDir, write_text
+from ..results.verdict import headline
+from .content import figures, heading, notes, provenance, settings, style_of, tables, training_summary
+from .load import RunFacts, read_run
+
+HTML, MARKDOWN = "report.html", "report.md"  # the templates
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write report.html and report.md into a run directory, finished or under way; returns the HTML file.
+
+    Raises UserError if the directory holds no run or if one of its files is broken; nothing is written then.
+    """
+    facts = read_run(run_dir)
+    run = RunDir(run_dir)
+    page, twin = to_html(facts), to_markdown(facts)
+    write_text(run.report, page)
+    write_text(run.report_markdown, twin)
+    return run.report
+
+
+def to_html(facts: RunFacts) -> str:
+    """The report as one HTML page. Everything from the run is escaped by the template engine."""
+    charts = [(figure, Markup(figure.svg)) for figure in figures(facts)]
+    content = {**_content(facts), "figures": charts, "style": Markup(_resource("style.css"))}
+    return _templates().get_template(HTML).render(content)
+
+
+def to_markdown(facts: RunFacts) -> str:
+    """The report as Markdown, for a model card. The filters `md` and `code` escape everything from the run."""
+    shown = [*tables(facts), *(figure.data for figure in figures(facts) if figure.data)]
+    training = [(f"Training, {name}", training_summary(steps)) for name, steps in facts.curves.items()]
+    training.append(("Training", training_summary(facts.steps)))
+    content = {**_content(facts), "tables": shown, "training": training}
+    return _templates().get_template(MARKDOWN).render(content).rstrip() + "\n"
+
+
+def _content(facts: RunFacts) -> dict[str, Any]:
+    title, subtitle = heading(facts)
+    lists = (("Run", provenance(facts)), ("Configuration", settings(facts)))
+    return {
+        "title": title,
+        "subtitle": subtitle,
+        "headline": headline(facts),
+        "notes": notes(facts),
+        "tables": list(tables(facts)),
+        "lists": [(name, pairs) for name, pairs in lists if pairs],
+    }
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(lambda name: _resource("templates", name)),
+        autoescape=select_autoescape(["html"], default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_visible,
+    )
+    environment.filters |= {"md": markdown_text, "md_line": markdown_line, "code": markdown_code, "style_of": style_of}
+    return environment
+
+
+def _resource(*path: str) -> str:
+    return files(__package__).joinpath(*path).read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text from a run
+
+
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def _visible(value: Any) -> Any:
+    """Text without control characters, direction marks and halves of surrogate pairs: U+FFFD stands for each."""
+    if isinstance(value, Markup):
+        return Markup(_HIDDEN.sub("\ufffd", value))
+    return _HIDDEN.sub("\ufffd", value) if isinstance(value, str) else value
+
+
+def markdown_text(text: str) -> str:
+    """Text on one line that Markdown shows as it is: no markup, no HTML, no link, no new cell of a table."""
+    escaped = escape(_visible(" ".join(text.split())), quote=False)
+    escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", escaped)
+    escaped = re.sub(r"(?i)\b(https?|ftp|mailto|xmpp|www)([:.])", r"\1\\\2", escaped)  # links without brackets
+    return escaped
+
+
+def markdown_line(text: str) -> str:
+    """The same at the start of a line, where it must not begin a list or underline a heading."""
+    line = markdown_text(text)
+    return f"&#{ord(line[0])};{line[1:]}" if re.match(r"[-+=]|\d+[.)](\s|$)", line) else line
+
+
+def markdown_code(text: str) -> str:
+    """Text on one line as a code span, fenced by more backticks than it holds in a row."""
+    shown = _visible(" ".join(text.splitlines()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{space}{shown}{space}{fence}"
