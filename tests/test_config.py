@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_linearard.cli import run_command
 from mlx_linearard.config import DistillConfig, read_yaml, to_yaml
 from mlx_linearard.distill.__main__ import parse, parser
 from mlx_linearard.errors import UserError
@@ -109,3 +110,97 @@ def test_every_example_is_a_valid_file() -> None:
         words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         config = parse(["--config", str(examples / "recipe.yaml"), *words])
         assert all(getattr(config, key) == value for key, value in options.items()), name
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", DIGITS],
+        ["--seed", DIGITS],
+        ["--factor", DIGITS],
+        ["--factor", "1e308"],
+        ["--factor", "٤"],
+        ["--steps", "٤"],
+        ["--steps", "²"],
+        ["--steps", "4.0"],
+        ["--steps", "1_000"],
+        ["--steps", str(2**31)],
+        ["--steps", str(2**63)],
+        ["--tokens", str(2**63)],
+        ["--seed", str(2**64)],
+        ["--batch-size", "-1"],
+        ["--workspace", str(2**40)],
+        ["--layers", "²"],
+        ["--layers", "٤"],
+        ["--layers", DIGITS],
+        ["--layers", "1," * 3000 + "²"],
+        ["--eval-lengths", "٤٤"],
+        ["--eval-lengths", DIGITS],
+        ["--model", "caf\udce9"],
+        ["--output", "a\0b"],
+        ["--objective", "ce" * 5000],
+        ["--config", "/proc/self/mem"],
+        ["--config", "/dev/zero"],
+        ["--config", "x" * 5000],
+        ["--config", "/"],
+    ],
+    ids=lambda words: f"{words[0]}-{ascii(words[1])[:12]}",
+)
+def test_values_beyond_reason_are_one_short_line(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda: parse(arguments) and 0) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert len(line) < 400 or arguments[0] == "--config"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"steps: {DIGITS}",
+        f"seed: -{DIGITS}",
+        f"factor: {DIGITS}",
+        f"? {DIGITS}\n: 1",
+        f"layers: [1, {DIGITS}]",
+        "steps: 2147483648",
+        "tokens: 9223372036854775808",
+        "factor: .inf",
+        "factor: '٤'",
+        "layers: ['²']",
+        "eval_lengths: ٤٤",
+        "steps: " + "[" * 100_000,
+        "a: &a [x]\nb: *a",
+        "model: !!binary aGVsbG8=",
+        "model: !custom x",
+        "steps: !!python/name:os.system",
+        'model: "\\ud800"',
+        'model: "a\\0b"',
+        "output: null",
+        "model: 2020-01-01",
+        "? [steps]\n: 4",
+        "steps: 4\n---\nsteps: 5",
+    ],
+    ids=lambda body: ascii(body)[1:25],
+)
+def test_files_beyond_reason_are_one_short_line(tmp_path: Path, body: str, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(body, encoding="utf-8")
+    assert run_command(lambda: parse(["--config", str(file)]) and 0) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and len(line) < 600
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\xef\xbb\xbfsteps: 7\n")
+    assert parse(["--config", str(file)]).steps == 7
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": "5"}, {"steps": 5.0}, {"model": 3}, {"resume": 1}, {"factor": "4"}], ids=str
+)
+def test_a_value_of_another_type_is_refused_in_python_too(change: dict) -> None:
+    with pytest.raises(UserError, match=r"must (be a|have)"):
+        DistillConfig(**change)

@@ -3,94 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import math
-import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from . import files
-from .errors import UserError
-from .rope import METHODS
-
-OBJECTIVES = ("relation", "logits", "relation+logits", "ce")
-FINE_TUNE_TYPES = ("lora", "dora", "full")
-NORMALIZATIONS = ("heads", "paper-code")
-KEEPS = ("best", "last")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-LARGEST = 2**31 - 1  # of an integer option: mlx counts rows and columns in 32 bits
-LARGEST_COUNT = 2**53  # of a number of tokens in a text, and of a seed
-LARGEST_FACTOR = 10**6
-
-Check = Callable[[Any], str | None]  # the complaint, or None if the value is right
-
-
-def _positive(value: Any) -> str | None:
-    return None if value > 0 else "must be above 0"
-
-
-def _not_negative(value: Any) -> str | None:
-    return None if value >= 0 else "must not be negative"
-
-
-def _fraction(value: Any) -> str | None:
-    return None if 0 <= value < 1 else "must be at least 0 and below 1"
-
-
-def _factor(value: Any) -> str | None:
-    if value <= 1:
-        return "must be above 1: a factor of 1 extends nothing"
-    return None if value <= LARGEST_FACTOR else f"must be at most {LARGEST_FACTOR}"
-
-
-def _one_of(choices: Sequence[str]) -> Check:
-    def check(value: Any) -> str | None:
-        return None if value in choices else f"must be one of {', '.join(choices)}"
-
-    return check
-
-
-def _is_number(text: str) -> bool:
-    """Whether `text` is a whole number of at most nine ASCII digits."""
-    return re.fullmatch(r"[0-9]{1,9}", text.strip()) is not None
-
-
-def _layers(value: str) -> str | None:
-    if value in ("last", "all") or all(map(_is_number, value.split(","))):
-        return None
-    return "must be last, all, or layer numbers such as 0,5,11"
-
-
-def _relations(value: str) -> str | None:
-    if value and set(value) <= set("qkv") and len(set(value)) == len(value):
-        return None
-    return "must name relations among q, k and v, each once, such as qkv or qk"
-
-
-def objectives_of(compare: Any) -> tuple[str, ...]:
-    """The objectives of `--compare a,b`, or of that line of a config.yaml, in order; () if there is none."""
-    return tuple(filter(None, (part.strip() for part in str(compare or "").split(","))))
-
-
-def _several_objectives(value: str) -> str | None:
-    names = [part.strip() for part in value.split(",")]
-    if len(names) > 1 and len(set(names)) == len(names) and set(names) <= set(OBJECTIVES):
-        return None
-    return f"must name two or more of {', '.join(OBJECTIVES)}, each once, with commas between them"
-
-
-def _lengths(value: str) -> str | None:
-    if value == "auto" or all(_is_number(part) and int(part) > 1 for part in value.split(",")):
-        return None
-    return "must be auto or token counts above 1, such as 2048,16384"
+from ..errors import UserError
+from ..rope import METHODS
+from .checks import (
+    DTYPES,
+    FINE_TUNE_TYPES,
+    KEEPS,
+    LARGEST,
+    LARGEST_COUNT,
+    NORMALIZATIONS,
+    OBJECTIVES,
+    Check,
+    extends,
+    fraction,
+    is_finite,
+    is_utf8,
+    layer_list,
+    length_list,
+    not_negative,
+    one_of,
+    positive,
+    relation_names,
+    several_objectives,
+    shortened,
+)
 
 
 def option(
@@ -111,7 +54,7 @@ def option(
         most: the largest value of an integer.
     """
     if choices is not None:
-        check = _one_of(choices)
+        check = one_of(choices)
         metavar = metavar or "|".join(choices)
     metadata = {"help": help, "check": check, "metavar": metavar, "group": group, "most": most}
     return field(default=default, metadata=metadata)
@@ -146,25 +89,25 @@ class DistillConfig:
     data_tokens: int = option(
         16_000_000,
         "read at most this many tokens of --data",
-        check=_positive,
+        check=positive,
         most=LARGEST_COUNT,
         metavar="N",
         group="model and data",
     )
     output: str = option("linearard-run", "the run directory to write", metavar="DIR")
     method: str = option("linear", "how RoPE is scaled", choices=METHODS, group="window")
-    factor: float = option(4.0, "how many times longer the window becomes", check=_factor, metavar="X", group="window")
+    factor: float = option(4.0, "how many times longer the window becomes", check=extends, metavar="X", group="window")
     yarn_beta_fast: float | None = option(
         None,
         "yarn: dimensions that turn more often than this in the native window keep their frequency (default: 32)",
-        check=_positive,
+        check=positive,
         metavar="X",
         group="window",
     )
     yarn_beta_slow: float | None = option(
         None,
         "yarn: dimensions that turn less often than this are divided by the factor (default: 1)",
-        check=_positive,
+        check=positive,
         metavar="X",
         group="window",
     )
@@ -178,29 +121,29 @@ class DistillConfig:
         None,
         "train each of these objectives on the same tokens from the same start, each in its own run below --output, "
         "and compare them in one report; `restored` is the first of them",
-        check=_several_objectives,
+        check=several_objectives,
         metavar="OBJECTIVE,OBJECTIVE",
         group="objective",
     )
     layers: str = option(
-        "last", "layers whose relations are matched: last, all or 0,5,11", check=_layers, group="objective"
+        "last", "layers whose relations are matched: last, all or 0,5,11", check=layer_list, group="objective"
     )
-    relations: str = option("qkv", "which relations are matched", check=_relations, group="objective")
+    relations: str = option("qkv", "which relations are matched", check=relation_names, group="objective")
     normalization: str = option(
         "heads",
         "divide each relation by its own number of heads, or all by the query heads as the paper's code does",
         choices=NORMALIZATIONS,
         group="objective",
     )
-    relation_weight: float = option(1.0, "weight of the relation loss", check=_positive, metavar="W", group="objective")
+    relation_weight: float = option(1.0, "weight of the relation loss", check=positive, metavar="W", group="objective")
     logits_weight: float = option(
-        1.0, "weight of the logits loss in relation+logits", check=_positive, metavar="W", group="objective"
+        1.0, "weight of the logits loss in relation+logits", check=positive, metavar="W", group="objective"
     )
     long_weight: float = option(
         0.0,
         "weight of the long part of every step: next-token cross-entropy on one block of long text, which teaches the "
         "student to use its new window; 0 leaves it out",
-        check=_not_negative,
+        check=not_negative,
         metavar="W",
         group="long text",
     )
@@ -208,7 +151,7 @@ class DistillConfig:
         None,
         "tokens of a block of long text; at most the new window, by default twice the native window, or as many as fit "
         "the memory",
-        check=_positive,
+        check=positive,
         metavar="T",
         group="long text",
     )
@@ -221,42 +164,42 @@ class DistillConfig:
     seq_len: int | None = option(
         None,
         "tokens per block; at most the model's native window",
-        check=_positive,
+        check=positive,
         metavar="T",
         group="training",
     )
-    batch_size: int = option(1, "blocks per forward pass", check=_positive, metavar="N", group="training")
+    batch_size: int = option(1, "blocks per forward pass", check=positive, metavar="N", group="training")
     grad_accum: int | None = option(
         None,
         "forward passes per step, of all processes together; by default enough for about 8192 tokens",
-        check=_positive,
+        check=positive,
         metavar="N",
         group="training",
     )
-    steps: int | None = option(None, "optimizer steps", check=_positive, metavar="N", group="training")
+    steps: int | None = option(None, "optimizer steps", check=positive, metavar="N", group="training")
     tokens: int | None = option(
         None,
         "training tokens, instead of --steps",
-        check=_positive,
+        check=positive,
         metavar="N",
         group="training",
         most=LARGEST_COUNT,
     )
-    learning_rate: float = option(3e-4, "peak learning rate of AdamW", check=_positive, metavar="LR", group="training")
-    warmup: int = option(4, "warm-up steps", check=_not_negative, metavar="N", group="training")
-    weight_decay: float = option(0.0, "AdamW's weight decay", check=_not_negative, metavar="W", group="training")
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW", check=positive, metavar="LR", group="training")
+    warmup: int = option(4, "warm-up steps", check=not_negative, metavar="N", group="training")
+    weight_decay: float = option(0.0, "AdamW's weight decay", check=not_negative, metavar="W", group="training")
     clip: float = option(
         5.0,
         "clip the gradient's norm to this; 0 turns clipping off",
-        check=_not_negative,
+        check=not_negative,
         metavar="NORM",
         group="training",
     )
-    lora_rank: int = option(64, "rank of the adapters", check=_positive, metavar="R", group="training")
+    lora_rank: int = option(64, "rank of the adapters", check=positive, metavar="R", group="training")
     lora_scale: float = option(
-        2.0, "scale of the adapters (alpha / rank)", check=_positive, metavar="S", group="training"
+        2.0, "scale of the adapters (alpha / rank)", check=positive, metavar="S", group="training"
     )
-    lora_dropout: float = option(0.0, "dropout before the adapters", check=_fraction, metavar="P", group="training")
+    lora_dropout: float = option(0.0, "dropout before the adapters", check=fraction, metavar="P", group="training")
     fine_tune_type: str = option(
         "lora",
         "how the q, k and v projections are trained: with low-rank adapters, with DoRA adapters, or in full",
@@ -264,13 +207,13 @@ class DistillConfig:
         group="training",
     )
     seed: int = option(
-        0, "seed of adapters, data order and dropout", check=_not_negative, metavar="N", most=LARGEST_COUNT
+        0, "seed of adapters, data order and dropout", check=not_negative, metavar="N", most=LARGEST_COUNT
     )
-    save_every: int = option(50, "steps between checkpoints; 0 saves only the last", check=_not_negative, metavar="N")
+    save_every: int = option(50, "steps between checkpoints; 0 saves only the last", check=not_negative, metavar="N")
     eval_every: int = option(
         0,
         "steps between evaluations on held-out text; 0 evaluates at the ends only",
-        check=_not_negative,
+        check=not_negative,
         metavar="N",
     )
     keep: str = option(
@@ -282,21 +225,21 @@ class DistillConfig:
     patience: int = option(
         0,
         "stop after this many evaluations in a row without improvement; 0 never does",
-        check=_not_negative,
+        check=not_negative,
         metavar="N",
     )
-    keep_checkpoints: int = option(2, "how many checkpoints stay, besides the best one", check=_positive, metavar="N")
+    keep_checkpoints: int = option(2, "how many checkpoints stay, besides the best one", check=positive, metavar="N")
     eval_tokens: int | None = option(
         None,
         "held-out tokens per length; by default at most 32768, so many that measuring takes about a quarter of the "
         "training time",
-        check=_positive,
+        check=positive,
         metavar="N",
     )
     eval_lengths: str = option(
         "auto",
         "lengths at which perplexity is measured; auto is the block length, and on a GPU also twice the native window",
-        check=_lengths,
+        check=length_list,
         metavar="T,T",
     )
     dtype: str = option(
@@ -304,16 +247,16 @@ class DistillConfig:
         "dtype of the frozen weights in memory; auto is float32 on a CPU, else the model's own",
         choices=DTYPES,
     )
-    workspace: int = option(256, "MB for tiles of scores", check=_positive, metavar="MB")
+    workspace: int = option(256, "MB for tiles of scores", check=positive, metavar="MB")
     memory_limit: int | None = option(
         None,
         "MB of arrays above which mlx waits for running work and frees its cache",
-        check=_positive,
+        check=positive,
         metavar="MB",
     )
-    cache_limit: int | None = option(None, "MB that mlx keeps for reuse", check=_not_negative, metavar="MB")
+    cache_limit: int | None = option(None, "MB that mlx keeps for reuse", check=not_negative, metavar="MB")
     wired_limit: int | None = option(
-        None, "MB that the system never moves out of memory (Apple GPUs)", check=_positive, metavar="MB"
+        None, "MB that the system never moves out of memory (Apple GPUs)", check=positive, metavar="MB"
     )
     resume: bool = option(False, "continue from the last checkpoint in --output")
     overwrite: bool = option(False, "replace the run that --output already holds")
@@ -345,27 +288,13 @@ def _complaint(item: dataclasses.Field[Any], value: Any) -> str | None:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if type(value) is not kind and not (kind is float and numeric):
         return f"must be a {kind.__name__}, not a {type(value).__name__}"
-    if kind is float and not _is_finite(value):
+    if kind is float and not is_finite(value):
         return "must be a finite number"
     if kind is int and abs(value) > most:
         return f"must be at most {most}"
-    if kind is str and not _is_utf8(value):
+    if kind is str and not is_utf8(value):
         return "must be UTF-8 text"
     return check(value) if check else None
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # of an integer
-        return False
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:  # a byte of the command line that is not UTF-8
-        return False
 
 
 def flag(name: str) -> str:
@@ -384,67 +313,3 @@ def type_of(item: dataclasses.Field[Any]) -> type:
     if isinstance(hint, types.UnionType):
         hint = next(part for part in hint.__args__ if part is not type(None))
     return typing.cast(type, hint)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, checked by name and type.
-
-    Raises:
-        UserError: the file cannot be read, or an option is unknown (the message names the nearest one) or has a
-            value of another type.
-    """
-    value = files.read_yaml(path)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold `option: value` lines, not a {type(value).__name__}")
-    return {str(key).replace("-", "_"): _checked(path, str(key), value) for key, value in value.items()}
-
-
-def _checked(path: str | Path, key: str, value: Any) -> Any:
-    """The value of an option in a YAML file, in the option's type; UserError if it has another type."""
-    options = {item.name: item for item in dataclasses.fields(DistillConfig)}
-    name = key.replace("-", "_")
-    if name not in options:
-        near = difflib.get_close_matches(name[:100], options, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see mlx_linearard.distill --help"
-        raise UserError(f"{path}: there is no option {quoted(key)}{hint}")
-    kind = type_of(options[name])
-    if value is None and options[name].default is None:
-        return None
-    if kind is str and name in ("layers", "eval_lengths", "compare") and isinstance(value, int | list):
-        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        value = _number(value)  # YAML 1.1 reads 3e-4 as a word
-    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{path}: {name} must be a {kind.__name__}, not {quoted(value)}")
-    return value
-
-
-def _number(value: int | str) -> Any:
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
-
-
-def quoted(value: Any) -> str:
-    """A value quoted for a message, shortened if it is long."""
-    return shortened(repr(value))
-
-
-def shortened(value: Any) -> str:
-    """A value for a message, shortened if it is long, in characters that any terminal prints."""
-    if isinstance(value, int) and abs(value) > LARGEST_COUNT:
-        return "the given number"  # Python refuses to write integers of thousands of digits
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def to_yaml(config: DistillConfig) -> str:
-    """The configuration as a YAML file that `--config` reads back to the same."""
-    body = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    for passing in ("resume", "overwrite", "dry_run", "force"):
-        body.pop(passing)
-    return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
