@@ -31,9 +31,15 @@ Progress = Callable[[str], None]
 
 
 def cache_directory() -> Path:
-    """The folder of converted default models: mlx-linearard in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of converted default models: mlx-linearard in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises UserError if neither is known.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "mlx-linearard"
+    try:
+        return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "mlx-linearard"
+    except RuntimeError:
+        raise UserError("this user has no home folder: set HOME or XDG_CACHE_HOME to a folder") from None
 
 
 def default_model(progress: Progress | None = None) -> Path:

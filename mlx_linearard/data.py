@@ -5,11 +5,13 @@ Text is read and tokenized in pieces, so memory does not grow with the length of
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
 import itertools
 import lzma
+import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,19 +193,47 @@ def _with_end(pieces: Iterator[list[int]], end: list[int]) -> Iterator[list[int]
     yield end
 
 
+@contextlib.contextmanager
+def tokenizer_errors(subject: str) -> Iterator[None]:
+    """Turn any failure of the tokenizer libraries in the block into a UserError that starts with `subject`.
+
+    The tokenizers library raises bare Exceptions. When its Rust code panics, it prints on standard error and raises
+    pyo3's PanicException, which is not an Exception.
+    """
+    try:
+        with _no_standard_error():
+            yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{subject}: {one_line(error)[:200]}") from None
+
+
+@contextlib.contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Drop what is written to standard error while the block runs, by code in any language."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
     """The token ids of `text`, with the special tokens that the tokenizer adds if `special`.
 
     Lone surrogates become U+FFFD. Raises UserError if the tokenizer fails.
     """
-    try:
+    with tokenizer_errors("the tokenizer failed on text; is its tokenizer.json damaged? The cause"):
         ids = list(tokenizer.encode(without_surrogates(text), add_special_tokens=special))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are not even that
-        raise UserError(
-            f"the tokenizer failed on text: {one_line(error)[:200]}; is its tokenizer.json damaged?"
-        ) from None
     if ids and max(ids) > np.iinfo(np.int32).max:
         raise UserError(
             f"the tokenizer makes token {max(ids)}, a number that no model has; is its tokenizer.json damaged?"

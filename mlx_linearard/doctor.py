@@ -16,6 +16,7 @@ import numpy as np
 
 from .cli import Parser, run_command
 from .convert.default_model import cache_directory
+from .errors import UserError
 from .machine import measure_machine
 from .ops.relation import relation_kl
 
@@ -37,10 +38,17 @@ def examine() -> dict[str, Any]:
         "matmul_gflops": round(machine.gflops, 1),
         "exp_ns": round(_exp_ns(), 3),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
-        "model_cache": str(cache_directory()),
+        "model_cache": _model_cache(),
         "self_test": self_test(machine.gpu),
         "hint": machine.hint,
     }
+
+
+def _model_cache() -> str:
+    try:
+        return str(cache_directory())
+    except UserError as error:
+        return f"none: {error}"
 
 
 def _version(name: str) -> str | None:

@@ -26,3 +26,15 @@ def test_a_wrong_loss_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, wrong
     right = doctor.relation_kl
     monkeypatch.setattr(doctor, "relation_kl", lambda *a, **k: wrong(right(*a, **k)))
     assert doctor.run(["--json"]) == 1
+
+
+def test_a_user_without_a_home_folder_is_examined_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_home() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(doctor.cache_directory.__globals__["Path"], "home", no_home)
+    assert doctor.run([]) == 0
+    assert "model cache      none: this user has no home folder: set HOME" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def parser() -> Parser:
         help=f"tokens of text per length, for ppl and fidelity ({api.TOKENS})")  # fmt: skip
     add("--stride", metavar="N", type=integer(0), default=0, help="ppl: slide the window by N tokens (0: side by side)")
     add("--depths", metavar="P,P", help=f"passkey: per cent of the text before the key ({','.join(map(str, DEPTHS))})")
-    add("--samples", metavar="N", type=integer(1), default=api.SAMPLES,
+    add("--samples", metavar="N", type=integer(1, 100_000), default=api.SAMPLES,
         help=f"prompts per task, length and depth ({api.SAMPLES})")  # fmt: skip
     add("--tasks", metavar="A,B", help="of ruler: niah_single_1, vt, ... (all that have data)")
     add("--limit", metavar="N", type=integer(1), help="only the first N items of choice and lambada")
@@ -119,7 +120,7 @@ class Request:
             suites=_names("--suite", given.suite, tuple(SUITES)),
             data=tuple(map(_parse_data, given.data)),
             lengths=_numbers("--lengths", given.lengths, 2) if given.lengths else (),
-            depths=_numbers("--depths", given.depths, 0) if given.depths else DEPTHS,
+            depths=_numbers("--depths", given.depths, 0, 100) if given.depths else DEPTHS,
             tasks=_names("--tasks", given.tasks, tuple(TASKS)) if given.tasks else (),
             given=given,
         )
@@ -240,21 +241,21 @@ def _parse_data(text: str) -> tuple[str, str]:
     return (name, source) if equals and name in (*SUITES, *QA_TASKS) else ("", text)
 
 
-def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+def _numbers(option: str, text: str, least: int, most: int = LARGEST) -> tuple[int, ...]:
     """The whole numbers of `1,2,3`, each once, ascending."""
-    parse = integer(least, LARGEST)
+    parse = integer(least, most)
     try:
         return tuple(sorted({parse(part.strip()) for part in text.split(",")}))
     except argparse.ArgumentTypeError:
         raise UserError(
-            f"{option} {text[:80]}: must be whole numbers from {least} to {LARGEST}, such as {least},{least + 2048}"
+            f"{option} {text[:80]}: must be whole numbers from {least} to {most}, such as {least},{least + 50}"
         ) from None
 
 
 def named_directory(text: str) -> Directory:
     """The directory of `DIR` or `NAME=DIR`."""
     name, equals, place = text.partition("=")
-    if equals and name and "/" not in name and not Path(text).exists():
+    if equals and name and "/" not in name and not os.path.exists(text):  # noqa: PTH110 - a name may be too long for Path
         if not place:
             raise UserError(f"{text} names no directory: give NAME=DIR")
         return open_directory(place, name)
@@ -268,6 +269,8 @@ def evaluation_of(given: argparse.Namespace) -> Evaluation:
         raise UserError("give one of --model DIR and --run RUN; see mlx_linearard.evaluate --help")
     directories = api.run_directories(given.run) if given.run else [named_directory(given.model)]
     directories += [named_directory(text) for text in given.against]
+    if given.out == "":
+        raise UserError("--out is empty: give the name of a file")
     out = Path(given.out) if given.out else RunDir(given.run).results if given.run else Path("results.json")
     reference = _reference(given, directories) if "fidelity" in request.suites else None
 

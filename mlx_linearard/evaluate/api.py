@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..config import objectives_of
 from ..data import Document, read_pieces
-from ..errors import UserError, one_line
-from ..files import RunDir
+from ..errors import UserError
+from ..files import RunDir, read_yaml
 from .model import Directory, Subject, load_subject, open_directory
 from .runner import Progress, run_suite
 from .suites.choice import Choice, check_choice
@@ -225,19 +224,16 @@ def run_directories(root: str | Path) -> list[Directory]:
     for own in runs.values():
         if not own.model.is_dir() or not own.base.is_dir():
             raise UserError(f"--run {own.root} holds no finished run: give the --output of a finished distillation")
-    if not native:
+    if not isinstance(native, str) or not native:
         raise UserError(f"{run.config} does not name the native model: give directories with --model")
-    places: list[tuple[str, Any]] = [(label, own.model) for label, own in runs.items()]
+    places: list[tuple[str, str | Path]] = [(label, own.model) for label, own in runs.items()]
     places += [("scaled", next(iter(runs.values())).base), ("native", native)]
     return [open_directory(place, label) for label, place in places]
 
 
 def _origin(path: Path) -> tuple[Any, tuple[str, ...]]:
     """(the native model, the objectives of a comparison) from a run's config.yaml."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    config = read_yaml(path)
     if not isinstance(config, dict):
         return "", ()
     return config.get("model"), objectives_of(config.get("compare"))

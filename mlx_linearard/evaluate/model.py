@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from ..data import Document, check_ids, encode, first_token, tokenize
+from ..data import Document, check_ids, encode, first_token, tokenize, tokenizer_errors
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
 from ..machine import on_gpu
@@ -97,7 +97,8 @@ class Directory:
         raise UserError(f"{self.path} names neither a first nor an end-of-text token: a text without context needs one")
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids)))
+        with tokenizer_errors(f"the tokenizer of {self.path} failed on tokens"):
+            return str(self.tokenizer.decode(list(ids)))
 
     def fingerprint(self) -> str:
         """A hash of config, file sizes and times, which changes if the directory changes."""

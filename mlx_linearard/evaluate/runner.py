@@ -196,9 +196,11 @@ def check(job: Evaluation) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"two directories are called {label}: name them, as in --against NAME=DIR")
-        if label in NOT_MODELS:
-            raise UserError(f"a directory cannot be called {label}: name it, as in --model NAME=DIR")
+        if label in NOT_MODELS or not label.isprintable():
+            raise UserError(f"a directory cannot be called {label!a}: name it, as in --model NAME=DIR")
     everything = [*job.directories, *([job.reference] if job.reference else [])]
+    for directory in everything:
+        directory.encode("")  # raises if the tokenizer cannot encode
     same_tokenizer(everything)
     read_results(job.out)
 

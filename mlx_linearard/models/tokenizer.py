@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
+from ..data import tokenizer_errors
 from ..errors import UserError, one_line
 from ..files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, read_json, read_object
 
@@ -51,21 +51,6 @@ class Rebuilt:
 
 
 # -- check and load --
-
-
-@contextmanager
-def tokenizer_errors(subject: str) -> Iterator[None]:
-    """Turn any failure of the tokenizer libraries into a UserError that starts with `subject`.
-
-    The tokenizers library raises bare Exceptions. When its Rust code panics it raises pyo3's PanicException, which
-    is not an Exception.
-    """
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"{subject}: {one_line(error)[:200]}") from None
 
 
 def check_tokenizer(directory: Path) -> None:

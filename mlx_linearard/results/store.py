@@ -23,7 +23,9 @@ def read_results(path: Path) -> Results:
 
     Raises UserError if the file cannot be read or a value in it is not what belongs there.
     """
-    return Results.from_json(read_json(path), Field(path)) if path.exists() else Results()
+    with reading(path):
+        exists = path.exists()
+    return Results.from_json(read_json(path), Field(path)) if exists else Results()
 
 
 def write_results(path: Path, results: Results) -> Results:
@@ -79,12 +81,16 @@ class ItemLog:
         """
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.path):
-            text, records = self._text(), self.read()
-            undamaged = "".join(map(_line, records.values()))
-            if text != undamaged:
-                write_text(self.path, undamaged)
-            yield
+        try:
+            with locked(self.path):
+                text, records = self._text(), self.read()
+                undamaged = "".join(map(_line, records.values()))
+                if text != undamaged:
+                    write_text(self.path, undamaged)
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                self.path.parent.rmdir()
 
     def read(self) -> dict[str, Record]:
         """Records by item, without lines that were damaged or cut while they were written."""

@@ -205,7 +205,7 @@ def test_directories_of_one_name_must_be_named(model_dir: Path, capsys, tmp_path
     line = complaint(["--model", str(model_dir), "--against", str(again), "--suite", "ppl", "--data", "x"], capsys)
     assert "two directories are called tiny" in line
     line = complaint(["--model", f"export={again}", "--suite", "ppl", "--data", "x"], capsys)
-    assert "cannot be called export" in line
+    assert "cannot be called 'export'" in line
 
 
 def test_sets_of_one_name_are_refused(model_dir: Path, items: Path, tmp_path: Path, capsys) -> None:
