@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,14 +36,14 @@ from ..distributed.ranks import ALONE, Ranks
 from ..distributed.watchdog import BEGIN
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
-from ..files import RunDir, read_config, reading
+from ..files import RunDir
 from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
 from ..models.adapters import drop_rows
 from ..models.directory import resolve
 from ..models.pair import Pair, load_pair
 from ..models.tokenizer import tokenizer_of
 from ..models.trees import named_arrays
-from ..models.weights import check_finite, weight_files
+from ..models.weights import check_finite, hash_of_model
 from . import checkpoint
 from .best import reference_length, score
 from .listener import Listener
@@ -315,23 +314,6 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> 
         **({"long_seq_len": sizing.long_seq_len} if sizing.long_seq_len else {}),
         **({"long_data": hash_of(text.long)} if text.long is not None else {}),
     }
-
-
-EDGE = 1 << 20  # bytes
-
-
-def hash_of_model(path: Path) -> str:
-    """A short hash of a model: its config, and of each weight file the length and the first and last MiB."""
-    digest = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
-    for weights in weight_files(path):
-        with reading(weights), weights.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{weights.name}:{size}:".encode())
-            file.seek(0)
-            digest.update(file.read(EDGE))
-            file.seek(max(0, size - EDGE))
-            digest.update(file.read(EDGE))
-    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------

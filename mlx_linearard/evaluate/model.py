@@ -27,7 +27,7 @@ from ..models.directory import check_config, check_model_dir, resolve
 from ..models.pair import load_frozen
 from ..models.shape import Shape
 from ..models.tokenizer import check_tokenizer, tokenizer_of
-from ..models.weights import weight_files
+from ..models.weights import hash_of_model, weight_files
 from ..ops.logits import token_nll
 from ..rope import native_window
 
@@ -101,10 +101,10 @@ class Directory:
             return str(self.tokenizer.decode(list(ids)))
 
     def fingerprint(self) -> str:
-        """A hash of config, file sizes and times, which changes if the directory changes."""
+        """A hash of the model's content, and of the sizes and times of its files and its tokenizer's files."""
         files = [*weight_files(self.path), *(self.path / name for name in TOKENIZER_FILES)]
         states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
-        return digest([self.config, states])
+        return digest([hash_of_model(self.path), states])
 
 
 def digest(value: Any) -> str:

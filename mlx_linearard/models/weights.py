@@ -6,8 +6,10 @@ them all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, one_line
-from ..files import WEIGHTS, WEIGHTS_INDEX, check_file, read_object, reading
+from ..files import WEIGHTS, WEIGHTS_INDEX, check_file, read_config, read_object, reading
 from .dtypes import DTYPES
 
 NAMED = 20  # bad tensors that a message names before it counts the rest
@@ -222,3 +224,22 @@ def is_finite(array: mx.array) -> bool:
         return True
     flat = array.reshape(-1)
     return all(mx.isfinite(flat[i : i + PIECE]).all().item() for i in range(0, flat.size, PIECE))
+
+
+# -- identity --
+
+EDGE = 1 << 20  # bytes at each end of a file that identify its content
+
+
+def hash_of_model(directory: Path) -> str:
+    """A short hash of a model: its config, and of each weight file the length and the first and last MiB."""
+    digest = hashlib.sha256(json.dumps(read_config(directory), sort_keys=True).encode())
+    for weights in weight_files(directory):
+        with reading(weights), weights.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{weights.name}:{size}:".encode())
+            file.seek(0)
+            digest.update(file.read(EDGE))
+            file.seek(max(0, size - EDGE))
+            digest.update(file.read(EDGE))
+    return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_a_record_of_another_suite_is_named(model_dir: Path, text_file: Path, tm
     capsys.readouterr()
     assert run_command(lambda: run(arguments)) == 2
     assert f"{log} holds a record that is not valid" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_weights_that_changed_are_measured_again(model_dir: Path, items: Path, tmp_path: Path) -> None:
+    """The new weights have the size and the time of the old ones."""
+    model, out = shutil.copytree(model_dir, tmp_path / "m"), tmp_path / "results.json"
+    arguments = ["--model", str(model), "--suite", "choice", "--data", str(items), "--out", str(out)]
+    assert run(arguments) == 0
+    weights = model / "model.safetensors"
+    state, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-2] ^= 1  # of the last number
+    weights.write_bytes(content)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert run(arguments) == 0
+    assert len(list((tmp_path / "results.items").glob("*.jsonl"))) == 2
 
 
 @pytest.mark.slow
