@@ -74,7 +74,7 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
     from mlx_linearard.models.directory import check_model_dir
 
     smol = Path(options.model) if options.model else default_model()
-    check_model_dir(smol)  # a mistake is told before anything is made
+    check_model_dir(smol)  # a mistake is reported before any file is made
     wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-246m", None), ("wide-4bit", 4)))
     short, long = options.lengths
     chosen = [(smol, short, "last"), (smol, long, "last"), (smol, long, "all"),

@@ -91,7 +91,7 @@ def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
     from mlx_linearard.models.directory import check_model_dir
 
     model = Path(options.model) if options.model else default_model()
-    check_model_dir(model)  # a mistake is told once, and not by each series
+    check_model_dir(model)  # a mistake is reported once, not by each series
     return random_quantized(SHAPES[options.shape], scratch / options.shape, model) if options.shape else model
 
 
