@@ -1,4 +1,4 @@
-"""Every command, every way of getting it wrong: status 2, one line on standard error, nothing written.
+"""Every command with wrong input: status 2, one line on standard error, nothing written.
 
 Each invocation is a process of its own. `{}` in an argument is the folder of broken things that `world` makes.
 """
@@ -32,7 +32,7 @@ def commands() -> Iterator[Commands]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a text, a finished run, and what goes wrong with each."""
+    """A model, a text, a finished run, and damaged copies of each."""
     root = tmp_path_factory.mktemp("world")
     tiny_model(root / "model")
     (root / "text.txt").write_text(PROSE * 60)
@@ -274,7 +274,7 @@ def test_there_are_many() -> None:
     [pytest.param(*case, marks=[] if i % 3 == 0 else pytest.mark.slow) for i, case in enumerate(CASES)],
     ids=[f"{i}-{m.split('.')[0]}-{'_'.join(w[-2:])}" for i, (m, w) in enumerate(CASES)],
 )
-def test_a_mistake_is_told_in_one_line_and_writes_nothing(
+def test_a_mistake_prints_one_line_and_writes_nothing(
     commands: Commands, world: Path, module: str, words: list[str]
 ) -> None:
     before = tree(world)

@@ -1,4 +1,4 @@
-"""Text of every form becomes the same tokens; blocks come in an order that depends on nothing but the seed."""
+"""Text of every form becomes the same tokens; the order of blocks depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_missing_text_and_empty_folders_are_refused(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path)))
 
 
-def test_other_things_than_files_are_refused_by_name(tmp_path: Path) -> None:
+def test_names_that_are_no_text_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "dangling.txt").symlink_to("nowhere")
     (tmp_path / "file.txt").write_text("text")
@@ -128,7 +128,7 @@ def test_folders_without_permission_are_refused(tmp_path: Path) -> None:
 
 
 def test_marks_and_halves_of_characters_are_read_as_text(tmp_path: Path) -> None:
-    """A byte order mark is no part of the text; half of a surrogate pair becomes U+FFFD, a whole pair one character."""
+    """A byte order mark is not part of the text; half of a surrogate pair becomes U+FFFD."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfZw\xc3\xb6lf")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a \\ud83d b \\ude00 c \\ud83d\\ude00"}\n')
     assert list(read_documents(str(tmp_path / "a.txt"))) == ["Zwölf"]
@@ -141,14 +141,14 @@ def test_a_hub_dataset_without_the_extra_names_it() -> None:
         next(read_documents("hf:some/name"))
 
 
-def test_documents_are_ended_and_the_limit_holds() -> None:
+def test_each_document_has_an_end_token_and_the_limit_holds() -> None:
     assert tokenize(["ab", "c"], Bytes(), limit=100).tolist() == [97, 98, 256, 99, 256]
     assert tokenize(["ab", "c"], Bytes(), limit=4).tolist() == [97, 98, 256, 99]
     assert tokenize([], Bytes(), limit=4).size == 0
 
 
 # ---------------------------------------------------------------------------------------------------
-# Long texts: in pieces, with the tokens of the whole
+# Long texts: in pieces, with the tokens of the complete text
 
 LLAMA3 = "|".join([
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -180,7 +180,7 @@ def byte_level(split: str | None) -> Tokenizer:
 
 
 def sentencepiece_like() -> Tokenizer:
-    """Merges over the whole text with a space put before it, as in Llama 2."""
+    """Merges over the complete text, after a space, as in Llama 2."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -241,7 +241,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     "make", [lambda: byte_level(None), lambda: byte_level(LLAMA3), sentencepiece_like, unigram],
     ids=["gpt2", "llama3", "llama2", "unigram"],
 )  # fmt: skip
-def test_pieces_have_the_tokens_of_the_whole_text(small_pieces: None, make) -> None:
+def test_pieces_have_the_tokens_of_the_complete_text(small_pieces: None, make) -> None:
     tokenizer = Wrapped(make())
     for name, text in texts().items():
         whole = tokenizer.encode(text, add_special_tokens=False)
@@ -252,7 +252,7 @@ def test_pieces_have_the_tokens_of_the_whole_text(small_pieces: None, make) -> N
             assert tokenizer.longest <= 4000, name
 
 
-def test_pieces_of_a_file_have_the_tokens_of_the_whole_file(small_pieces: None, tmp_path: Path) -> None:
+def test_pieces_of_a_file_have_the_tokens_of_the_complete_file(small_pieces: None, tmp_path: Path) -> None:
     tokenizer = Wrapped(byte_level(None))
     tokenizer.eos_token_id = 1
     (tmp_path / "a.txt").write_text(sample_prose())
@@ -265,7 +265,7 @@ def test_pieces_of_a_file_have_the_tokens_of_the_whole_file(small_pieces: None, 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
 def test_no_more_is_read_than_the_limit_needs(tmp_path: Path, suffix: str) -> None:
-    """The file is damaged after its first megabytes, which nobody notices who needs only its beginning."""
+    """The file is damaged after its first megabytes: reading only its beginning does not fail."""
     text = (PROSE * 60_000).encode()
     packed = {"": lambda b: b, ".gz": gzip.compress, ".xz": lambda b: lzma.compress(b, preset=0)}[suffix](text)
     path = tmp_path / f"long.txt{suffix}"
@@ -285,7 +285,7 @@ def test_a_line_of_json_has_a_largest_length(tmp_path: Path, monkeypatch: pytest
 
 def test_a_text_without_any_cut_is_cut_in_the_end(small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Whole(Bytes):
-        """Every token depends on the whole text."""
+        """Every token depends on the complete text."""
 
         longest = 0
 
@@ -340,7 +340,7 @@ class Panic(BaseException):
 @pytest.mark.parametrize(
     "error", [Panic("called `Option::unwrap()`\non a `None` value"), Exception("bad"), IndexError()]
 )
-def test_a_tokenizer_that_fails_is_one_line(error: BaseException) -> None:
+def test_a_failing_tokenizer_is_one_line(error: BaseException) -> None:
     class Failing(Bytes):
         def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
             raise error
@@ -396,6 +396,6 @@ def test_windows_spread_and_held_out_text_is_not_trained_on() -> None:
     assert len(split(tokens, 900)[1]) == 200
 
 
-def test_this_python_carries_prose() -> None:
+def test_this_python_has_prose() -> None:
     text = "".join(python_prose())
     assert len(text) > 300_000 and "The following" in text

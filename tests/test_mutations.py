@@ -1,4 +1,4 @@
-"""Damaged YAML, JSONL, config.json and checkpoints: what comes out is a result or our own error, nothing else.
+"""Damaged YAML, JSONL, config.json and checkpoints: the outcome is a result or a UserError.
 
 Two thousand mutations with the slow tests, two hundred in every run. A mutation changes bytes of a sound file
 (overwrites, cuts, doubles), or puts an odd value in the place of a sound one.
@@ -46,7 +46,7 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def damaged(data: bytes, edits: list[tuple[int, str, bytes]]) -> bytes:
-    """`data` with bytes overwritten (o), cut from a place on (c) or doubled (d)."""
+    """`data` with bytes overwritten (o), cut off (c) or doubled (d)."""
     for place, kind, new in edits:
         at = place % (len(data) + 1)
         if kind == "o":
@@ -57,7 +57,7 @@ def damaged(data: bytes, edits: list[tuple[int, str, bytes]]) -> bytes:
 
 
 def replaced(value: Any, place: int, odd: Any, *, drop: bool) -> Any:
-    """A JSON value with one of its parts, at any depth, replaced by `odd` or taken away."""
+    """A JSON value with one of its parts, at any depth, replaced by `odd` or removed."""
     value = copy.deepcopy(value)
     slots = list(_slots(value))
     holder, key = slots[place % len(slots)]
@@ -76,7 +76,7 @@ def _slots(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def only_our_error(use: Callable[[], object]) -> None:
-    """Whatever `use` raises must be a UserError with something to say."""
+    """`use` may raise nothing but a UserError with a message."""
     try:
         use()
     except UserError as error:
@@ -84,7 +84,7 @@ def only_our_error(use: Callable[[], object]) -> None:
 
 
 def many(strategy: Any) -> Callable[[Callable[..., None]], Any]:
-    """Two tests of one: a few mutations in every run, all of them with the slow tests."""
+    """Two tests: one with a few mutations, and a slow one with many."""
 
     def of(check: Callable[..., None]) -> Any:
         @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "many"])
@@ -114,7 +114,7 @@ def mutant_of_json(path: Path, mutation: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound file of every kind, and a folder `mutant` for what becomes of them."""
+    """A valid file of every kind, and a folder `mutant` for the damaged copies."""
     root = tmp_path_factory.mktemp("sound")
     (root / "options.yaml").write_text(to_yaml(DistillConfig(model="a/b", steps=7, layers="0,1", eval_lengths="8,9")))
     (root / "text.jsonl").write_text("".join(json.dumps({"text": PROSE, "n": i}) + "\n" for i in range(5)))

@@ -32,9 +32,9 @@ def test_the_time_left_is_known_from_the_first_line_on(clock: list[float]) -> No
     ):
         clock[0] = now
         progress.tokens(label, done, 200)
-    told = stream.getvalue().splitlines()
+    lines = stream.getvalue().splitlines()
     left = (60, 30, 0, 360)
-    assert [line.split(", ")[-1] for line in told] == [f"{duration(s)} left" if s else "done" for s in left]
+    assert [line.split(", ")[-1] for line in lines] == [f"{duration(s)} left" if s else "done" for s in left]
 
 
 def test_a_resumed_job_counts_only_its_own_part(clock: list[float]) -> None:

@@ -32,17 +32,18 @@ from .suites.suite import Suite
 
 EPILOG = """\
 suites:
-  ppl       perplexity by length and position                   needs text
+  ppl       perplexity by length and position                    needs text
   fidelity  KL to a reference, top-1 and top-5 agreement         needs text and --reference or --against
-  choice    multiple choice, acc and acc_norm                   needs JSONL: query, choices, gold
-  lambada   last-word accuracy and perplexity                   needs JSONL: text
+  choice    multiple choice, acc and acc_norm                    needs JSONL: query, choices, gold
+  lambada   last-word accuracy and perplexity                    needs JSONL: text
   passkey   a number hidden in a long text, by depth and length  needs text
-  ruler     13 tasks of RULER (arXiv 2404.06654)                needs text; qa_1 and qa_2 need their own data
+  ruler     13 tasks of RULER (arXiv 2404.06654)                 needs text; qa_1 and qa_2 need their own data
 
 data:
   Text is a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME.
   --data FILE is for every suite without data of its own; --data choice=FILE.jsonl is for one suite. Both may be
   given several times. choice and lambada also take named sets, such as hf:hellaswag (extra `datasets`).
+  A model whose tokenizer begins a text with a first token (<s>, <bos>) reads it before each window and prompt.
   --data qa_1=QUESTIONS.jsonl,DOCUMENTS.jsonl: questions {query, outputs, doc or docs}, documents {doc, text}.
 
 examples:
@@ -84,12 +85,12 @@ def parser() -> Parser:
     add("--data", metavar="[SUITE=]SOURCE", action="append", default=[], help="text or items; see below")
     add("--out", metavar="FILE", help="the results file to merge into (results.json, or that of --run)")
     add("--lengths", metavar="T,T", help="in tokens (2048, for passkey and ruler 4096, at most the window)")
-    add("--tokens", metavar="N", type=integer(1), default=api.TOKENS,
-        help=f"tokens of text per length, for ppl and fidelity ({api.TOKENS})")  # fmt: skip
+    tokens = f"tokens of text per length, for ppl and fidelity ({api.TOKENS})"
+    add("--tokens", metavar="N", type=integer(1), default=api.TOKENS, help=tokens)
     add("--stride", metavar="N", type=integer(0), default=0, help="ppl: slide the window by N tokens (0: side by side)")
     add("--depths", metavar="P,P", help=f"passkey: per cent of the text before the key ({','.join(map(str, DEPTHS))})")
-    add("--samples", metavar="N", type=integer(1, 100_000), default=api.SAMPLES,
-        help=f"prompts per task, length and depth ({api.SAMPLES})")  # fmt: skip
+    samples = f"prompts per task, length and depth ({api.SAMPLES})"
+    add("--samples", metavar="N", type=integer(1, 100_000), default=api.SAMPLES, help=samples)
     add("--tasks", metavar="A,B", help="of ruler: niah_single_1, vt, ... (all that have data)")
     add("--limit", metavar="N", type=integer(1), help="only the first N items of choice and lambada")
     add("--seed", metavar="N", type=integer(0), default=SEED, help=f"of generated prompts ({SEED})")

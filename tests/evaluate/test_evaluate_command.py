@@ -1,4 +1,4 @@
-"""The command: results merged and never lost, a stopped run resumed, each mistake told in one line."""
+"""The command: results are merged and never lost, a stopped run resumes, and each mistake prints one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a command that ends with status 2."""
+    """The line on standard error of a command that ends with status 2."""
     assert run_command(lambda: run(arguments)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -58,8 +58,10 @@ def test_models_side_by_side(
         "--out", str(out),
     ]  # fmt: skip
     assert run(arguments) == 0
-    told = capsys.readouterr()
-    assert "choice/few acc" in told.out and "ppl, restored" in told.err and "restored" in told.out.splitlines()[0]
+    printed = capsys.readouterr()
+    assert (
+        "choice/few acc" in printed.out and "ppl, restored" in printed.err and "restored" in printed.out.splitlines()[0]
+    )
     results = json.loads(out.read_text())
     assert results["kept"] == 1 and results["native"]["perplexity"] == {"64": 3.0}  # what stood there stays
     assert results["restored"]["fidelity"]["metrics"]["kl"]["value"] > 0
@@ -79,7 +81,7 @@ def test_a_later_part_is_merged(model_dir: Path, text_file: Path, items: Path, t
     assert set(row) == {"ppl", "choice/few"} and row["choice/few"]["metrics"]["acc"]["n"] == 6
 
 
-def test_a_stopped_run_goes_on_where_it_was(
+def test_a_stopped_run_resumes(
     model_dir: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     own, measured = Choice.measure, []
@@ -116,7 +118,7 @@ def test_a_log_is_written_line_by_line(tmp_path: Path) -> None:
         assert list(log.read()) == [str(n) for n in range(i + 1)]
 
 
-def test_a_suite_is_replaced_whole_and_everything_else_kept(tmp_path: Path) -> None:
+def test_a_suite_is_replaced_and_everything_else_stays(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
 
     def results(value: dict[str, Any]) -> Results:
@@ -164,7 +166,7 @@ def test_a_finished_run_is_evaluated_into_its_own_results(
         (["--suite", "ppl", "--data", "TEXT", "--against", "/nowhere"], "/nowhere is not a model directory"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_line(
+def test_each_mistake_prints_one_line(
     model_dir: Path, text_file: Path, tmp_path: Path, more: list[str], says: str, capsys
 ) -> None:
     out = tmp_path / "results.json"
@@ -274,7 +276,7 @@ def test_hub_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_are_cut_as_the_harness_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its description of a subject, the spaces it leaves, its reading of options with commas in them."""
+    """The description of a subject, the spaces that stay, and options that contain commas."""
     mmlu = hub.SETS["mmlu"].item(
         {"question": "Q?", "choices": list("wxyz"), "answer": 0, "subject": "high_school_physics"}
     )
@@ -291,7 +293,7 @@ def test_rows_are_cut_as_the_harness_cuts_them(monkeypatch: pytest.MonkeyPatch) 
         assert item == {"query": "Question: P\nAnswer:", "choices": choices, "gold": 4}
 
 
-def test_a_set_that_is_a_script_is_read_from_what_the_hub_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_that_is_a_script_is_read_from_its_converted_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_dataset(*where, split, revision=None):
@@ -304,7 +306,7 @@ def test_a_set_that_is_a_script_is_read_from_what_the_hub_made_of_it(monkeypatch
     assert hub.load_set("mathqa") == [ROWS["mathqa"][1]] and asked == [None, "refs/convert/parquet"]
 
 
-def test_a_number_that_is_none_is_told(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_wrong_number_is_named(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     arguments = [
         "--model",
         str(model_dir),
@@ -332,6 +334,6 @@ def test_the_report_of_a_run_follows_its_evaluation(
     assert (
         run(["--run", str(root), "--suite", "ppl", "--data", str(text_file), "--lengths", "64", "--tokens", "64"]) == 0
     )
-    told = capsys.readouterr().out
-    assert "Training restored the model" in told and f"The report is {root / 'report.html'}" in told
+    printed = capsys.readouterr().out
+    assert "Training restored the model" in printed and f"The report is {root / 'report.html'}" in printed
     assert "Perplexity on the evaluation text" in (root / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Files and options that no evaluation can use: status 2 and one line on standard error, from any library in use."""
+"""Files and options that no evaluation can use: status 2 and one line on standard error, whichever library fails."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_half_a_surrogate_pair_in_items_is_replaced(model_dir: Path, tmp_path: P
         (["--stride", "1.5"], "is not a whole number from 0"),
     ],
 )  # fmt: skip
-def test_options_that_nothing_can_be_done_with(
+def test_impossible_options(
     model_dir: Path, text_file: Path, tmp_path: Path, words: list[str], says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model", str(model_dir), "--suite", "ppl", "--data", str(text_file), "--lengths", "32"]

@@ -1,4 +1,4 @@
-"""Scores held against transformers on torch in float32: item by item, and position by position."""
+"""Scores are those of transformers on torch in float32: item by item, and position by position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALED = {"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "
 
 @pytest.fixture(scope="module", params=[{}, SCALED], ids=["native", "yarn"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Any, Any]:
-    """(the model here, in transformers, and transformers' tokenizer) of one directory."""
+    """One directory as (subject, transformers model, transformers tokenizer)."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     path: Path = tiny_model(tmp_path_factory.mktemp("m") / "tiny", max_position_embeddings=512, **request.param)
@@ -107,7 +107,7 @@ def smol() -> Subject:
 
 @pytest.fixture(scope="module")
 def long_text(smol: Subject) -> np.ndarray:
-    """One window of prose that every Python carries, `LONG` tokens and the one behind them."""
+    """One window of the prose in every Python: `LONG` tokens and the next one."""
     return tokenize(python_prose(), smol.directory.tokenizer, limit=LONG + 1)
 
 

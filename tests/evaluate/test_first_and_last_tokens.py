@@ -1,4 +1,4 @@
-"""First tokens, end tokens and token borders: what the tokenizer and generation_config.json say is what is measured."""
+"""First tokens, end tokens and token borders follow the tokenizer and generation_config.json."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GEMMA = {
 
 
 def with_bos(folder: Path) -> Path:
-    """Let the tokenizer put <s> before a text, as Llama 3's does."""
+    """Make the tokenizer put <s> before a text, as Llama 3's does."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["<s>", "$A"], pair=["<s>", "$A", "<s>:1", "$B:1"], special_tokens=[("<s>", BOS)]
@@ -69,7 +69,7 @@ def log_probabilities(model: Any, tokens: list[int]) -> np.ndarray:
 
 
 def text_windows(subject: Subject, length: int) -> list[list[int]]:
-    """The four windows that a budget of four lengths has, without a first token."""
+    """The four windows of a budget of four lengths, without a first token."""
     tokens = tokenize(
         [PROSE * 60], subject.directory.tokenizer, limit=4 * max(4 * length, subject.directory.window) + 1
     )
@@ -98,7 +98,7 @@ def test_perplexity_reads_the_first_token_before_each_window(subject: Subject, p
     assert abs(expected_nats(subject, [BOS]) - expected_nats(subject, [])) > 10 * ROUNDING
 
 
-def test_gemma_has_its_first_token_whatever_the_tokenizer_does(tmp_path: Path, text: Path) -> None:
+def test_gemma_always_has_its_first_token(tmp_path: Path, text: Path) -> None:
     model = load_subject(open_directory(tiny_model(tmp_path / "gemma", **GEMMA)))
     found = perplexity(model, text, lengths=[64], tokens=256)["by_length"]["64"]
     assert math.log(found) == pytest.approx(expected_nats(model, [BOS]), abs=ROUNDING)
@@ -158,7 +158,7 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def test_a_token_across_the_border_does_not_count(merging: Subject) -> None:
-    """As in lm-evaluation-harness: context tokens are the context's own, the rest is cut from the joined text."""
+    """As in lm-evaluation-harness: first the tokens of the context alone, then the rest of the joined text's tokens."""
     directory = merging.directory
     context, whole = directory.encode("aQ:"), directory.encode("aQ: yes")
     assert len(context) == 2 and len(whole) == 4 and whole[:2] != context  # "a", "Q:" and "a", "Q", ": y", "es"
@@ -217,7 +217,7 @@ def test_each_end_token_ends_the_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["</s>", [257, "10"], [True], 1.5, {"id": 3}])
-def test_end_tokens_that_are_no_ids_are_refused(tmp_path: Path, value: Any) -> None:
+def test_end_tokens_must_be_ids(tmp_path: Path, value: Any) -> None:
     path = tiny_model(tmp_path / "m")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id must be"):

@@ -1,4 +1,4 @@
-"""Evaluations of parts add up: of directories, lengths, tasks; and every suite as a function of a model and data."""
+"""Evaluations of several directories, lengths and tasks add up; every suite is a function of a model and data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def go(models: list[str], out: Path, *more: str) -> dict[str, Any]:
-    """Run the command on NAME=DIR models, the first the one in question; what results.json then holds."""
+    """Run the command on NAME=DIR models, the first of them with --model; returns the content of results.json."""
     first, *others = models
     against = [part for other in others for part in ("--against", other)]
     assert run(["--model", first, *against, "--out", str(out), *more]) == 0
@@ -81,7 +81,7 @@ def test_lengths_and_tasks_measured_later_are_added(models: list[Path], text_fil
     assert set(ruler) == {"niah_single_1@900", "fwe@900", "average@900"} and ruler["average@900"]["n"] == 2
 
 
-def test_other_text_replaces_what_was_measured_on_the_first(models: list[Path], text_file: Path, out: Path) -> None:
+def test_a_measurement_on_other_text_replaces_the_first(models: list[Path], text_file: Path, out: Path) -> None:
     other = out.with_name("other.txt")
     other.write_text(text_file.read_text()[::-1])
     more = ["--suite", "ppl", "--tokens", "600"]
@@ -112,7 +112,7 @@ def test_shares_are_of_the_items_that_both_have() -> None:
 
 
 def test_a_log_holds_any_text(tmp_path: Path) -> None:
-    """What splits lines elsewhere (U+2028, U+0085, form feeds) is part of an answer here."""
+    """Characters that split lines elsewhere (U+2028, U+0085, form feeds) may be part of an answer."""
     log = ItemLog.beside(tmp_path / "r.json", "a", "ruler", "1")
     records = [{"id": str(i), "samples": {"x": 1.0}, "answer": f"a{c}b"} for i, c in enumerate("\u2028\x85\x0c\n\r")]
     for record in records:
@@ -128,7 +128,7 @@ def test_a_log_holds_any_text(tmp_path: Path) -> None:
 def test_a_stopped_process_measures_nothing_twice(
     models: list[Path], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
-    """The numbers are those of a run that nobody stopped, and each item was measured once."""
+    """The numbers are those of a run that was not stopped, and each item is measured once."""
     items = tmp_path / "few.jsonl"
     items.write_text("".join(json.dumps(item) + "\n" for item in ITEMS * 10))
     arguments = ["--model", f"a={models[0]}", "--suite", "choice", "--data", str(items), "--out"]
@@ -144,8 +144,8 @@ def test_a_stopped_process_measures_nothing_twice(
     process.send_signal(sent)
     assert process.wait() == status and not broken.exists()
     if sent == signal.SIGINT:
-        told = errors.read_text()
-        assert "resumes from them" in told and told.endswith("stopped\n") and "Traceback" not in told
+        printed = errors.read_text()
+        assert "resumes from them" in printed and printed.endswith("stopped\n") and "Traceback" not in printed
     assert run([*arguments, str(broken)]) == 0
     lines = _lines(tmp_path)
     assert lines[: len(measured) - 1] == measured[:-1]  # the last line may have been cut
@@ -209,7 +209,7 @@ def test_fidelity_at_several_native_lengths(models: list[Path], text_file: Path,
     assert found["kl"]["value"] == pytest.approx(mean) and found["kl"]["value"] > 0
 
 
-def test_items_of_any_packing_and_with_any_line_sign(models: list[Path], tmp_path: Path, out: Path) -> None:
+def test_compressed_items_and_any_line_ends(models: list[Path], tmp_path: Path, out: Path) -> None:
     rows = [{"query": "a\u2028b\x85c", "choices": ["x\x0cy", "z"], "gold": 0}, ITEMS[1]]
     text = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     plain, packed, other = (tmp_path / name for name in ("s.jsonl", "s.jsonl.gz", "s.jsonl.xz"))
@@ -226,7 +226,7 @@ def test_items_of_any_packing_and_with_any_line_sign(models: list[Path], tmp_pat
     assert run_command(lambda: run(["--model", str(models[0]), "--suite", "choice", "--data", str(packed)])) == 2
 
 
-def test_a_model_that_overflows_is_said_to(models: list[Path], text_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_model_that_overflows_is_named(models: list[Path], text_file: Path, tmp_path: Path, capsys) -> None:
     broken = shutil.copytree(models[0], tmp_path / "broken")
     weights = dict(mx.load(str(broken / "model.safetensors")))
     name = next(key for key in weights if "down_proj" in key)

@@ -1,4 +1,4 @@
-"""RULER's generators: the asked length, answers in the text, seeds; scoring on cases made by hand."""
+"""RULER's samples have the asked length, hold their answers and depend on the seed; scoring matches hand-made cases."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_needles_are_of_the_kinds_in_the_table(ruler: Ruler, directory: Director
         assert all(key in sample.answer_prefix for key in asked) and len(asked) == len(sample.outputs)
 
 
-def test_variables_are_assigned_in_order_behind_an_example_of_its_own(ruler: Ruler, directory: Directory) -> None:
+def test_variables_are_assigned_in_order_after_an_example(ruler: Ruler, directory: Directory) -> None:
     sample = ruler.sample(directory, "vt", 3000, 0)
     chains = re.findall(r"VAR ([A-Z]{5}) = (VAR [A-Z]{5}|\d{5})\n", sample.text)
     assert len(chains) == 10 and tuple(name for name, _ in chains[5:]) == sample.outputs
@@ -154,7 +154,7 @@ def test_scoring_matches_cases_made_by_hand() -> None:
     assert score("fwe", "one\ttwo", ["one\ntwo"]) == 1  # control characters become line ends
 
 
-def test_what_cannot_be_made_is_said(ruler: Ruler, directory: Directory, tmp_path: Path) -> None:
+def test_impossible_samples_are_refused(ruler: Ruler, directory: Directory, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs questions: give --data qa_1="):
         Ruler(ruler.prose, (3000,), ("qa_1",)).items(directory, 8192)
     with pytest.raises(UserError, match="--lengths 9000 does not fit"):
@@ -179,12 +179,12 @@ def test_what_cannot_be_made_is_said(ruler: Ruler, directory: Directory, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a grader would object to
+# Samples have one reading
 
 
 @pytest.mark.parametrize("index", range(6))
 def test_no_sample_can_be_read_in_two_ways(ruler: Ruler, directory: Directory, index: int) -> None:
-    """Each value has one key, each key as many values as it should; no answer is a part of another word."""
+    """Each value has one key, each key has its number of values, and no answer is a part of another word."""
     needle = re.compile(r"One of the special magic \w+ for (\S+) is: (\S+)\.")
     for task in [t for t in TASKS if t.startswith("niah")]:
         sample = ruler.sample(directory, task, 3000, index)
@@ -204,7 +204,7 @@ def test_no_sample_can_be_read_in_two_ways(ruler: Ruler, directory: Directory, i
 
 
 @pytest.mark.parametrize("length", [384, 512, 777, 3000])
-def test_the_three_most_frequent_are_so_at_any_length(ruler: Ruler, directory: Directory, length: int) -> None:
+def test_the_answers_are_the_most_frequent_words_at_any_length(ruler: Ruler, directory: Directory, length: int) -> None:
     for index in range(8):
         sample = ruler.sample(directory, "fwe", length, index)
         text = sample.text.split("\n")[1]
@@ -222,7 +222,7 @@ def test_lines_of_uuids_fill_any_length(ruler: Ruler, directory: Directory, leng
         assert 0.98 * length <= len(directory.encode(sample.prompt)) + 128 <= length
 
 
-def test_a_question_that_cannot_be_asked_is_passed_over(ruler: Ruler, directory: Directory) -> None:
+def test_a_question_that_cannot_be_asked_is_skipped(ruler: Ruler, directory: Directory) -> None:
     documents = {0: {"text": "Yes is not here: the answer is Oak."}, 1: {"text": "Elm it was. " + novel(4000)},
                  2: {"text": "It was Ash."}, 3: {"text": novel(3000)}}  # fmt: skip
     questions = [

@@ -1,4 +1,4 @@
-"""Suites on a tiny model: against one plain forward pass, against sums by hand, and on input that is wrong."""
+"""Suites on a tiny model agree with one plain forward pass and with sums by hand, and refuse wrong input."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ def text_tokens(subject: Subject, count: int) -> np.ndarray:
     return np.array(subject.directory.encode(PROSE * 100)[:count], np.int32)
 
 
-def test_progress_counts_a_token_for_the_work_it_is(subject: Subject) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_counts_tokens_by_their_work(subject: Subject) -> None:
+    reported: list[tuple[int, int]] = []
     run_suite(
         subject,
         Perplexity(text_tokens(subject, 801), (400,)),
-        progress=lambda _, done, total: told.append((done, total)),
+        progress=lambda _, done, total: reported.append((done, total)),
     )
     balance = subject.directory.balance
     assert math.isfinite(balance)
     one = 400 + 400**2 / (2 * balance)
     ends = range(16, 401, 16)
     expected = [800 * (before + n + n * n / (2 * balance)) / (2 * one) for before in (0, one) for n in ends]
-    assert [total for _, total in told] == [800] * len(told) and told[-1] == (800, 800)
-    assert [done for done, _ in told] == sorted({round(x) for x in expected})
-    assert told[len(ends) // 2][0] < 0.9 * 16 * (len(ends) // 2 + 1)  # the first half of an item is the lesser one
+    assert [total for _, total in reported] == [800] * len(reported) and reported[-1] == (800, 800)
+    assert [done for done, _ in reported] == sorted({round(x) for x in expected})
+    assert reported[len(ends) // 2][0] < 0.9 * 16 * (len(ends) // 2 + 1)  # the first half of an item is the lesser one
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_chunks_of_any_size_give_the_whole_prefill(subject: Subject, chunk: int) -> None:
+def test_chunks_of_any_size_agree_with_one_forward_pass(subject: Subject, chunk: int) -> None:
     tokens = text_tokens(subject, 101)
     found = Subject(subject.directory, subject.model, chunk).nll(tokens)
     expected = -log_probabilities(subject, tokens[:-1])[np.arange(100), tokens[1:]]
@@ -174,7 +174,7 @@ def test_greedy_decoding_is_the_argmax_of_a_plain_forward_pass(subject: Subject)
         tokens = [*tokens, token]
 
 
-def test_a_pass_key_stands_at_its_depth_in_the_asked_length(subject: Subject) -> None:
+def test_a_pass_key_has_its_depth_and_the_asked_length(subject: Subject) -> None:
     suite = Passkey(Prose(PROSE * 30), (400, 700), depths=(0, 50, 100), samples=2)
     for length in (400, 700):
         for depth in (0, 50, 100):
@@ -207,7 +207,7 @@ def test_an_incomplete_item_is_named(item: dict, names: str) -> None:
         check_choice(item, "f.jsonl line 3")
 
 
-def test_what_does_not_fit_the_window_is_said(subject: Subject) -> None:
+def test_items_beyond_the_window_are_refused(subject: Subject) -> None:
     long = [{"query": "x" * 2000, "choices": ["a", "b"], "gold": 0}]
     with pytest.raises(UserError, match=r"item 0 has 2002 tokens and does not fit .* 1024 tokens"):
         run_suite(subject, Choice(long))
