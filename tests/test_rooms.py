@@ -17,7 +17,7 @@ ROOMS = (
     "errors", "files", "machine", "rope", "config", "cli", "progress", "data", "ops", "models", "distributed",
     "convert", "results", "report", "evaluate", "export", "distill", "doctor",
 )  # fmt: skip
-FACADES = ("", "callable")  # the package itself, and the few lines that let a command's package be called
+FACADES = ("", "lazy")  # the package itself, and what makes packages load late
 MOST_LINES = 420
 MOST_ENTRIES = 22
 

@@ -1,4 +1,4 @@
-"""Packages that are also functions: `mlx_linearard.distill(config)` works although `distill` is a folder too."""
+"""Packages with public names that load at their first use, and packages that are also functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,25 @@ import importlib
 import inspect
 import sys
 import types
+from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package whose public names load at their first use.
+
+    homes: the module of each name, relative to the package.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{homes[name]}", package), name)
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return load, names
 
 
 class _CallablePackage(types.ModuleType):
