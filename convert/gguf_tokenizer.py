@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from ..data import tokenizer_errors
 from ..errors import UserError
-from ..models.tokenizer import CONTROL, NORMAL, Rebuilt, add_tokens, finish, sentencepiece_bpe, tokenizer_errors
+from ..models.tokenizer import CONTROL, NORMAL, Rebuilt, add_tokens, finish, sentencepiece_bpe
 from ..models.weights import plain_name
 
 # The split of GPT-2 with the digits of Llama 3 (up to three) and of Qwen 2 (one).

@@ -17,12 +17,12 @@ from ..models.quantization import Scheme, dequantize, scheme_of
 from ..models.save import (
     SHARD_BYTES,
     Tensor,
-    copy_tokenizer,
     lazy,
     link_model_files,
     model_directory,
     write_config,
 )
+from ..models.tokenizer_files import copy_tokenizer
 from ..rope import disagreement, scale_rope
 
 Progress = Callable[[str], None]
@@ -157,7 +157,7 @@ def scale(
     except ValueError as error:
         raise UserError(one_line(error)) from None
     with new_directory(target, overwrite=overwrite, sources=[directory]) as output:
-        link_model_files(directory, output)
+        link_model_files(directory, output, window=config["max_position_embeddings"])
         write_config(output, config)
     return Path(target)
 

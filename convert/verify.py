@@ -106,7 +106,9 @@ def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("--reference needs torch: pip install 'mlx-linearard[hf]'") from None
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
     with torch.no_grad():
         logits: np.ndarray = model.eval()(torch.tensor(ids)).logits.numpy()
     return logits

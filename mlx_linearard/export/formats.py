@@ -80,7 +80,8 @@ def _with_base(run: RunDir, out_dir: Path, overwrite: bool) -> Path:
     """Write adapters/ and base/ side by side, for mlx_lm.server --model base --adapter-path adapters."""
     with new_directory(out_dir, overwrite=overwrite, sources=[run.root]) as folder:
         for source in (run.adapters, run.base):
-            (folder / source.name).mkdir()
-            for file in sorted(path for path in source.iterdir() if path.is_file()):
-                link(file, folder / source.name / file.name)
+            for file in sorted(path for path in source.rglob("*") if path.is_file()):
+                copy = folder / source.name / file.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                link(file, copy)
     return out_dir

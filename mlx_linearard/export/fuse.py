@@ -16,13 +16,13 @@ from ..models.dtypes import FLOAT_NAMES
 from ..models.pair import Pair, layer_paths
 from ..models.save import (
     Tensor,
-    copy_tokenizer,
     lazy,
     link_model_files,
     model_directory,
     write_config,
     write_safetensors,
 )
+from ..models.tokenizer_files import copy_tokenizer
 from ..models.trees import named_arrays
 
 
@@ -37,7 +37,7 @@ def write_adapters(pair: Pair, target: Path, note: Mapping[str, Any]) -> None:
 def write_base(pair: Pair, target: Path) -> None:
     """Write the base model with the scaled config, which adapters need for their RoPE. Weights are linked."""
     with new_directory(target, overwrite=True) as folder:
-        link_model_files(pair.path, folder)
+        link_model_files(pair.path, folder, window=pair.scaled_config["max_position_embeddings"])
         write_config(folder, pair.scaled_config)
 
 
@@ -55,7 +55,7 @@ def write_fused(pair: Pair, target: Path) -> None:
         if isinstance(config.get(key), dict):
             config[key] = {name: value for name, value in config[key].items() if name not in fused}
     with model_directory(target, config, _handed_over(tensors), overwrite=True) as folder:
-        copy_tokenizer(pair.path, folder)
+        copy_tokenizer(pair.path, folder, window=config["max_position_embeddings"])
 
 
 def _adapter_tensors(pair: Pair, paths: list[str]) -> Iterator[Tensor]:

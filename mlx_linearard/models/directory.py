@@ -24,6 +24,7 @@ from ..files import CONFIG, read_config, reading
 from ..rope import FAMILIES, family, normalise
 from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer
+from .tokenizer_files import MORE_TEMPLATES
 from .weights import Stored, check_finite, load_lazily, refuse, same_values, stored_tensors
 
 # The files of a hub repository that are downloaded. A variant such as model.fp16.safetensors is not.
@@ -104,7 +105,7 @@ def check_links(directory: Path) -> None:
     """UserError if a link in the directory leads out of it, unless it leads to a blob of a hub cache."""
     with reading(directory):
         root = directory.resolve()
-        for path in sorted(directory.iterdir()):
+        for path in [*sorted(directory.iterdir()), *sorted(directory.glob(f"{MORE_TEMPLATES}/*"))]:
             if path.is_symlink() and not _stays(path.resolve(), root):
                 raise UserError(f"{path} is a link that leads out of its directory: replace it by the file itself")
 

@@ -18,9 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, new_directory, read_config
+from ..files import CONFIG, WEIGHTS, WEIGHTS_INDEX, new_directory, read_config
 from .directory import copied_head
 from .dtypes import DTYPE_NAMES
+from .tokenizer_files import copy_tokenizer
 from .weights import is_finite, load_lazily, stored_tensors, weight_files
 
 SHARD_BYTES = 5 << 30  # as mlx-lm
@@ -164,13 +165,6 @@ def _shards(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     return shards
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json, whichever exist, to another directory."""
-    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
 def link(source: Path, target: Path) -> None:
     """Hard-link a file (the target, if it is a symbolic link), or copy it if the file system cannot link."""
     try:
@@ -179,8 +173,10 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def link_model_files(source: Path, target: Path) -> None:
+def link_model_files(source: Path, target: Path, *, window: int | None = None) -> None:
     """Give `target` the weights, index, tokenizer and generation config of `source`; weights are linked.
+
+    `window` is the window of the model in `target`, if it is another one (see `copy_tokenizer`).
 
     Weights are written anew if they repeat the embedding as an output head, which mlx-lm refuses for some families.
     """
@@ -193,4 +189,4 @@ def link_model_files(source: Path, target: Path) -> None:
             link(path, target / path.name)
         if (source / WEIGHTS_INDEX).is_file():
             shutil.copyfile(source / WEIGHTS_INDEX, target / WEIGHTS_INDEX)
-    copy_tokenizer(source, target)
+    copy_tokenizer(source, target, window=window)

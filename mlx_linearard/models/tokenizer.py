@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,19 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..data import tokenizer_errors
 from ..errors import UserError, one_line
-from ..files import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, read_json, read_object
+from ..files import CONFIG, GENERATION_CONFIG, read_object, read_text
+from .tokenizer_files import MORE_TEMPLATES, TOKENIZER_CONFIG, check_settings
 
 # Token types: the same numbers in GGUF and in sentencepiece's ModelProto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-MORE_TEMPLATES = "additional_chat_templates"  # transformers' folder of chat templates beside the default one
 SPACE = "▁"  # sentencepiece's sign for a space
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
 # The special tokens of Llama 2's tokenizer.model, used if tokenizer_config.json names no others.
 _USUAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+
+# A text that exercises a tokenizer: words, spaces, digits, accents, other scripts, and signs of several bytes.
+PROBE = "The 1234 words,  naïve café\n\tÅngström 日本語 Привет 🤗 ﬁ½"
 
 Piece = tuple[str, float, int]  # text, score, type
 
@@ -53,19 +58,41 @@ class Rebuilt:
 # -- check and load --
 
 
+@contextmanager
+def _quiet_panics() -> Iterator[None]:
+    """Keep a panic of Rust code from printing its backtrace: standard error is discarded while the block runs."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:  # noqa: PTH123
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def check_tokenizer(directory: Path) -> None:
-    """Raise UserError if a model directory has no tokenizer, or if a file of its tokenizer is damaged."""
+    """Raise UserError if a model directory has no tokenizer, if one of its files is damaged, or if it needs code.
+
+    A damaged tokenizer.json may load and fail later, so a few characters of many kinds are encoded too.
+    """
+    check_settings(directory)
     path = directory / "tokenizer.json"
     if path.is_file():
-        with tokenizer_errors(f"{path} is damaged"):
-            Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        with tokenizer_errors(f"{path} is damaged"), _quiet_panics():
+            tokenizer = Tokenizer.from_str(text)
+            for special in (True, False):
+                with suppress(Exception):  # a text may have no tokens, but must not make Rust code panic
+                    tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=special).ids)
     elif (directory / "tokenizer.model").is_file():
         from_sentencepiece(directory / "tokenizer.model")
     elif not ((directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()):
         raise UserError(f"{directory} has no tokenizer: it needs tokenizer.json or tokenizer.model")
-    for name in TOKENIZER_FILES:
-        if name.endswith(".json"):
-            _object(directory / name)
 
 
 def tokenizer_of(directory: Path, config: Mapping[str, Any]) -> Any:
@@ -77,8 +104,9 @@ def tokenizer_of(directory: Path, config: Mapping[str, Any]) -> Any:
     from mlx_lm.utils import load_tokenizer
 
     ends = end_tokens(directory, config)
+    options = {**check_settings(directory), "trust_remote_code": False}
     with tokenizer_errors(f"the tokenizer of {directory} cannot be loaded"):
-        return load_tokenizer(directory, eos_token_ids=ends)
+        return load_tokenizer(directory, options, eos_token_ids=ends)
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
@@ -95,16 +123,6 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
         raise UserError(f"{source}: eos_token_id must be a token id or a list of token ids")
     return ids
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or an empty dict if there is no such file."""
-    if not path.is_file():
-        return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
 
 
 # -- write --
@@ -155,7 +173,7 @@ def write(directory: Path, rebuilt: Rebuilt) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat templates."""
     (directory / "tokenizer.json").write_text(rebuilt.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     text = json.dumps(rebuilt.config, indent=2, ensure_ascii=False, sort_keys=True)
-    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
     if rebuilt.chat_template:
         (directory / "chat_template.jinja").write_text(rebuilt.chat_template, encoding="utf-8")
     for name, template in rebuilt.more_templates.items():
@@ -187,7 +205,7 @@ def from_sentencepiece(path: Path) -> Rebuilt:
         )
     tokens = [text for text, _, _ in pieces]
     tokens += _add_tokens_from(tokenizer, path.with_name("added_tokens.json"), len(tokens))
-    settings = _object(path.with_name("tokenizer_config.json"))
+    settings = _settings(path.with_name(TOKENIZER_CONFIG))
     template = settings.get("chat_template")
     rebuilt = finish(
         tokenizer,
@@ -313,9 +331,14 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in defined])
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file beside tokenizer.model, or an empty dict if there is no such file."""
+    return read_object(path) if path.is_file() else {}
+
+
 def _add_tokens_from(tokenizer: Tokenizer, path: Path, count: int) -> list[str]:
     """Add the tokens of added_tokens.json, whose ids must follow the model's `count` ids without a gap."""
-    added = _object(path)
+    added = _settings(path)
     in_order = sorted(added.items(), key=lambda item: str(item[1]).zfill(12))
     new = [token for token, index in in_order if not (isinstance(index, int) and index < count)]
     if [added[token] for token in new] != list(range(count, count + len(new))):
