@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
+from ..ops.fused import Choice
 from .objective import Objective
 
 
@@ -76,6 +77,6 @@ class LongPart:
     objective: Objective  # cross-entropy alone
 
 
-def long_objective(workspace_bytes: int) -> Objective:
+def long_objective(workspace_bytes: int, attention: Choice | None = None) -> Objective:
     """Next-token cross-entropy of the student alone."""
-    return Objective(layers=(), ce_weight=1.0, workspace_bytes=workspace_bytes)
+    return Objective(layers=(), ce_weight=1.0, workspace_bytes=workspace_bytes, attention=attention)

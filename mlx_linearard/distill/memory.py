@@ -51,6 +51,7 @@ class Step:
     grad_accum: int
     workspace: int  # bytes
     gpu: bool
+    fused: bool | None = None  # whether mlx's attention runs under a gradient; None: what is known without a probe
 
     @property
     def tokens(self) -> int:
@@ -151,7 +152,7 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
         scores = attention.peak_bytes(
             step.batch, shape.heads, shape.kv_heads, step.seq_len, dim,
-            workspace=step.workspace, size=step.size, gpu=step.gpu,
+            workspace=step.workspace, size=step.size, gpu=step.gpu, fused=step.fused,
         )  # fmt: skip
         yield "attention", tokens * held * step.size, scores
     # The gradient of the input, added up from three projections and three adapters.

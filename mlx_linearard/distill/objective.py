@@ -20,6 +20,7 @@ from ..models.adapters import Leaves, holding
 from ..models.layers import Call, attention_of, enter, head, run_layer
 from ..models.pair import Pair
 from ..ops.attention import attention_in_training, attention_no_grad
+from ..ops.fused import Choice
 from ..ops.logits import cross_entropy, logits_kl
 from ..ops.mlp import in_chunks, width_of
 from ..ops.relation import relation_kl_with_grad
@@ -39,6 +40,7 @@ class Objective:
     logits_weight: float = 0.0
     ce_weight: float = 0.0
     workspace_bytes: int = 256 << 20
+    attention: Choice | None = None  # which attention runs under a gradient; None: what is known without a probe
 
     @property
     def needs_logits(self) -> bool:
@@ -240,8 +242,9 @@ class _PairedLayer:
             if self.stops:
                 return _nothing(queries, values)
             return attention_in_training(
-                queries, keys, values, scale=scale, mask=mask, workspace_bytes=self.objective.workspace_bytes
-            )
+                queries, keys, values, scale=scale, mask=mask, choice=self.objective.attention,
+                workspace_bytes=self.objective.workspace_bytes,
+            )  # fmt: skip
 
         layer = self.pair.student.layers[self.index]
         if self.dropout_seed is not None:

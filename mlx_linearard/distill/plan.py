@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .. import rope
 from ..config import DistillConfig
+from ..convert.default_model import cache_directory
 from ..distributed.ranks import ALONE, Ranks, Share
 from ..errors import UserError
 from ..files import RunDir
@@ -23,6 +24,8 @@ from ..models.directory import Checked, build, check_model_dir
 from ..models.quantization import check_trainable
 from ..models.shape import Shape
 from ..models.trees import named_modules
+from ..ops.fused import Choice
+from ..ops.probe import choice_of
 from .best import reference_length
 from .memory import FLOAT32, MemoryPlan, Step, longest, plan_memory
 from .objective import Objective, resolve_objective
@@ -177,6 +180,7 @@ class Plan:
     sizing: Sizing
     step: Step  # the sizes of a step that decide its memory, for one rank
     long_step: Step | None  # the same of its long part, if it has one
+    attention: Choice | None = None  # which attention runs under a gradient; None: what is known without a probe
 
     @property
     def run(self) -> RunDir:
@@ -276,16 +280,28 @@ def inspect_model(config: DistillConfig, path: Path) -> Inspected:
     return Inspected(path, checked, model, objective_of(config, model))
 
 
-def plan_run(config: DistillConfig, inspected: Inspected, machine: Machine, ranks: Ranks = ALONE) -> Plan:
-    """The plan of a run on `machine`. With several `ranks`, the memory is one rank's: its share of a step."""
+def plan_run(
+    config: DistillConfig,
+    inspected: Inspected,
+    machine: Machine,
+    ranks: Ranks = ALONE,
+    attention: Choice | None = None,
+) -> Plan:
+    """The plan of a run on `machine`. With several `ranks`, the memory is one rank's: its share of a step.
+
+    Args:
+        attention: which attention runs under a gradient; None: what is known without a probe.
+    """
     dtype = working_dtype(config)
     sizing = size_run(config, inspected.checked.config, machine, ranks)
     step = _step_of(config, inspected, dtype, sizing, ranks.share(sizing.grad_accum, sizing.batch_size))
+    if attention is not None:
+        step = dataclasses.replace(step, fused=attention.fused)
     long_step = _long_step(step, len(inspected.model.layers), sizing.long_seq_len)
     if long_step and not config.long_seq_len and (most := longest(long_step, machine.usable, long_step.seq_len)):
         long_step = dataclasses.replace(long_step, seq_len=most)
         sizing = dataclasses.replace(sizing, long_seq_len=most)
-    return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step)
+    return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step, attention)
 
 
 def _long_step(step: Step, layers: int, length: int) -> Step | None:
@@ -334,7 +350,7 @@ def _step_of(config: DistillConfig, inspected: Inspected, dtype: str | None, siz
         weights=weight_bytes(checked.arrays, dtype),
         trained=FLOAT32 * sum(_trained_numbers(layer, keys, config) for layer in model.layers[:trained]),
         rank=0 if config.fine_tune_type == "full" else config.lora_rank * len(keys),
-        size=activation_size(checked.arrays, dtype),
+        size=activation_dtype(checked.arrays, dtype).size,
         layers=layers,
         supervised=len(objective.layers),
         relations=objective.relations,
@@ -347,6 +363,16 @@ def _step_of(config: DistillConfig, inspected: Inspected, dtype: str | None, siz
     )
 
 
+def attention_choice(config: DistillConfig, inspected: Inspected) -> Choice | None:
+    """Which attention runs under a gradient on this machine, by a probe; None if nothing is known."""
+    dtype = activation_dtype(inspected.checked.arrays, working_dtype(config))
+    try:
+        folder = cache_directory()
+    except (UserError, RuntimeError):  # no home folder: nothing is kept
+        folder = None
+    return choice_of(dtype, Shape.of(inspected.checked.config).head_dim, folder)
+
+
 def weight_bytes(arrays: Mapping[str, mx.array], dtype: str | None) -> int:
     """Bytes of a model's arrays in memory, with floating-point arrays in `dtype`."""
 
@@ -357,11 +383,12 @@ def weight_bytes(arrays: Mapping[str, mx.array], dtype: str | None) -> int:
     return sum(array.size * size(array) for array in arrays.values())
 
 
-def activation_size(arrays: Mapping[str, mx.array], dtype: str | None) -> int:
-    """Bytes per number of an activation: the size of the weights' dtype in memory, the widest if they differ."""
+def activation_dtype(arrays: Mapping[str, mx.array], dtype: str | None) -> mx.Dtype:
+    """The dtype of activations: that of the weights in memory, the widest if they differ."""
     if dtype is not None:
-        return getattr(mx, dtype).size
-    return max((a.dtype.size for a in arrays.values() if mx.issubdtype(a.dtype, mx.floating)), default=FLOAT32)
+        return getattr(mx, dtype)
+    floating = (a.dtype for a in arrays.values() if mx.issubdtype(a.dtype, mx.floating))
+    return max(floating, key=lambda floating: floating.size, default=mx.float32)
 
 
 def _trained_numbers(layer: nn.Module, keys: set[str], config: DistillConfig) -> int:

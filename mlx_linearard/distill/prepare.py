@@ -50,7 +50,7 @@ from .listener import Listener
 from .long import LongBlocks, LongPart, long_objective
 from .objective import Objective
 from .place import check_not_in_use, check_output
-from .plan import Plan, Sizing, inspect_model, objective_of, plan_run, trained_layers
+from .plan import Plan, Sizing, attention_choice, inspect_model, objective_of, plan_run, trained_layers
 from .step import Schedule, TrainState
 from .timing import held_out_windows
 
@@ -173,7 +173,8 @@ def make_plan(
         set_limits(memory_limit=config.memory_limit, cache_limit=config.cache_limit, wired_limit=config.wired_limit)
         path = _model_path(config, listener, ranks)
         inspected = inspect_model(config, path)
-        plan = plan_run(config, inspected, machine or _measured_machine(config, ranks), ranks)
+        attention = None if machine else attention_choice(config, inspected)
+        plan = plan_run(config, inspected, machine or _measured_machine(config, ranks), ranks, attention)
         for line in plan.lines():
             listener.say(line)
         plan.check()
@@ -268,13 +269,13 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
         sizing=sizing,
         machine=plan.machine,
         pair=pair,
-        objective=objective_of(config, pair.student),
+        objective=dataclasses.replace(objective_of(config, pair.student), attention=plan.attention),
         schedule=_schedule(config, sizing),
         text=text,
         blocks=blocks_of(config, sizing, text),
         identity=_identity(config, sizing, plan.path, text),
         ranks=ranks,
-        long=long_part_of(config, sizing, text, pair.tokenizer),
+        long=long_part_of(plan, text, pair.tokenizer),
     )
 
 
@@ -349,13 +350,14 @@ def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
     return Text(training, {n: cut for n, cut in by_length.items() if len(cut)}, long, first)
 
 
-def long_part_of(config: DistillConfig, sizing: Sizing, text: Text, tokenizer: Tokenizer) -> LongPart | None:
+def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | None:
     """The long part of a step, None without one; UserError if the long text is too short for one block."""
-    if not sizing.long_seq_len:
+    config, length = plan.config, plan.sizing.long_seq_len
+    if not length:
         return None
     tokens = text.training if text.long is None else text.long
-    blocks = LongBlocks.of(tokens, sizing.long_seq_len, config.seed, tokenizer.eos_token_id, text.first)
-    return LongPart(config.long_weight, blocks, long_objective(config.workspace << 20))
+    blocks = LongBlocks.of(tokens, length, config.seed, tokenizer.eos_token_id, text.first)
+    return LongPart(config.long_weight, blocks, long_objective(config.workspace << 20, plan.attention))
 
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
@@ -377,7 +379,7 @@ def check_text(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = A
         tokenizer = tokenizer_of(plan.path, plan.native)
         text = read_text(few, tokenizer, listener or Listener())
         blocks_of(plan.config, plan.sizing, text)
-        long_part_of(plan.config, plan.sizing, text, tokenizer)
+        long_part_of(plan, text, tokenizer)
 
 
 def _enough(plan: Plan) -> int:

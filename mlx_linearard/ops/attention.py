@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..machine import on_gpu
+from .fused import Choice, has_linear_kernel, is_linear, trains_fused
 from .tiling import FLOAT32, MASKED, Tiles, best_tiles, check_workspace, first, in_order, row_sizes, untraced, usable
 
 
@@ -85,7 +86,7 @@ def attention_no_grad(
     queries, keys, values = (mx.stop_gradient(a) for a in (queries, keys, values))
     if not on_gpu() or call.mask is not None or window is not None:
         return call.forward(queries, keys, values)[0]
-    if _mlx_is_linear(queries, values):
+    if is_linear(queries, values):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
     return call.fused_rows(queries, keys, values, workspace)
 
@@ -97,30 +98,18 @@ def attention_in_training(
     *,
     scale: float,
     mask: mx.array | str | None = None,
+    choice: Choice | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
-    """`attention`, or mlx's fused kernel if it is known to hold no scores in the backward pass either.
+    """`attention`, or mlx's fused kernel if it holds no scores in the backward pass either.
 
-    That is so on CUDA in half precision. There the gradient of the kernel is about as exact as the dtype (an error
-    of 0.5 % in bfloat16, against 0.2 % of `attention`), and many times faster.
+    `choice` is what a probe found on this machine (ops/probe.py). Without one the kernel is used on CUDA in half
+    precision: there its gradient is about as exact as the dtype (an error of 0.5 % in bfloat16, against 0.2 % of
+    `attention`), and many times faster.
     """
-    fused = on_gpu() and _mlx_is_linear(queries, values) and not isinstance(mask, mx.array)
-    if fused:
+    if trains_fused(queries, values, choice) and not isinstance(mask, mx.array):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
     return attention(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
-
-
-def has_linear_kernel(dim: int, dim_v: int, *, half: bool) -> bool:
-    """Whether mlx's kernel is known to hold no scores on a GPU, with or without a gradient.
-
-    This was measured on CUDA in half precision.
-    """
-    return not mx.metal.is_available() and half and dim == dim_v and dim <= 128 and dim % 8 == 0
-
-
-def _mlx_is_linear(queries: mx.array, values: mx.array) -> bool:
-    half = queries.dtype in (mx.float16, mx.bfloat16)
-    return has_linear_kernel(queries.shape[-1], values.shape[-1], half=half)
 
 
 @dataclass(frozen=True)
@@ -369,15 +358,28 @@ def choose_tiles(
 
 
 def peak_bytes(
-    batch: int, heads: int, kv_heads: int, length: int, dim: int, *, workspace: int, size: int, gpu: bool
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    dim: int,
+    *,
+    workspace: int,
+    size: int,
+    gpu: bool,
+    fused: bool | None = None,
 ) -> int:
     """The most memory that the backward pass of `attention_in_training` holds, in bytes; `size` per input number.
+
+    `fused` is the choice of a probe; None is no probe.
 
     That is 0 if mlx's kernel does the work. Else each head of a tile holds scores, P, dP and dS, the stacked rows of
     q, dO and O, the running dK and dV, and dQ (in parts, and joined). The finished gradients of the other heads are
     as large as q, k and v together.
     """
-    if gpu and has_linear_kernel(dim, dim, half=size < FLOAT32):
+    if fused is None:
+        fused = gpu and has_linear_kernel(dim, dim, half=size < FLOAT32)
+    if fused:
         return 0
     group, dims = heads // kv_heads, 2 * dim
     tiles = choose_tiles(batch, kv_heads, group, length, length, dim, dim, workspace, gpu)
