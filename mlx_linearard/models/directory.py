@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
-from ..rope import FAMILIES, family, normalise
+from ..rope import FAMILIES, family, ignored_setting, normalise
 from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer
 from .tokenizer_files import MORE_TEMPLATES
@@ -96,7 +96,10 @@ def check_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory / CONFIG}: tie_word_embeddings must be true or false")
     try:
         family(config)
-        return normalise(config)
+        config = normalise(config)
+        if reason := ignored_setting(config):
+            raise ValueError(reason)
+        return config
     except ValueError as error:
         raise UserError(f"{directory / CONFIG}: {one_line(error)}") from None
 

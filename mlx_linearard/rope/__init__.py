@@ -6,6 +6,7 @@ from .families import FAMILIES, METHODS, Family, family, native_window
 from .frequencies import attention_factor, inverse_frequencies
 from .parameters import normalise, rotary_dims
 from .scale import disagreement, scale_rope
+from .settings import ignored_setting
 
 __all__ = [
     "FAMILIES",
@@ -14,6 +15,7 @@ __all__ = [
     "attention_factor",
     "disagreement",
     "family",
+    "ignored_setting",
     "inverse_frequencies",
     "native_window",
     "normalise",

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from .families import family_or_default, native_window
-from .parameters import FULL, SLIDING, normalise, read, rotary_dims, yarn_attention_factor
+from .parameters import normalise, read, rotary_dims, yarn_attention_factor
+from .settings import FULL, SLIDING
 from .values import positive
 
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # the defaults of beta_fast and beta_slow

@@ -13,11 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .families import SLIDING_ON_ALL_LAYERS, Family, family_or_default, native_window, window_binds
+from .settings import FULL, SLIDING, state_defaults
 from .values import mapping, number, positive
-
-# Layer types, as rope_parameters names them.
-FULL = "full_attention"
-SLIDING = "sliding_attention"
 
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0  # the defaults of low_freq_factor and high_freq_factor
 _INTEGERS = ("original_max_position_embeddings",)
@@ -27,13 +24,14 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `config` with RoPE in both spellings, so that stock mlx-lm and transformers read the same.
 
     The copy has `rope_theta`, `rope_scaling` (None, or with `type` and `rope_type`) and `rope_parameters` (per
-    layer type for the nested families). Precedence is that of transformers 5. Normalising twice gives the same
-    as once. ValueError if a value has the wrong type.
+    layer type for the nested families). Precedence is that of transformers 5. Defaults that the two libraries do not
+    share are stated. Normalising twice gives the same as once. ValueError if a value has the wrong type.
     """
     result = copy.deepcopy(dict(config))
     kind = family_or_default(config)
     full, sliding = read(result, kind)
     write(result, kind, full, sliding)
+    state_defaults(result)
     _state_full_attention(result)
     if "moe" in str(config.get("model_type")) and "num_local_experts" in result:
         result.setdefault("num_experts", result["num_local_experts"])  # transformers 5 writes only the former

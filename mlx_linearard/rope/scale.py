@@ -20,6 +20,7 @@ from .families import (
 )
 from .frequencies import YARN_FAST, YARN_SLOW, frequencies
 from .parameters import LLAMA3_HIGH, LLAMA3_LOW, normalise, read, rotary_dims, write
+from .settings import ignored_setting
 from .values import number, positive
 
 
@@ -81,7 +82,7 @@ def disagreement(config: Mapping[str, Any]) -> str | None:
     config = normalise(config)
     kind = family_or_default(config)
     full, sliding = read(config, kind)
-    return _window_disagreement(config) or _rope_disagreement(config, kind, full, sliding)
+    return ignored_setting(config) or _window_disagreement(config) or _rope_disagreement(config, kind, full, sliding)
 
 
 def _ramp(method: str, fast: float | None, slow: float | None) -> dict[str, float]:

@@ -196,6 +196,21 @@ def test_configs_that_are_refused(source, text, said):
     refused(source, said)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'silu' only, and the config has 'gelu'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, "layer_types"),
+        ({"quantize_activations": True}, "quantize_activations"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_settings_that_mlx_lm_ignores_are_refused_by_name(source, changes, said):
+    (source / "config.json").write_text(json.dumps({**tiny.config(), **changes}))
+    refused(source, said)
+
+
 def test_no_code_of_the_model_runs(source):
     marker = source.parent.parent / f"{source.parent.name}-ran"
     (source / "evil.py").write_text(f"open({str(marker)!r}, 'w')")

@@ -1,0 +1,157 @@
+"""Config keys beside RoPE that change what a model computes, and the values for which mlx-lm computes the same.
+
+mlx-lm's model files do not read many keys of a Hugging Face config, and read a few that transformers does not.
+The tables here name those keys for each family of `FAMILIES`, from the code of mlx-lm 0.32 and transformers 5.23.
+A key with any other value is refused by name, because the logits would differ silently. A key that is missing or
+null has the default of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .families import window_binds
+
+# Layer types, as layer_types and rope_parameters name them.
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+SILU = ("silu", "swish")
+GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh", "gelu_accurate")  # one function
+OFF = (False,)
+
+Values = tuple[Any, ...]
+
+# For every family: no supported family of mlx-lm reads these.
+_ALWAYS: Mapping[str, Values] = {
+    "is_causal": (True,),
+    "use_bidirectional_attention": OFF,
+    "quantize_activations": OFF,  # mlx-lm's loader reads it
+    "rope_traditional": OFF,  # mlx-lm's own key: pairs of neighbouring dimensions, which transformers does not rotate
+}
+_SILU: Mapping[str, Values] = {"hidden_act": SILU}
+
+# family -> key -> the values for which mlx-lm and transformers compute the same.
+FIXED: Mapping[str, Mapping[str, Values]] = {
+    "llama": _SILU,
+    "mistral": {**_SILU, "attention_bias": OFF, "mlp_bias": OFF},  # mlx-lm reads its biases as llama's
+    "qwen2": _SILU,
+    "qwen3": _SILU,
+    "olmo2": {**_SILU, "mlp_bias": OFF},
+    "granite": _SILU,
+    "seed_oss": _SILU,
+    "smollm3": _SILU,
+    "olmo3": _SILU,
+    "gemma3_text": {
+        "hidden_activation": GELU_TANH,
+        "attn_logit_softcapping": (),
+        "final_logit_softcapping": (),
+    },
+    "phi3": _SILU,
+    "nemotron": {"hidden_act": ("relu2",)},
+    "mixtral": _SILU,
+    "qwen2_moe": {**_SILU, "norm_topk_prob": OFF, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    "qwen3_moe": _SILU,
+    "gemma2": {"hidden_activation": GELU_TANH},
+    "phi": {"hidden_act": GELU_TANH, "qk_layernorm": OFF},
+    "cohere": _SILU,
+    "glm4": {**_SILU, "rope_traditional": (True,)},
+    "stablelm": _SILU,
+}
+
+# Families whose layer_types mlx-lm reads or follows. In any other family every layer must have full attention.
+_PATTERNED = ("gemma3_text", "olmo3")
+
+# Defaults of transformers that mlx-lm does not share, for keys that configs may leave out.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {"query_pre_attn_scalar": 256, "sliding_window": 4096},
+    "granite": {
+        "attention_multiplier": 1.0,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "olmo3": {"sliding_window": 4096},
+    "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "seed_oss": {"attention_bias": True},
+    "stablelm": {"use_qkv_bias": False},
+    "glm4": {"attention_bias": True},
+}
+
+
+def state_defaults(config: dict[str, Any]) -> None:
+    """Write into `config` the defaults of transformers that mlx-lm does not share.
+
+    Gemma 3's layer_types become mlx-lm's sliding_window_pattern if they repeat with a period.
+    """
+    model_type = config.get("model_type")
+    for key, value in DEFAULTS.get(str(model_type), {}).items():
+        if key not in config:
+            config[key] = list(value) if isinstance(value, list) else value
+    if model_type == "gemma3_text" and (period := _period(config.get("layer_types"))):
+        config["sliding_window_pattern"] = period
+
+
+def _period(layer_types: Any) -> int | None:
+    """The smallest n for which exactly every n-th layer has full attention; None if there is none."""
+    if not isinstance(layer_types, list) or FULL not in layer_types:
+        return None
+    period = layer_types.index(FULL) + 1
+    return period if layer_types == _pattern(len(layer_types), period) else None
+
+
+def _pattern(layers: int, period: int) -> list[str]:
+    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
+
+
+def ignored_setting(config: Mapping[str, Any]) -> str | None:
+    """The first key whose value mlx-lm and transformers compute differently, in words; None if there is none."""
+    model_type = str(config.get("model_type"))
+    for key, values in {**_ALWAYS, **FIXED.get(model_type, {})}.items():
+        value = config.get(key)
+        if value is not None and not any(value == allowed and type(value) is type(allowed) for allowed in values):
+            wanted = " or ".join(repr(allowed) for allowed in values[:1]) or "null"
+            return f"mlx-lm's {model_type} computes {key} = {wanted} only, and the config has {value!r}"
+    if model_type == "gemma2":
+        return _caps(config)
+    return _layers(config, model_type)
+
+
+def _caps(config: Mapping[str, Any]) -> str | None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        value = config.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+            return f"mlx-lm's gemma2 needs a positive {key}, and the config has {value!r}"
+    return None
+
+
+def _layers(config: Mapping[str, Any], model_type: str) -> str | None:
+    layer_types, count = config.get("layer_types"), config.get("num_hidden_layers")
+    if model_type in _PATTERNED:
+        window = config.get("sliding_window")
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            return f"mlx-lm's {model_type} needs a positive sliding_window, and the config has {window!r}"
+    if layer_types is None:
+        return None
+    if not isinstance(layer_types, list) or (isinstance(count, int) and len(layer_types) != count):
+        return f"layer_types must be a list with one entry for each of the {count} layers"
+    if model_type == "gemma3_text":
+        period = config.get("sliding_window_pattern", 6)
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            return f"sliding_window_pattern must be a positive integer, not {period!r}"
+        if layer_types != _pattern(len(layer_types), period):
+            return "mlx-lm's gemma3_text has full attention in every n-th layer only, which its layer_types do not say"
+        return None
+    others = [name for name in layer_types if name != FULL and not (model_type == "olmo3" and name == SLIDING)]
+    if not others or (others == [SLIDING] * len(others) and _never_slides(config, model_type)):
+        return None
+    return f"mlx-lm's {model_type} and transformers do not compute layer_types with {others[0]!r} alike"
+
+
+def _never_slides(config: Mapping[str, Any], model_type: str) -> bool:
+    """Whether sliding layers see all positions in both libraries: a window is stated, and it never binds."""
+    return config.get("sliding_window") is not None and not window_binds(config)
