@@ -23,7 +23,7 @@ from ..results.rows import COMPARISONS
 from ..results.statistics import NOISE
 from ..results.verdict import headline
 from . import api
-from .model import CHUNK, Directory, Subject, open_directory
+from .model import CHUNK, GPU_CHUNK, Directory, Subject, open_directory
 from .runner import Evaluation, evaluate
 from .suites.items import name_of
 from .suites.passkey import DEPTHS
@@ -95,7 +95,13 @@ def parser() -> Parser:
     add("--limit", metavar="N", type=integer(1), help="only the first N items of choice and lambada")
     add("--seed", metavar="N", type=integer(0), default=SEED, help=f"of generated prompts ({SEED})")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on a CPU, else the file's")
-    add("--chunk", metavar="N", type=integer(1), default=CHUNK, help=f"tokens per forward pass ({CHUNK})")
+    add("--chunk", metavar="N", type=integer(1), help=f"tokens per forward pass ({CHUNK}; on a GPU {GPU_CHUNK})")
+    add(
+        "--batch-size",
+        metavar="N",
+        type=_batch_size,
+        help="sequences of choice, lambada, passkey and ruler that are measured together (auto: sized to memory)",
+    )
     return command
 
 
@@ -224,6 +230,10 @@ SUITES: dict[str, Callable[[Request, Directory, Subject | None], list[Suite]]] =
 }
 
 
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else integer(1)(text)
+
+
 def _names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
     """The names of `a,b,c`, each once; UserError for one that is not in `choices`."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -278,7 +288,7 @@ def evaluation_of(given: argparse.Namespace) -> Evaluation:
     def suites(loaded: Subject | None) -> list[Suite]:
         return request.make(directories[0], loaded)
 
-    return Evaluation(directories, suites, out, reference, given.dtype, given.chunk)
+    return Evaluation(directories, suites, out, reference, given.dtype, given.chunk, given.batch_size)
 
 
 def _reference(given: argparse.Namespace, directories: list[Directory]) -> Directory | None:

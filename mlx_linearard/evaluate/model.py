@@ -17,12 +17,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..data import Document, check_ids, encode, first_token, tokenize, tokenizer_errors
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
-from ..machine import on_gpu
+from ..machine import machine_of_speed, on_gpu
 from ..models.directory import check_config, check_model_dir, resolve
 from ..models.pair import load_frozen
 from ..models.shape import Shape
@@ -30,13 +29,15 @@ from ..models.tokenizer import check_tokenizer, tokenizer_of
 from ..models.weights import hash_of_model, weight_files
 from ..ops.logits import token_nll
 from ..rope import native_window
+from .generation import Prompt, generate
+from .passes import FLOAT32, Passes, Tick
+from .scoring import LOGITS_BYTES, Continuations, Score, score
 
-CHUNK = 512  # positions per forward pass
-LOGITS_BYTES = 128 << 20  # of one chunk's float32 logits at most: a large vocabulary makes chunks shorter
-FLOAT32 = 4
+CHUNK, GPU_CHUNK = 512, 4096  # tokens per forward pass: enough to fill the device
+ROWS, GPU_ROWS = 64, 256  # sequences measured together at most
+BATCH, GPU_BATCH = 8192, 1 << 20  # tokens of prompts that are read together: what an interruption loses on a CPU
+CACHE_SHARE = 0.25  # of the machine's memory, for the KV caches of prompts that are read together
 PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # shows that two tokenizers differ
-
-Tick = Callable[[int], None]  # called with the number of tokens done since the last call
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class Directory:
     def first(self) -> int | None:
         """The token that a text must begin with, if there is one (see `first_token`)."""
         return first_token(self.tokenizer, self.config)
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads of a layer; 1 if unknown."""
+        try:
+            return Shape.of(self.config).heads
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return 1
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, after the first token if there is one."""
@@ -136,16 +145,39 @@ def _vocabulary(directory: Directory) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt, how many tokens may follow, and when the text of these is enough."""
+
+    tokens: Sequence[int]
+    budget: int
+    enough: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True)
 class Subject:
-    """A loaded model with its directory. All methods take one sequence, batch size 1."""
+    """A loaded model with its directory.
+
+    chunk: tokens per forward pass. batch_size: sequences measured together at most. None: sized to the machine.
+    """
 
     directory: Directory
     model: Any
-    chunk: int = CHUNK
+    chunk: int | None = None
+    batch_size: int | None = None
 
     @property
     def label(self) -> str:
         return self.directory.label
+
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """The model's forward passes, sized to the machine."""
+        gpu = on_gpu()
+        chunk = self.chunk or (GPU_CHUNK if gpu else CHUNK)
+        rows = self.batch_size or (GPU_ROWS if gpu else ROWS)
+        cache_bytes = int(CACHE_SHARE * machine_of_speed(0).usable)
+        batch = GPU_BATCH if gpu else BATCH
+        return Passes(self.model, self.directory.path, chunk, rows, batch, cache_bytes, self.directory.heads)
 
     # -----------------------------------------------------------------------------------------------
     # The three uses of the model
@@ -155,14 +187,14 @@ class Subject:
 
         The model reads its first token before them, if it has one.
         """
-        cache = make_prompt_cache(self.model)
-        self.prefill(cache, self.directory.before(tokens))
+        cache = self.passes.new_cache()
+        self.passes.prefill(cache, self.directory.before(tokens))
         ids = mx.array(np.asarray(tokens, np.int32))[None]
         size = self._logits_chunk(ids)
         for start in range(0, ids.shape[1], size):
             logits = self.model(ids[:, start : start + size], cache=cache)
             mx.eval(logits, [c.state for c in cache])
-            self._check_finite(logits)
+            self.passes.check_finite(logits)
             yield start, logits
             mx.clear_cache()
             if tick:
@@ -177,26 +209,21 @@ class Subject:
             parts.append(np.array(token_nll(logits, itself, targets, workspace_bytes=4 * LOGITS_BYTES))[0])
         return np.concatenate(parts)
 
-    def continuations(self, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether all are the model's first choice) of the last `lengths[i]` tokens of each.
+    def scores(self, items: Sequence[Continuations], wanted: Sequence[bool] | None = None) -> Iterator[list[Score]]:
+        """(log-likelihood in nats, whether all are the model's first choice) of each wanted item's continuations."""
+        return score(self.passes, items, wanted or [True] * len(items))
 
-        The common beginning of all sequences is computed once.
+    def continuations(self, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Score]:
+        """The scores of one item: of the last `lengths[i]` tokens of each of its sequences."""
+        return next(self.scores([_One(sequences, lengths)]))
+
+    def answers(self, questions: Iterable[Question], tick: Tick | None = None) -> Iterator[list[int]]:
+        """The greedy answer to each prompt, in order; prompts of similar lengths are read as one batch.
+
+        An answer stops at an end token, which is not part of it, or once it is enough.
         """
-        shared = min(_common_prefix(sequences), min(len(s) - n for s, n in zip(sequences, lengths, strict=True)) - 1)
-        cache = make_prompt_cache(self.model)
-        self.prefill(cache, sequences[0][:shared])
-        if not can_trim_prompt_cache(cache):
-            shared = 0
-        results = []
-        for sequence, length in zip(sequences, lengths, strict=True):
-            if shared == 0:
-                cache = make_prompt_cache(self.model)
-            body = sequence[shared : len(sequence) - length - 1]
-            self.prefill(cache, body)
-            results.append(self._score(cache, sequence[len(sequence) - length - 1 :]))
-            if shared:
-                trim_prompt_cache(cache, len(body) + length)
-        return results
+        ends = set(getattr(self.directory.tokenizer, "eos_token_ids", None) or ())
+        return generate(self.passes, map(self._prompt, questions), ends, tick)
 
     def greedy(
         self,
@@ -205,62 +232,24 @@ class Subject:
         tick: Tick | None = None,
         enough: Callable[[str], bool] | None = None,
     ) -> list[int]:
-        """At most `budget` tokens after `prompt`, each the model's first choice.
+        """The greedy answer to one prompt; see `answers`."""
+        return next(self.answers([Question(prompt, budget, enough)], tick))
 
-        Generation stops at an end token, which is not returned, or once `enough` is true of the text so far.
-        """
-        cache = make_prompt_cache(self.model)
-        self.prefill(cache, prompt[:-1], tick)
-        ends = set(getattr(self.directory.tokenizer, "eos_token_ids", None) or ())
-        tokens: list[int] = []
-        last = int(prompt[-1])
-        while len(tokens) < budget:
-            logits = self.model(mx.array([[last]]), cache=cache)
-            self._check_finite(logits[:, -1:])
-            last = int(mx.argmax(logits[0, -1]).item())  # type: ignore[arg-type]
-            if last in ends:
-                break
-            tokens.append(last)
-            if enough and enough(self.directory.decode(tokens)):
-                break
-        return tokens
-
-    def prefill(self, cache: list[Any], tokens: Sequence[int], tick: Tick | None = None) -> None:
-        """Put `tokens` into the cache. Their logits are not computed."""
-        ids = mx.array(np.asarray(tokens, np.int32))[None]
-        for start in range(0, len(tokens), self.chunk):
-            part = ids[:, start : start + self.chunk]
-            self.model(part, cache=cache)
-            mx.eval([c.state for c in cache])
-            mx.clear_cache()
-            if tick:
-                tick(part.shape[1])
+    def _prompt(self, question: Question) -> Prompt:
+        enough, decode = question.enough, self.directory.decode
+        tokens = [int(token) for token in question.tokens]
+        return Prompt(tokens, question.budget, enough and (lambda answer: enough(decode(answer))))
 
     # -----------------------------------------------------------------------------------------------
 
-    def _check_finite(self, logits: mx.array) -> None:
-        """UserError if logits are not finite: a score would not show it."""
-        if not mx.isfinite(logits.max(axis=-1).sum()).item():
-            raise UserError(
-                f"{self.directory.path} computes logits that are not finite: its weights are damaged, or need a "
-                "wider type, such as --dtype float32"
-            )
-
     def _logits_chunk(self, ids: mx.array) -> int:
         vocabulary = self.model(ids[:, :1]).shape[-1]  # read from the graph, nothing is computed
-        return max(1, min(self.chunk, LOGITS_BYTES // (FLOAT32 * vocabulary)))
-
-    def _score(self, cache: list[Any], tokens: Sequence[int]) -> tuple[float, bool]:
-        ids = mx.array(np.asarray(tokens, np.int32))[None]
-        logits = self.model(ids[:, :-1], cache=cache)
-        self._check_finite(logits)
-        nll = token_nll(logits, itself, ids[:, 1:]).sum()
-        greedy = (mx.argmax(logits, axis=-1) == ids[:, 1:]).all()
-        mx.eval(nll, greedy, [c.state for c in cache])
-        return -float(nll.item()), bool(greedy.item())  # type: ignore[arg-type]
+        return max(1, min(self.passes.chunk, LOGITS_BYTES // (FLOAT32 * vocabulary)))
 
 
-def load_subject(directory: Directory, *, dtype: str = "auto", chunk: int = CHUNK) -> Subject:
+def load_subject(
+    directory: Directory, *, dtype: str = "auto", chunk: int | None = None, batch_size: int | None = None
+) -> Subject:
     """Load the weights. dtype `auto` is the file's on a GPU and float32 on a CPU, where half precision is slow.
 
     Raises UserError if the weights do not fit the config.
@@ -270,7 +259,7 @@ def load_subject(directory: Directory, *, dtype: str = "auto", chunk: int = CHUN
         dtype = "" if on_gpu() else "float32"
     model = load_frozen(directory.path, config, dtype or None)
     model.eval()
-    return Subject(directory, model, chunk)
+    return Subject(directory, model, chunk, batch_size)
 
 
 def itself(logits: mx.array) -> mx.array:
@@ -278,9 +267,9 @@ def itself(logits: mx.array) -> mx.array:
     return logits
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    shortest = min(len(s) for s in sequences)
-    for i in range(shortest):
-        if any(s[i] != sequences[0][i] for s in sequences):
-            return i
-    return shortest
+@dataclass(frozen=True)
+class _One:
+    """One item of `Subject.scores`."""
+
+    sequences: Sequence[Sequence[int]]
+    lengths: Sequence[int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from ..results.fields import Field
 from ..results.rows import NOT_MODELS, Comparison, Results, Row, SuiteResult
 from ..results.statistics import compare
 from ..results.store import ItemLog, Record, read_results, update_results
-from .model import CHUNK, Directory, Subject, digest, load_subject, same_tokenizer
-from .suites.suite import Item, Suite, all_options, identity, metric_names, samples, summary
+from .model import Directory, Subject, digest, load_subject, same_tokenizer
+from .suites.suite import Done, Item, Suite, all_options, identity, left, metric_names, samples, summary
 
 Progress = Callable[[str, int, int], None]  # (label, tokens done, tokens in all), tokens weighed by their work
 
@@ -35,12 +35,12 @@ def run_suite(
     items = suite.items(subject.directory, window or subject.directory.window)
     done = log.read() if log else {}
     state = _Done(f"{suite.name}, {subject.label}", items, done, progress, subject.directory.balance)
-    for item in items:
-        if item.id not in done:
-            done[item.id] = _checked(suite.measure(subject, item, state.tick), suite, subject)
-            if log:
-                log.append(done[item.id])
-            state.finish(item)
+    measured = frozenset(done)
+    for item, record in zip(left(items, measured), suite.measure(subject, items, measured, state.tick), strict=True):
+        done[item.id] = _checked(record, suite, subject)
+        if log:
+            log.append(record)
+        state.finish(item)
     records = [done[item.id] for item in items]
     return _summary(suite, records, log), records
 
@@ -72,21 +72,30 @@ class _Done:
     Progress is in tokens, and each counts for its work: more if more tokens of its item are before it.
     """
 
-    def __init__(
-        self, label: str, items: Sequence[Item], done: Mapping[str, Any], progress: Progress | None, balance: float
-    ):
+    def __init__(self, label: str, items: Sequence[Item], done: Done, progress: Progress | None, balance: float):
         self.label, self.progress, self.balance = label, progress, balance
-        left = [item.cost for item in items if item.id not in done]
-        self.total, self.work = sum(left), sum(map(self._work, left))
-        self.before, self.within, self.reported = 0.0, 0, 0
+        self.left = [item.cost for item in left(items, done)]
+        self.total, self.work = sum(self.left), sum(map(self._work, self.left))
+        self.item, self.before = 0, 0.0  # the item that is being read, and the work of those before it
+        self.finished, self.within, self.reported = 0, 0, 0
 
     def tick(self, tokens: int) -> None:
         self.within += tokens
+        while self.item < len(self.left) - 1 and self.within >= self.left[self.item]:  # the next item of a batch
+            self.within -= self.left[self.item]
+            self._next()
         self._report(self.before + self._work(self.within))
 
     def finish(self, item: Item) -> None:
-        self.before, self.within = self.before + self._work(item.cost), 0
+        self.finished += 1
+        while self.item < self.finished:
+            self.within = 0
+            self._next()
         self._report(self.before)
+
+    def _next(self) -> None:
+        self.before += self._work(self.left[self.item])
+        self.item += 1
 
     def _work(self, tokens: int) -> float:
         """The work of an item's first `tokens`, in units of a token without context."""
@@ -111,7 +120,8 @@ class Evaluation:
     out: Path
     reference: Directory | None = None
     dtype: str = "auto"
-    chunk: int = CHUNK
+    chunk: int | None = None  # tokens per forward pass; None: sized to the machine
+    batch_size: int | None = None  # sequences measured together at most; None: sized to the machine
 
     @property
     def window(self) -> int:
@@ -135,7 +145,7 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
     records: dict[str, dict[str, list[Record]]] = {suite.name: {} for suite in suites}
     for directory in job.directories:
         reuse = reference is not None and directory.path == reference.directory.path
-        subject = Subject(directory, reference.model, job.chunk) if reuse and reference else _load(job, directory)
+        subject = replace(reference, directory=directory) if reuse and reference else _load(job, directory)
         for suite in suites:
             key = digest([directory.fingerprint(), suite.name, identity(suite.options, suite.parts), job.dtype])
             log = ItemLog.beside(job.out, directory.label, suite.name, key)
@@ -206,7 +216,7 @@ def check(job: Evaluation) -> None:
 
 
 def _load(job: Evaluation, directory: Directory) -> Subject:
-    return load_subject(directory, dtype=job.dtype, chunk=job.chunk)
+    return load_subject(directory, dtype=job.dtype, chunk=job.chunk, batch_size=job.batch_size)
 
 
 def comparisons(

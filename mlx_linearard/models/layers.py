@@ -107,6 +107,36 @@ def head(model: Any) -> Callable[[mx.array], mx.array]:
     return logits
 
 
+def hidden_at(
+    model: Any, tokens: mx.array, positions: mx.array, cache: list[Any] | None = None
+) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+    """The hidden state after the last layer at some positions, (1, N, width), and the head that makes logits of it.
+
+    `positions` (N,) are places in the flattened `tokens` (B, T). No logits are computed here. If an architecture does
+    not call its layers once each, in order, on one hidden state, the result is its logits (1, N, V) and a head that
+    returns them as they are.
+    """
+    found: list[mx.array] = []
+    size = tokens.size
+
+    def run(index: int, hidden: mx.array, call: Call) -> mx.array:
+        hidden = real[index](hidden, *call.arguments, **call.keywords)
+        if index == len(real) - 1 and isinstance(hidden, mx.array) and hidden.shape[:2] == tokens.shape:
+            found.append(hidden.reshape(1, size, -1)[:, positions])
+        return hidden
+
+    try:
+        real = list(_own_list(model))
+    except UserError:
+        logits = model(tokens, cache=cache)
+    else:
+        with _stand_ins(model, run):
+            logits = model(tokens, cache=cache)  # a graph: its head is not computed if nobody reads it
+    if len(found) == 1:
+        return found[0], head(model)
+    return logits.reshape(1, size, -1)[:, positions], lambda hidden: hidden
+
+
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
     """(path in the layer, module) of the attention that calls `SEAM`; None if the layer has no such attention."""
     for path, module in walk_modules(layer):

@@ -86,12 +86,13 @@ def test_a_stopped_run_resumes(
 ) -> None:
     own, measured = Choice.measure, []
 
-    def measure(self, subject, item, tick):
-        if len(measured) == 4:
-            measured.append("stop")
-            raise KeyboardInterrupt
-        measured.append(item.id)
-        return own(self, subject, item, tick)
+    def measure(self, subject, items, done, tick):
+        for record in own(self, subject, items, done, tick):
+            if len(measured) == 4:
+                measured.append("stop")
+                raise KeyboardInterrupt
+            measured.append(record["id"])
+            yield record
 
     monkeypatch.setattr(Choice, "measure", measure)
     out = tmp_path / "results.json"

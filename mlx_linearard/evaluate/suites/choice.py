@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from ...results.statistics import DECISION, Metric
 from ...results.store import Record
 from ..model import Directory, Subject, Tick, digest
 from .continuation import Request, request_item
-from .suite import Item
+from .suite import Done, Item, left
 
 
 def check_choice(item: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -52,12 +52,16 @@ class Choice:
             for i, q in enumerate(self.questions)
         ]
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        wanted = [item.id not in done for item in items]
+        scores = subject.scores([item.content for item in items], wanted)
+        for item, scored in zip(left(items, done), scores, strict=True):
+            yield self._record(item, [score for score, _ in scored])
+
+    def _record(self, item: Item, scores: list[float]) -> Record:
         request: Request = item.content
-        scores = [score for score, _ in subject.continuations(request.sequences, request.lengths)]
         gold, lengths = request.content["gold"], [len(choice) for choice in request.content["choices"]]
         by_sum, by_length = int(np.argmax(scores)), int(np.argmax(np.array(scores) / lengths))
-        tick(item.cost)
         return {
             "id": item.id,
             "samples": {"acc": float(by_sum == gold), "acc_norm": float(by_length == gold)},

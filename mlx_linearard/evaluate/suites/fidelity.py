@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ...ops.logits import compare_logits
 from ...results.statistics import Metric
 from ...results.store import Record
 from ..model import LOGITS_BYTES, Directory, Subject, Tick, digest, itself
-from .suite import Item
+from .suite import Done, Item, left
 
 TOP = 5
 
@@ -65,7 +65,11 @@ class FidelityToReference:
             )
         return [Item(f"{length}/{i}", row, length) for i, row in enumerate(cut)]
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        for item in left(items, done):
+            yield self._record(subject, item, tick)
+
+    def _record(self, subject: Subject, item: Item, tick: Tick) -> Record:
         inputs = item.content[:-1]
         means = self._means(subject, inputs, tick)
         return {"id": item.id, "samples": means | {f"{name}@{len(inputs)}": value for name, value in means.items()}}

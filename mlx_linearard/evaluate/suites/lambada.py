@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from ...results.statistics import DECISION, PERPLEXITY, Metric
 from ...results.store import Record
 from ..model import Directory, Subject, Tick, digest
 from .continuation import request_item
-from .suite import Item
+from .suite import Done, Item, left
 
 
 def check_passage(item: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -44,10 +44,11 @@ class LastWord:
             items.append(request_item(directory, window, i, context, [f" {word}"], passage))
         return items
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
-        ((score, greedy),) = subject.continuations(item.content.sequences, item.content.lengths)
-        tick(item.cost)
-        return {"id": item.id, "samples": {"acc": float(greedy), "perplexity": -score}}
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        wanted = [item.id not in done for item in items]
+        scores = subject.scores([item.content for item in items], wanted)
+        for item, ((score, first_choice),) in zip(left(items, done), scores, strict=True):
+            yield {"id": item.id, "samples": {"acc": float(first_choice), "perplexity": -score}}
 
     def metric(self, name: str) -> Metric:
         return Metric(DECISION, ideal=1.0) if name == "acc" else Metric(PERPLEXITY, higher_is_better=False)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from ...errors import UserError
 from ...results.statistics import DECISION, Metric
 from ...results.store import Record
-from ..model import Directory, Subject, Tick, digest
+from ..model import Directory, Question, Subject, Tick, digest
 from .haystack import Prose, fill, join
 from .ppl import check_length
-from .suite import Item
+from .suite import Done, Item, left
 
 BUDGET = 16  # tokens of the answer: five digits, and room for words before them
 DEPTHS = (0, 10, 25, 50, 75, 90, 100)
@@ -79,10 +81,20 @@ class Passkey:
 
         return build
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
-        length, depth, sample = item.content
-        prompt, key = self.prompt(subject.directory, length, depth, sample)
-        answer = subject.directory.decode(subject.greedy(prompt, BUDGET, tick, enough=lambda text: key in text))
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        asked: deque[tuple[int, str]] = deque()  # the prompt's tokens and the key of each item that is being answered
+
+        def questions() -> Iterator[Question]:
+            for item in left(items, done):
+                prompt, key = self.prompt(subject.directory, *item.content)
+                asked.append((len(prompt), key))
+                yield Question(prompt, BUDGET, partial(_contains, key))
+
+        for item, tokens in zip(left(items, done), subject.answers(questions(), tick), strict=True):
+            yield self._record(item, *asked.popleft(), subject.directory.decode(tokens))
+
+    def _record(self, item: Item, prompt_tokens: int, key: str, answer: str) -> Record:
+        length, depth, _ = item.content
         right = float(key in answer)
         names = ["accuracy", f"accuracy@{length}"]
         return {
@@ -92,7 +104,7 @@ class Passkey:
             "answer": answer,
             "length": length,
             "depth": depth,
-            "prompt_tokens": len(prompt),
+            "prompt_tokens": prompt_tokens,
         }
 
     def metric(self, name: str) -> Metric:
@@ -104,6 +116,10 @@ class Passkey:
             row = cells.setdefault(record["length"], {})
             row.setdefault(record["depth"], []).append(record["samples"]["accuracy"])
         return {"grid": {str(n): {str(d): _mean(row[d]) for d in sorted(row)} for n, row in sorted(cells.items())}}
+
+
+def _contains(key: str, text: str) -> bool:
+    return key in text
 
 
 def _mean(values: Sequence[float]) -> float:

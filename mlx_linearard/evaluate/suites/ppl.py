@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from ...errors import UserError
 from ...results.statistics import PERPLEXITY, Metric, summarize
 from ...results.store import Record
 from ..model import Directory, Subject, Tick, digest
-from .suite import Item, samples
+from .suite import Done, Item, left, samples
 
 FIRST_BUCKET = 128  # positions; each further bucket ends at twice the position of the last
 
@@ -63,7 +63,11 @@ class Perplexity:
         cut = [self.tokens[s : s + length + 1] for s in starts]
         return np.stack(cut) if cut else np.zeros((0, length + 1), np.int32)
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        for item in left(items, done):
+            yield self._record(subject, item, tick)
+
+    def _record(self, subject: Subject, item: Item, tick: Tick) -> Record:
         length = len(item.content) - 1
         first = length - self.stride if self.stride else 0
         scored = subject.nll(item.content, tick)[first:]

@@ -13,19 +13,21 @@ import random
 import re
 import string
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import UserError
 from ...results.statistics import Metric
 from ...results.store import Record
-from ..model import Directory, Subject, Tick, digest
+from ..model import Directory, Question, Subject, Tick, digest
 from .haystack import NOISE, Prose, fill, noise, sentences
 from .items import read_items
 from .ppl import check_length
-from .suite import Item
+from .suite import Done, Item, left
 from .words import ADJECTIVES, NOUNS, compound, compounds
 
 SEED = 42
@@ -391,6 +393,10 @@ def score(task: str, prediction: str, outputs: Sequence[str]) -> float:
     return float(any(present)) if task in QA_TASKS else sum(present) / len(present)
 
 
+def _right(task: str, outputs: Sequence[str], prediction: str) -> bool:
+    return score(task, prediction, outputs) == 1
+
+
 @dataclass(frozen=True)
 class Ruler:
     """`samples` prompts per task and length, answered greedily. Metrics, in per cent: `TASK@LENGTH`, `average@LENGTH`.
@@ -432,8 +438,8 @@ class Ruler:
                 self.sample(directory, task, length, 0)  # raises if the length cannot hold the task
         return [
             Item(f"{task}/{length}/{i}", (task, length, i), length)
+            for length in self.lengths  # prompts of one length are measured together
             for task in self.tasks
-            for length in self.lengths
             for i in range(self.samples)
         ]
 
@@ -462,15 +468,22 @@ class Ruler:
             raise UserError(f"{what}: too short to hold its answers; give longer --lengths")
         return sample
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
-        task, length, index = item.content
-        sample = self.sample(subject.directory, task, length, index)
-        tokens = subject.directory.encode(sample.prompt)
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        asked: deque[tuple[int, Sample]] = deque()  # the prompt's tokens and the sample of each item to be answered
 
-        def right(answer: str) -> bool:
-            return score(task, answer, sample.outputs) == 1
+        def questions() -> Iterator[Question]:
+            for item in left(items, done):
+                task = item.content[0]
+                sample = self.sample(subject.directory, *item.content)
+                tokens = subject.directory.encode(sample.prompt)
+                asked.append((len(tokens), sample))
+                yield Question(tokens, TASKS[task][1], partial(_right, task, sample.outputs))
 
-        answer = subject.directory.decode(subject.greedy(tokens, TASKS[task][1], tick, enough=right))
+        for item, answer in zip(left(items, done), subject.answers(questions(), tick), strict=True):
+            yield self._record(item, *asked.popleft(), subject.directory.decode(answer))
+
+    def _record(self, item: Item, prompt_tokens: int, sample: Sample, answer: str) -> Record:
+        task, length, _ = item.content
         points = 100 * score(task, answer, sample.outputs)
         names = (f"average@{length}", f"{task}@{length}")
         return {
@@ -478,7 +491,7 @@ class Ruler:
             "samples": dict.fromkeys(names, points),
             "answer": answer,
             "outputs": list(sample.outputs),
-            "prompt_tokens": len(tokens),
+            "prompt_tokens": prompt_tokens,
         }
 
     def metric(self, name: str) -> Metric:

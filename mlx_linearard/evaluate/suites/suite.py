@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,14 @@ class Item:
     id: str
     content: Any
     cost: int = 1
+
+
+Done = Collection[str]  # the ids of items that are measured already
+
+
+def left(items: Sequence[Item], done: Done) -> list[Item]:
+    """The items that are not measured yet."""
+    return [item for item in items if item.id not in done]
 
 
 class Suite(Protocol):
@@ -40,8 +48,13 @@ class Suite(Protocol):
     def items(self, directory: Directory, window: int) -> Sequence[Item]:
         """The items in the directory's tokens; UserError if one does not fit `window` or the data are not valid."""
 
-    def measure(self, subject: Subject, item: Item, tick: Tick) -> Record:
-        """The record of one item; all its values are JSON values."""
+    def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
+        """The record of each item of `left(items, done)`, in order, as soon as it is known, in JSON values.
+
+        `items` are all of the suite, so that an item is in the same batch whether or not others are measured already,
+        and its numbers are the same to the last digit. `tick` counts the tokens of the items in order; it need not
+        count those of an item that is measured at once.
+        """
 
     def metric(self, name: str) -> Metric:
         """The kind of the metric `name`."""
