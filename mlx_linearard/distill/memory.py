@@ -159,6 +159,7 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
     held = 9 * shape.width + 6 * (q + 2 * k) + arriving
     yield "projections", tokens * held * step.size + 7 * adapted, 0
     if step.logits:
-        arrays = {"kl": logits.KL, "ce": logits.CROSS_ENTROPY}[step.logits]
-        chunks = logits.peak_bytes(arrays, tokens, shape.vocabulary, workspace=step.workspace)
+        arrays = {"kl": logits.kl_arrays, "ce": logits.cross_entropy_arrays}[step.logits]
+        in_chunk = arrays(half=step.size != FLOAT32, gpu=step.gpu)
+        chunks = logits.peak_bytes(in_chunk, tokens, shape.vocabulary, workspace=step.workspace)
         yield "logits", 3 * tokens * shape.width * step.size, chunks

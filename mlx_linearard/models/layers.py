@@ -62,7 +62,7 @@ def _stand_ins(model: Any, run: Callable[[int, mx.array, Call], mx.array]) -> It
 def _own_list(model: Any) -> list[Any]:
     """The list of layers that the model itself iterates over; `model.layers` may be a copy of it."""
     first = model.layers[0]
-    for module in model.modules():
+    for _, module in walk_modules(model):  # lazily: a head is called once per chunk
         for value in module.values():
             if isinstance(value, list) and value and value[0] is first:
                 return value

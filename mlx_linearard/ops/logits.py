@@ -12,22 +12,41 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .tiling import FLOAT32, check_workspace, first, in_order, multiply
+from ..machine import on_gpu
+from . import row_kernel
+from .divergence import HALF, kl_and_error, kl_terms
+from .tiling import FLOAT32, ceil_div, check_workspace, first, in_order, multiply, untraced
 
 Head = Callable[[mx.array], mx.array]
 REDUCTIONS = ("mean", "sum")
 
 
-class Held(NamedTuple):
+class Arrays(NamedTuple):
     """How many float32 arrays of (chunk, vocabulary) an operation holds at its fullest moment."""
 
-    assumed: int  # for the size of a chunk
-    several: int  # measured with several chunks, of which two or three are in flight
-    one: int  # measured with one chunk
+    assumed: float  # for the size of a chunk
+    several: float  # measured with several chunks, of which two or three are in flight
+    one: float  # measured with one chunk
 
 
-KL, CROSS_ENTROPY = Held(20, 20, 11), Held(10, 7, 4)
-COMPARED, NLL = 15, 8  # assumed for the operations without a gradient
+def kl_arrays(*, half: bool, gpu: bool) -> Arrays:
+    """For `logits_kl`, with logits in half precision or in float32."""
+    if not (gpu and half):
+        return Arrays(15, 13.5, 7)
+    return Arrays(6, 6, 3) if row_kernel.on_cuda() else Arrays(9, 9, 5)
+
+
+def cross_entropy_arrays(*, half: bool, gpu: bool) -> Arrays:
+    """For `cross_entropy`, with logits in half precision or in float32."""
+    return Arrays(4, 3.5, 2) if gpu and half else Arrays(10, 9.7, 4)
+
+
+def _compared_arrays(*, half: bool, gpu: bool) -> Arrays:
+    return kl_arrays(half=half, gpu=gpu)
+
+
+def _nll_arrays(*, half: bool, gpu: bool) -> Arrays:
+    return Arrays(3, 2.5, 1) if gpu and half else Arrays(8, 6, 2)
 
 
 class Comparison(NamedTuple):
@@ -68,14 +87,14 @@ def logits_kl(
     """
     _check_positions(student_hidden, teacher_hidden=teacher_hidden, mask=mask)
     _check_options(reduction, temperature)
-    positions = _Positions.of(student_hidden, student_head, KL.assumed, workspace_bytes)
-    weights = positions.weights(mask, reduction)
+    positions = _Positions.of(student_hidden, student_head, kl_arrays, workspace_bytes)
+    weights, scales = positions.weights(mask, reduction), mx.array([1 / temperature, 1 / temperature])
 
     @mx.custom_function
     def loss_and_gradient(student: mx.array, teacher: mx.array):
         def of_chunk(student, teacher, weights):
-            logits_t = teacher_head(teacher)
-            return mx.value_and_grad(lambda s: _weighted_kl(student_head(s), logits_t, weights, temperature))(student)
+            loss, error = _kl(student_head(student), teacher_head(teacher), weights, temperature, scales)
+            return loss, mx.vjp(student_head, [student], [error])[1][0]
 
         return positions.sum_with_gradient(of_chunk, student, teacher, weights)
 
@@ -101,13 +120,14 @@ def cross_entropy(
     """
     _check_positions(hidden, targets=targets, mask=mask)
     _check_options(reduction)
-    positions = _Positions.of(hidden, head, CROSS_ENTROPY.assumed, workspace_bytes)
+    positions = _Positions.of(hidden, head, cross_entropy_arrays, workspace_bytes)
     weights = positions.weights(mask, reduction)
 
     @mx.custom_function
     def loss_and_gradient(hidden: mx.array):
         def of_chunk(hidden, targets, weights):
-            return mx.value_and_grad(lambda h: _weighted_nll(head(h), targets, weights))(hidden)
+            loss, error = _cross_entropy(head(hidden), targets, weights)
+            return loss, mx.vjp(head, [hidden], [error])[1][0]
 
         return positions.sum_with_gradient(of_chunk, hidden, targets, weights)
 
@@ -125,7 +145,7 @@ def token_nll(hidden: mx.array, head: Head, targets: mx.array, *, workspace_byte
     def of_chunk(hidden, targets):
         return [_nll(head(hidden), targets)]
 
-    positions = _Positions.of(hidden, head, NLL, workspace_bytes)
+    positions = _Positions.of(hidden, head, _nll_arrays, workspace_bytes)
     return positions.each(of_chunk, [mx.float32], hidden, targets)[0]
 
 
@@ -149,27 +169,27 @@ def compare_logits(
 
     def of_chunk(student, teacher, *targets):
         student, teacher = student_head(student), teacher_head(teacher)
-        kl = _kl(_log_softmax(student), _log_softmax(teacher))
         same = mx.argmax(student, axis=-1) == mx.argmax(teacher, axis=-1)
-        return [kl, same, *(_nll(student, t) for t in targets)]
+        return [_kl_each(student, teacher), same, *(_nll(student, t) for t in targets)]
 
     inputs = [student_hidden, teacher_hidden] + ([] if targets is None else [targets])
     dtypes = [mx.float32, mx.bool_] + ([] if targets is None else [mx.float32])
-    positions = _Positions.of(student_hidden, student_head, COMPARED, workspace_bytes)
+    positions = _Positions.of(student_hidden, student_head, _compared_arrays, workspace_bytes)
     kl, same, *nll = positions.each(of_chunk, dtypes, *inputs)
     return Comparison(nll[0] if nll else None, kl, same)
 
 
-def peak_bytes(held: Held, positions: int, vocabulary: int, *, workspace: int) -> int:
-    """The most memory that the chunks of an operation with a gradient hold, in bytes: `KL` or `CROSS_ENTROPY`."""
-    chunk = _chunk_size(workspace, held.assumed, vocabulary)
-    arrays = held.several if chunk < positions else held.one
-    return min(chunk, positions) * arrays * vocabulary * FLOAT32
+def peak_bytes(arrays: Arrays, positions: int, vocabulary: int, *, workspace: int) -> int:
+    """The most memory that the chunks of an operation with a gradient hold, in bytes."""
+    chunk = _chunk_size(workspace, arrays.assumed, vocabulary, positions)
+    held = arrays.several if chunk < positions else arrays.one
+    return int(chunk * held * vocabulary * FLOAT32)
 
 
-def _chunk_size(workspace: int, held: int, vocabulary: int) -> int:
-    """The number of positions for which `held` float32 arrays over the vocabulary fit `workspace`; at least one."""
-    return max(1, workspace // (held * vocabulary * FLOAT32))
+def _chunk_size(workspace: int, arrays: float, vocabulary: int, positions: int) -> int:
+    """Positions per chunk: so many that `arrays` float32 arrays over the vocabulary fit, in chunks of equal length."""
+    most = max(1, int(workspace / (arrays * vocabulary * FLOAT32)))
+    return ceil_div(positions, ceil_div(positions, most))
 
 
 class _Positions(NamedTuple):
@@ -180,14 +200,15 @@ class _Positions(NamedTuple):
     chunk: int
 
     @classmethod
-    def of(cls, hidden: mx.array, head: Head, held: int, workspace_bytes: int | None) -> _Positions:
-        """Chunks so small that `held` float32 arrays over the vocabulary fit the workspace."""
+    def of(cls, hidden: mx.array, head: Head, arrays: Callable[..., Arrays], workspace_bytes: int | None) -> _Positions:
+        """Chunks so small that the arrays of the operation fit the workspace."""
         batch, length = hidden.shape[:2]
         if batch * length == 0:
             raise ValueError(f"there are no positions in hidden states of shape {tuple(hidden.shape)}")
-        vocabulary = head(hidden[:1, :1]).shape[-1]  # mlx knows the shape without computing
-        chunk = _chunk_size(check_workspace(workspace_bytes), held, vocabulary)
-        return cls(batch, length, min(chunk, batch * length))
+        logits = head(hidden[:1, :1])  # mlx knows shape and dtype without computing
+        held = arrays(half=logits.dtype in HALF, gpu=on_gpu()).assumed
+        workspace = check_workspace(workspace_bytes)
+        return cls(batch, length, _chunk_size(workspace, held, logits.shape[-1], batch * length))
 
     def weights(self, mask: mx.array | None, reduction: str) -> mx.array:
         """(B, T) float32: the factor of each position in the loss."""
@@ -204,7 +225,7 @@ class _Positions(NamedTuple):
 
     def sum_with_gradient(self, of_chunk, hidden: mx.array, *others: mx.array) -> tuple[mx.array, mx.array]:
         """The sum of the losses of the chunks, and their gradients with respect to `hidden`, joined."""
-        arrays = self.flat([hidden, *others])
+        arrays = self.flat(_constants([hidden, *others]))
         loss, gradients = mx.array(0.0), list[mx.array]()
         for at in self.slices():
             arrays = in_order(arrays, [loss, *gradients[-1:]])
@@ -224,54 +245,77 @@ class _Positions(NamedTuple):
         return [r.reshape(self.batch, self.length) for r in results]
 
 
-def _log_softmax(logits: mx.array) -> mx.array:
+def _constants(arrays: list[mx.array]) -> list[mx.array]:
+    """`arrays` without the tracing of an outer transformation, so that compiled stages stay fused."""
+    floating = iter(untraced([a for a in arrays if mx.issubdtype(a.dtype, mx.floating)]))
+    return [next(floating) if mx.issubdtype(a.dtype, mx.floating) else a for a in arrays]
+
+
+def _kl(
+    logits_s: mx.array, logits_t: mx.array, weights: mx.array, temperature: float, scales: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The sum of the weighted KLs of a chunk, and its gradient with respect to the student's logits.
+
+    `scales` is 1 / temperature twice, as the CUDA kernel takes it.
+    """
+    weights = weights * temperature
+    if logits_s.dtype == logits_t.dtype and row_kernel.usable(logits_s.shape[-1], logits_s.dtype):
+        kl, error = row_kernel.rows_kl(logits_s, logits_t, weights.reshape(-1), scales)
+        return kl.sum() * temperature, error
+    by_lse = _by_lse(logits_s, logits_t)
+    s, t = (_tempered(z, temperature, by_lse) for z in (logits_s, logits_t))
+    ((terms, error),) = kl_and_error([s], [t], weights[..., None], gpu=on_gpu(), by_lse=by_lse)
+    return terms.sum(axis=-1).sum() * temperature, error.astype(logits_s.dtype)
+
+
+def _kl_each(logits_s: mx.array, logits_t: mx.array) -> mx.array:
+    """KL(t || s) of each position."""
+    columns, dtype = logits_s.shape[-1], logits_s.dtype
+    if dtype == logits_t.dtype and row_kernel.usable(columns, dtype, error=False):
+        return row_kernel.rows_kl(logits_s, logits_t, mx.array([1.0]), mx.array([1.0, 1.0]), error=False)[0]
+    by_lse = _by_lse(logits_s, logits_t)
+    s, t = (_tempered(z, 1.0, by_lse) for z in (logits_s, logits_t))
+    return kl_terms(s, t, gpu=on_gpu(), by_lse=by_lse).sum(axis=-1)
+
+
+def _by_lse(logits_s: mx.array, logits_t: mx.array) -> bool:
+    """Whether the way with the fewest passes over memory is used: on a GPU in half precision."""
+    return on_gpu() and logits_s.dtype in HALF and logits_t.dtype in HALF
+
+
+def _tempered(logits: mx.array, temperature: float, by_lse: bool) -> mx.array:
+    """logits / temperature, float32 where a stage does not convert by itself."""
+    if by_lse and temperature == 1:
+        return logits
     logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _kl(log_s: mx.array, log_t: mx.array) -> mx.array:
-    """KL(t || s) of each position. p_s - p_t sums to zero, so an error of the lse is of second order."""
-    p_t = mx.exp(log_t)
-    return (mx.exp(log_s) - p_t - p_t * (log_s - log_t)).sum(axis=-1)
+    return logits if temperature == 1 else logits / temperature
 
 
 def _nll(logits: mx.array, targets: mx.array) -> mx.array:
+    """The negative log-likelihood of each of `targets`, float32."""
+    if on_gpu():
+        return mx.fast.cross_entropy(logits, targets)
     logits = logits.astype(mx.float32)
-    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return mx.logsumexp(logits, axis=-1) - chosen
+    return mx.logsumexp(logits, axis=-1) - _chosen(logits, targets)
 
 
-def _weighted_kl(logits_s: mx.array, logits_t: mx.array, weights: mx.array, temperature: float) -> mx.array:
-    """The sum of the weighted KLs of a chunk; its gradient with respect to the logits is written out: p_s - p_t."""
-
-    @mx.custom_function
-    def kl(logits_s: mx.array):
-        log_s, log_t = (_log_softmax(z.astype(mx.float32) / temperature) for z in (logits_s, logits_t))
-        loss = (_kl(log_s, log_t) * weights).sum() * temperature**2
-        error = (mx.exp(log_s) - mx.exp(log_t)) * (weights * temperature)[..., None]
-        return loss, error.astype(logits_s.dtype)
-
-    @kl.vjp
-    def _(primals, cotangents, outputs):
-        return outputs[1] * cotangents[0].astype(outputs[1].dtype)  # the cotangent is 1 here
-
-    return first(kl(logits_s))
+def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """The sum of the weighted negative log-likelihoods of a chunk, and its gradient with respect to the logits."""
+    if on_gpu():  # one fused kernel each for the value and for the gradient
+        (nll,), (error,) = mx.vjp(lambda z: mx.fast.cross_entropy(z, targets), [logits], [weights])
+        return (nll * weights).sum(), error
+    z = logits.astype(mx.float32)
+    top, at = z.max(axis=-1, keepdims=True), targets[..., None]
+    u = mx.exp(z - top)
+    total = u.sum(axis=-1, keepdims=True)
+    nll = (top + mx.log(total))[..., 0] - _chosen(z, targets)
+    p = u * (weights[..., None] / total)
+    error = mx.put_along_axis(p, at, mx.take_along_axis(p, at, axis=-1) - weights[..., None], axis=-1)
+    return (nll * weights).sum(), error.astype(logits.dtype)
 
 
-def _weighted_nll(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """The sum of the weighted negative log-likelihoods of a chunk; its gradient is written out: p - onehot."""
-
-    @mx.custom_function
-    def nll(logits: mx.array):
-        p = mx.exp(_log_softmax(logits))
-        hit = mx.arange(logits.shape[-1]) == targets[..., None]
-        return (_nll(logits, targets) * weights).sum(), ((p - hit) * weights[..., None]).astype(logits.dtype)
-
-    @nll.vjp
-    def _(primals, cotangents, outputs):
-        return outputs[1] * cotangents[0].astype(outputs[1].dtype)  # the cotangent is 1 here
-
-    return first(nll(logits))
+def _chosen(logits: mx.array, targets: mx.array) -> mx.array:
+    return mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
 def _check_positions(hidden: mx.array, **others: mx.array | None) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..machine import on_gpu
+from . import row_kernel
 from .relation_tile import RowTile, Settings, rounded_sum
 from .tiling import (
     FLOAT32,
@@ -161,18 +162,23 @@ class _Relation:
         _check(student, teacher, mask, reduction)
         batch, heads, length, dim_s = student.shape
         dim_t = teacher.shape[-1]
+        scale_student = dim_s**-0.5 if scale_student is None else float(scale_student)
+        scale_teacher = dim_t**-0.5 if scale_teacher is None else float(scale_teacher)
         settings = Settings(
-            scale_student=dim_s**-0.5 if scale_student is None else float(scale_student),
-            scale_teacher=dim_t**-0.5 if scale_teacher is None else float(scale_teacher),
+            scale_student=scale_student,
+            scale_teacher=scale_teacher,
             mask=mask,
             causal=causal,
             positions=mx.arange(length),
             half=student.dtype != mx.float32 or teacher.dtype != mx.float32,
             gpu=on_gpu(),
+            kernel=mask is None and row_kernel.usable(length, mx.float32, causal=causal),
+            scales=mx.array([scale_student, scale_teacher]),
+            one=mx.array([1.0]),
         )
         workspace = check_workspace(workspace_bytes)
         sizes = (batch, heads, length, dim_s, dim_t)
-        tiles, cast_once = choose_tiles(*sizes, workspace, settings.half, settings.gpu, causal)
+        tiles, cast_once = choose_tiles(*sizes, workspace, settings.half, settings.gpu, causal, settings.kernel)
         return cls(batch, heads, length, reduction, student.dtype, settings, tiles, cast_once)
 
     def valid_rows(self) -> mx.array:
@@ -236,14 +242,23 @@ def _split(sums: list[mx.array], start: int, columns: int) -> tuple[mx.array, li
 
 
 def choose_tiles(
-    batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int, half: bool, gpu: bool, causal: bool
+    batch: int,
+    heads: int,
+    length: int,
+    dim_s: int,
+    dim_t: int,
+    workspace: int,
+    half: bool,
+    gpu: bool,
+    causal: bool,
+    kernel: bool = False,
 ) -> tuple[Tiles, bool]:
     """The tiles of one call, and whether a group of heads is cast to float32 once instead of block by block."""
     budget, dims = usable(workspace, gpu) / FLOAT32, dim_s + dim_t
     cast_once = half and 4 * length * dims < budget
 
     def held(rows: int, columns: int) -> float:
-        return _numbers_per_head(rows, columns, length, dim_s, dim_t, half, cast_once, gpu)
+        return _numbers_per_head(rows, columns, length, dim_s, dim_t, half, cast_once, gpu, kernel)
 
     one_block = gpu and (cast_once or not half)
     width = length if one_block else 8192 if gpu else 2048
@@ -256,26 +271,44 @@ def peak_bytes(
     batch: int, heads: int, length: int, dim_s: int, dim_t: int, workspace: int, half: bool, gpu: bool
 ) -> int:
     """The most memory that the tiles of one causal call hold, in bytes. `half`: an input is in half precision."""
-    tiles, cast_once = choose_tiles(batch, heads, length, dim_s, dim_t, workspace, half, gpu, True)
+    kernel = gpu and row_kernel.usable(length, mx.float32, causal=True)
+    tiles, cast_once = choose_tiles(batch, heads, length, dim_s, dim_t, workspace, half, gpu, True, kernel)
     rows = min(tiles.rows, length)
-    numbers = _numbers_per_head(rows, tiles.columns, length, dim_s, dim_t, half, cast_once, gpu)
+    numbers = _numbers_per_head(rows, tiles.columns, length, dim_s, dim_t, half, cast_once, gpu, kernel)
     return int(FLOAT32 * tiles.batch * tiles.heads * numbers)
 
 
 def _numbers_per_head(
-    rows: int, columns: int, length: int, dim_s: int, dim_t: int, half: bool, cast_once: bool, gpu: bool
+    rows: int,
+    columns: int,
+    length: int,
+    dim_s: int,
+    dim_t: int,
+    half: bool,
+    cast_once: bool,
+    gpu: bool,
+    kernel: bool,
 ) -> float:
     """How many float32 numbers each head of a group holds, with tiles of `rows` rows and `columns` columns.
 
     These are the finished gradient, the running sums of E^T X (old and new), the float32 copies of X and Y (of all
     positions if cast once, else of a block), and the tiles of rows. On the CPU one tile is held: S, R and their
-    exponentials. A GPU holds two tiles, one running and one being launched, each with S, R, E and the KL terms, and
-    part of a third that is not yet released: 9.3 arrays together were measured. In float32 S - R is held as well.
+    exponentials.
     """
     dims, columns = dim_s + dim_t, min(columns, length)
-    tile = (9.5 if half else 12) * rows * length if gpu else 7 * rows * length + 2 * rows * columns
+    tile = _gpu_arrays(half, kernel) * rows * length if gpu else 7 * rows * length + 2 * rows * columns
     copies = (length if cast_once else 3 * columns if half else 0) * dims
     return tile + 3 * rows * dims + copies + 3 * length * dim_s
+
+
+def _gpu_arrays(half: bool, kernel: bool) -> float:
+    """How many arrays as large as a tile a GPU holds.
+
+    These are two tiles, one running and one being launched, and arrays that are not yet released. A tile is S, R and
+    E, without the CUDA kernel also the KL terms (9.3 arrays together were measured), and in float32 also S - R. Of
+    the kernel's tiles mlx runs further ahead: on an H100 7 to 15 arrays were measured at 4096 to 65536 tokens.
+    """
+    return 12 if kernel or not half else 9.5
 
 
 def _check(student: mx.array, teacher: mx.array, mask: mx.array | None, reduction: str) -> None:

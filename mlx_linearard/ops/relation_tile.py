@@ -12,9 +12,9 @@ from functools import reduce
 
 import mlx.core as mx
 
+from .divergence import Blocks, kl_and_error
+from .row_kernel import rows_kl
 from .tiling import MASKED, in_order
-
-Blocks = list[mx.array]  # of one tile, (b, h, rows, columns) each
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Settings:
     positions: mx.array  # (T,) int32
     half: bool  # the student or the teacher is in half precision
     gpu: bool
+    kernel: bool  # the CUDA kernel computes tiles that are held in one block
+    scales: mx.array  # (2,) float32, scale_student and scale_teacher: made once, because a GPU copies new arrays
+    one: mx.array  # (1,) float32
 
 
 class RowTile:
@@ -41,16 +44,28 @@ class RowTile:
 
     def kl_and_errors(self) -> tuple[mx.array, Blocks]:
         """The KL summed over the valid rows, and E block by block; E is 0 in the other rows."""
+        if self.settings.kernel and len(self.blocks) == 1:
+            return self._by_kernel()
         valid = mx.array(1.0)
         if self.valid is not None:
             valid = self.valid[:, None, self.rows, None].astype(mx.float32)
         s, r = self._scores()
-        if self.settings.gpu and self.settings.half:
-            pairs = _by_lse(s, r, valid)
-        else:
-            pairs = _by_exponentials(s, r, valid, self.settings.gpu)
+        gpu, half = self.settings.gpu, self.settings.half
+        pairs = kl_and_error(s, r, valid, gpu=gpu, by_lse=gpu and half)
         kl = reduce(mx.add, [terms.sum(axis=-1) for terms, _ in pairs])
         return kl.sum(), [error for _, error in pairs]
+
+    def _by_kernel(self) -> tuple[mx.array, Blocks]:
+        """`kl_and_errors` of a tile in one block, without a mask."""
+        settings, (columns,) = self.settings, self.blocks
+        s, r = self._products(self.x, columns), self._products(self.y, columns)
+        kl, error = rows_kl(s, r, settings.one, settings.scales, causal=settings.causal)
+        return kl.sum(), [error]
+
+    def _products(self, v: mx.array, columns: slice) -> mx.array:
+        """Rows of v v^T, float32, unscaled: bf16 inputs are exact in the TF32 of a GPU, scaled ones would not be."""
+        rows, others = (v[:, :, at].astype(mx.float32) for at in (self.rows, columns))
+        return rows @ others.swapaxes(-1, -2)
 
     def products(self, errors: Blocks, sums: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
         """E X, (b, h, rows, Ds), and `sums`, one for each column block, with E^T X of this tile added."""
@@ -71,10 +86,8 @@ class RowTile:
         for columns in self.blocks:
             x, y = in_order([self.x, self.y], [*s[-1:], *r[-1:]])
             to_scores = self._to_scores(columns)
-            # The products are taken unscaled: bf16 inputs are exact in the TF32 of a GPU, scaled ones would not be.
             for blocks, v, scale in ((s, x, self.settings.scale_student), (r, y, self.settings.scale_teacher)):
-                rows, others = (v[:, :, at].astype(mx.float32) for at in (self.rows, columns))
-                blocks.append(to_scores(rows @ others.swapaxes(-1, -2), mx.array(scale)))
+                blocks.append(to_scores(self._products(v, columns), mx.array(scale)))
         return s, r
 
     def _to_scores(self, columns: slice) -> Callable[[mx.array, mx.array], mx.array]:
@@ -98,54 +111,7 @@ def rounded_sum(
     return (_fused_sum if settings.gpu else _sum)(row_part, column_part, factor).astype(dtype)
 
 
-def _by_exponentials(s: Blocks, r: Blocks, valid: mx.array, gpu: bool) -> list[tuple[mx.array, mx.array]]:
-    """(KL terms, E) of each block, with one exponential per element, the costly operation of a CPU.
-
-    Each row is divided by its own sum, so p_s and p_t are as exact as those of the dense definition.
-    """
-    differences = [a - b for a, b in zip(s, r, strict=True)]
-    u_s, z_s, top_s = _exponentials(s)
-    u_t, z_t, top_t = _exponentials(r)
-    shift = (top_s + mx.log(z_s)) - (top_t + mx.log(z_t))  # lse_s - lse_t
-    w_s, w_t = valid / z_s, valid / z_t
-    stage = _fused_from_exponentials if gpu else _from_exponentials
-    return [stage(a, b, d, w_s, w_t, shift) for a, b, d in zip(u_s, u_t, differences, strict=True)]
-
-
-def _exponentials(scores: Blocks) -> tuple[Blocks, mx.array, mx.array]:
-    """exp(scores - top) block by block, their row sums, and top, the row maxima."""
-    top = reduce(mx.maximum, [s.max(axis=-1, keepdims=True) for s in scores])
-    exps = [mx.exp(s - top) for s in scores]
-    return exps, reduce(mx.add, [u.sum(axis=-1, keepdims=True) for u in exps]), top
-
-
-def _by_lse(s: Blocks, r: Blocks, valid: mx.array) -> list[tuple[mx.array, mx.array]]:
-    """(KL terms, E) of each block, with the fewest passes over memory, the costly operation of a GPU.
-
-    The rounding of a log-sum-exp changes p_s or p_t as a whole, which is about 2e-6 of the gradient. The rounding
-    of half-precision results is larger.
-    """
-    lse_s, lse_t = (reduce(mx.logaddexp, [mx.logsumexp(b, -1, keepdims=True) for b in v]) for v in (s, r))
-    return [_fused_from_lse(a, b, lse_s, lse_t, valid) for a, b in zip(s, r, strict=True)]
-
-
-def _terms(p_s: mx.array, p_t: mx.array, log_ratio: mx.array) -> tuple[mx.array, mx.array]:
-    """The terms of KL(p_t || p_s), and E. E sums to zero, so an error of the lse is of second order in the KL."""
-    error = p_s - p_t
-    return error - p_t * log_ratio, error
-
-
-# The elementwise stages. A GPU reads and writes a tile once for each fused stage. Compiling for the CPU would need
-# a C++ compiler at run time and gain little. A stage with one output can work in place.
-
-
-def _from_exponentials(u_s, u_t, difference, w_s, w_t, shift):
-    return _terms(u_s * w_s, u_t * w_t, difference - shift)
-
-
-def _from_lse(s, r, lse_s, lse_t, valid):
-    log_s, log_t = s - lse_s, r - lse_t
-    return _terms(mx.exp(log_s) * valid, mx.exp(log_t) * valid, log_s - log_t)
+# The elementwise stages, fused on a GPU, which then reads and writes a tile once for each.
 
 
 def _scaled(products, scale, bias):
@@ -160,9 +126,7 @@ def _sum(row_part, column_part, factor):
     return (row_part + column_part) * factor
 
 
-_fused_from_exponentials, _fused_from_lse, _fused_scaled, _fused_causal, _fused_sum = (
-    mx.compile(stage, shapeless=True) for stage in (_from_exponentials, _from_lse, _scaled, _causal, _sum)
-)
+_fused_scaled, _fused_causal, _fused_sum = (mx.compile(stage, shapeless=True) for stage in (_scaled, _causal, _sum))
 
 
 def _add_product(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:

@@ -130,7 +130,7 @@ def test_a_dry_run_reads_no_weights(
     ("options", "advice"),
     [
         ({"layers": "all"}, r"--seq-len \d+; --batch-size \d; --layers last"),
-        ({"objective": "logits"}, r"--seq-len \d+; --workspace 64"),
+        ({"objective": "logits"}, r"--seq-len \d+; --batch-size 1; --workspace 64"),
         ({"fine_tune_type": "full", "batch_size": 1}, r"--seq-len \d+ \(--force"),
     ],
 )

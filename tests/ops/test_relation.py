@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_linearard.ops import relation, relation_tile
+from mlx_linearard.ops import divergence, relation, relation_tile
 from mlx_linearard.ops.relation import relation_kl, relation_kl_dense, relation_kl_with_grad
 
 TINY = 100_000  # a workspace that forces many tiles
@@ -211,8 +211,12 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
     """The arithmetic and the order of tiles on a GPU, here without fusing."""
     x, y = vectors((2, 3, 97, 16))
     mask = mx.arange(194).reshape(2, 97) % 5 > 0
-    for name in ("from_lse", "scaled", "causal", "sum"):
-        monkeypatch.setattr(relation_tile, f"_fused_{name}", getattr(relation_tile, f"_{name}"))
+    for module, names in (
+        (divergence, ("from_lse", "from_exponentials")),
+        (relation_tile, ("scaled", "causal", "sum")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, f"_fused_{name}", getattr(module, f"_{name}"))
     monkeypatch.setattr(relation, "on_gpu", lambda: True)
     for causal in (True, False):
         check(x, y, mask=mask, causal=causal, workspace_bytes=TINY)
