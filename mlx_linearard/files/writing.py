@@ -60,7 +60,8 @@ def disk_errors(target: str | Path, need: int | None = None) -> Iterator[None]:
             raise
         raise UserError(f"cannot make {shown(target)}: not a file name") from None
     except RuntimeError as error:  # mlx reports a failed write of safetensors this way
-        if "write" in str(error).lower() and "fail" in str(error).lower():
+        text = str(error).lower()
+        if "write" in text and ("fail" in text or "unable" in text):
             if need is not None and _free(target) < need:
                 raise UserError(_no_space(target, need)) from None
             raise UserError(f"cannot write {shown(target)}: {one_line(error)}") from None
