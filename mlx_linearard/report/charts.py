@@ -1,6 +1,6 @@
-"""Inline SVG charts for the report: lines and a heat map, drawn by hand, coloured by the page's style sheet.
+"""Inline SVG charts for the report: lines and a heat map. The page's style sheet colours them.
 
-No chart names a colour or a font: `class` attributes do, so that dark mode and print restyle them.
+A chart names no colour and no font, only `class` attributes, so dark mode and print can restyle it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 236
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+SMALLEST = 1e-300  # of a range or a value that an axis shows
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, the CSS class that colours it, and points in ascending x."""
+    """A line: its name, the CSS class that colours it, and its points in ascending x."""
 
     name: str
     style: str
@@ -26,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """From data to pixels, with the ticks that are marked; logarithmic where the data span a lot."""
+    """Converts data to pixels; `ticks` are the marked values. `log`: the axis is logarithmic."""
 
     low: float
     high: float
@@ -35,32 +36,34 @@ class Axis:
 
     def place(self, value: float, start: float, end: float) -> float:
         """The pixel of a value between `start` and `end`."""
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else (
-            self.low, self.high, value)  # fmt: skip
-        share = 0.5 if high == low else (value - low) / (high - low)
-        return start + share * (end - start)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        fraction = 0.5 if high == low else (value - low) / (high - low)
+        return start + fraction * (end - start)
 
 
 def linear_axis(values: Sequence[float], *, zero: bool = False, count: int = 5) -> Axis:
-    """An axis over finite values with round ticks that enclose them; from zero where asked."""
-    low, high = min(values), max(values)
+    """An axis with round ticks that enclose finite values; it includes 0 if `zero` is set."""
+    low, high = float(min(values)), float(max(values))
     low = min(0.0, low) if zero else low
-    if high == low:
-        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
-    step = _round_step((high - low) / count)
+    if high - low <= SMALLEST + 1e-12 * abs(high):  # no range that ticks could divide
+        around = max(0.5, abs(high) / 8)
+        low, high = (low - around, high + around) if abs(low) > SMALLEST else (0.0, 1.0)
+    step = _round_step(high / count - low / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
+    ticks = tuple(round(i * step, 12) if step > 1e-9 else i * step for i in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 
 def _round_step(rough: float) -> float:
-    """The least of 1, 2, 2.5, 5 times a power of ten that is no smaller than `rough`."""
+    """The least of 1, 2, 2.5 and 5 times a power of ten that is not smaller than `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
 
 
 def log_axis(values: Sequence[float]) -> Axis:
-    """A logarithmic axis over positive values, ticks at 1, 2 and 5 times powers of ten (powers alone where many)."""
+    """A logarithmic axis over positive values. Ticks are at 1, 2 and 5 times powers of ten, or at fewer of these."""
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [factor * 10.0**p for p in powers for factor in (1, 2, 5)]
@@ -70,19 +73,20 @@ def log_axis(values: Sequence[float]) -> Axis:
         end = next(t for t in fine if t > start) if fine[-1] > start else start * 2
     ticks = [t for t in fine if start <= t <= end]
     if len(ticks) > 7:
-        ticks = [t for t in ticks if math.log10(t).is_integer()]
+        ticks = [t for t in ticks if math.log10(t).is_integer()] or ticks
+    ticks = ticks[:: math.ceil(len(ticks) / 9)]
     return Axis(start, end, tuple(ticks), log=True)
 
 
 def doubling_axis(values: Sequence[float]) -> Axis:
-    """A logarithmic axis for lengths in tokens: ticks at the values themselves, thinned to six."""
+    """A logarithmic axis for lengths in tokens, with ticks at no more than six of the values themselves."""
     distinct = sorted(set(values))
     every = math.ceil(len(distinct) / 6)
     return Axis(distinct[0], distinct[-1], tuple(distinct[::-1][::every][::-1]), log=len(distinct) > 1)
 
 
 def number(value: float) -> str:
-    """A tick's label: 0.05, 12, 1 500, 16K (of 1024 tokens, where whole), 2·10⁶."""
+    """A tick's label: 0.05, 12, 1 500, 2·10⁶."""
     if value == 0:
         return "0"
     if abs(value) >= 1e6 or abs(value) < 1e-3:
@@ -93,15 +97,15 @@ def number(value: float) -> str:
 
 
 def tokens(value: float) -> str:
-    """A length in tokens: 512, 2K, 16K."""
-    whole = int(value)
-    return f"{whole // 1024}K" if whole >= 1024 and whole % 1024 == 0 else number(whole)
+    """A length in tokens: 512, 2K, 16K (K is 1024)."""
+    length = int(value)
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else number(length)
 
 
 def line_chart(
     series: Sequence[Series], x: Axis, y: Axis, *, x_label: str, y_label: str, x_format: Callable[[float], str] = number
 ) -> str:
-    """Lines over two axes as an <svg> that scales with its container; single points are drawn as dots."""
+    """Lines over two axes as an <svg> that scales with its container. The points of a short line are drawn as dots."""
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">',
         *_y_axis(y),
@@ -149,7 +153,7 @@ def _text(x: float, y: float, text: str, style: str) -> str:
 
 
 def heat_map(grid: Mapping[int, Mapping[int, float]], *, x_label: str, y_label: str) -> str:
-    """Shares between 0 and 1 by column (ascending) and row (ascending, downwards), each cell with its per cent."""
+    """Fractions from 0 to 1 by column (ascending) and row (ascending, downwards); each cell shows its per cent."""
     columns = sorted(grid)
     rows = sorted({row for cells in grid.values() for row in cells})
     width, height = (WIDTH - LEFT - RIGHT) / len(columns), 26
@@ -166,11 +170,11 @@ def heat_map(grid: Mapping[int, Mapping[int, float]], *, x_label: str, y_label: 
     return "\n".join([*parts, "</svg>"])
 
 
-def _cell(x: float, y: float, width: float, height: float, share: float) -> list[str]:
+def _cell(x: float, y: float, width: float, height: float, fraction: float) -> list[str]:
     place = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{width - 2:.1f}" height="{height - 2}" rx="3"'
-    style = "cell-text on-dark middle" if share > 0.55 else "cell-text middle"
+    style = "cell-text on-dark middle" if fraction > 0.55 else "cell-text middle"
     return [
         f'<rect class="cell-back" {place}/>',
-        f'<rect class="cell" {place} fill-opacity="{share:.2f}"/>',
-        _text(x + width / 2, y + height / 2 + 4, f"{share:.0%}", style),
+        f'<rect class="cell" {place} fill-opacity="{fraction:.2f}"/>',
+        _text(x + width / 2, y + height / 2 + 4, f"{fraction:.0%}", style),
     ]

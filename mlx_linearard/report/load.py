@@ -12,8 +12,8 @@ from typing import Any
 
 from ..config import OBJECTIVES, objectives_of
 from ..errors import UserError
-from ..files import RunDir, read_yaml
-from ..results.fields import Field
+from ..files import RunDir, read_yaml, reading
+from ..results.fields import Field, exists, shown
 from ..results.records import Pieces, Step, read_pieces, read_steps
 from ..results.rows import RESTORED, Results
 from ..results.store import read_results
@@ -39,9 +39,10 @@ def read_run(root: str | Path) -> RunFacts:
     Raises UserError if `root` is not a run directory, or if one of its files is broken.
     """
     run = RunDir(root)
-    if not run.root.is_dir():
-        raise UserError(f"{root} is not a directory: give the --output of a distillation")
-    if not any(path.exists() for path in (run.config, run.metrics, run.results)):
+    with reading(root):
+        if not run.root.is_dir():
+            raise UserError(f"{root} is not a directory: give the --output of a distillation")
+    if not any(exists(path) for path in (run.config, run.metrics, run.results)):
         raise UserError(f"{root} holds no run: neither {run.config.name}, {run.metrics.name} nor {run.results.name}")
     config = read_config(run.config)
     objectives = _objectives(run.config, config)
@@ -59,7 +60,7 @@ def read_run(root: str | Path) -> RunFacts:
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """config.yaml as it is, with options of other versions too; {} if there is no such file."""
-    if not path.exists():
+    if not exists(path):
         return {}
     value = read_yaml(path)
     if not isinstance(value, dict):
@@ -72,7 +73,7 @@ def _objectives(path: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     objectives = objectives_of(config.get("compare"))
     for name in objectives:
         if name not in OBJECTIVES:
-            Field(path, "compare").fail(f"must name objectives ({', '.join(OBJECTIVES)}), not {name!r}")
+            Field(path, "compare").fail(f"must name objectives ({', '.join(OBJECTIVES)}), not {shown(name)}")
     return objectives
 
 

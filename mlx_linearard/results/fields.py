@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError, one_line
+from ..files import reading
 
 Json = dict[str, Any]
 T = TypeVar("T")
 
-LARGEST = 1e306  # of a number that the statistics and the charts can work with
+LARGEST, SMALLEST = 1e306, 1e-300  # of numbers that the statistics and the charts can work with
 LONGEST = 15  # digits of a length, a position or a count
 SHOWN = 60  # characters of a wrong value in a message
 
@@ -45,15 +47,17 @@ class Field:
             self.fail(f"must be a JSON list, not a {type(value).__name__}")
         return value
 
-    def number(self, value: Any) -> float:
-        """A finite number; an integer stays one."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+    def number(self, value: Any, largest: float = LARGEST) -> float:
+        """A finite number between -largest and largest; an integer stays one."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
             self.fail(f"must be a finite number, not {shown(value)}")
+        if abs(value) > largest:
+            self.fail(f"must be at most {largest:g}, not {shown(value)}")
         return value
 
     def positive(self, value: Any) -> float:
         """A finite number above 0."""
-        if self.number(value) <= 0:
+        if self.number(value) < SMALLEST:
             self.fail(f"must be above 0, not {shown(value)}")
         return value
 
@@ -63,11 +67,15 @@ class Field:
             self.fail(f"must be a number from 0 to 1, not {shown(value)}")
         return value
 
-    def count(self, value: Any) -> int:
-        """A whole number, 0 or more."""
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**LONGEST:
-            self.fail(f"must be a whole number, 0 or more, not {shown(value)}")
+    def count(self, value: Any, least: int = 0) -> int:
+        """A whole number, `least` or more."""
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 10**LONGEST:
+            self.fail(f"must be a whole number, {least} or more, not {shown(value)}")
         return value
+
+    def by_length(self, value: Any) -> dict[int, Any]:
+        """A JSON object by length in tokens, in ascending order."""
+        return self.by_number(value, "a length in tokens", 1)
 
     def text(self, value: Any) -> str:
         """A string."""
@@ -75,13 +83,19 @@ class Field:
             self.fail(f"must be a string, not {shown(value)}")
         return value
 
-    def by_length(self, value: Any) -> dict[int, Any]:
-        """A JSON object whose keys are whole numbers, such as lengths in tokens, in ascending order."""
+    def by_number(self, value: Any, kind: str, least: int) -> dict[int, Any]:
+        """A JSON object whose keys are whole numbers, `least` or more, in ascending order; `kind` is what they are."""
         entries = self.mapping(value)
         for key in entries:
-            if not is_whole(key):
-                self.fail(f"has the key {shown(key)}, which is not a length in tokens")
+            if not is_whole(key) or int(key) < least:
+                self.fail(f"has the key {shown(key)}, which is not {kind}")
         return {int(key): entries[key] for key in sorted(entries, key=int)}
+
+
+def exists(path: Path) -> bool:
+    """Whether `path` exists. Raises UserError if that cannot be known, for example without permission."""
+    with reading(path):
+        return path.exists()
 
 
 def is_whole(text: str) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, one_line
-from ..files import read_json, write_json
-from .fields import Field, is_whole
+from ..errors import UserError
+from ..files import parse_json, read_json, read_text, write_json
+from .fields import Field, exists, is_whole, shown
 from .rows import Training
 
+MAX_SAMPLE = 1e9  # nats; statistics add and square these numbers
 Pieces = Mapping[str, Mapping[str, float]]  # metric -> piece, named LENGTH/WINDOW/PIECE -> mean over its tokens
 
 
@@ -29,23 +29,21 @@ class Step:
 
 def read_steps(path: Path) -> list[Step]:
     """metrics.jsonl; [] if there is no such file. A last line without its end is still being written: left out."""
-    if not path.exists():
+    if not exists(path):
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    lines = read_text(path).split("\n")[:-1]
     return [_step(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _step(path: Path, number: int, line: str) -> Step:
-    at = Field(path, f"line {number}")
+    name = f"line {number}"
+    at = Field(path, name)
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
+        record = parse_json(line, f"{path} {name}")
+    except UserError as error:
+        raise UserError(f"{error}: fix or delete the line") from None
     if not isinstance(record, dict) or not {"step", "loss", "peak_memory_gb"} <= record.keys():
-        raise UserError(f"{path} line {number} is not a valid step record: fix or delete it")
+        raise UserError(f"{path} {name} is not a valid step record: fix or delete it")
     return Step(
         (at / "step").count(record["step"]),
         None if record["loss"] is None else (at / "loss").number(record["loss"]),
@@ -65,7 +63,7 @@ def training_of(steps: Sequence[Step]) -> Training:
 
 def read_pieces(path: Path) -> dict[str, Pieces]:
     """held_out.json, by model; {} if there is no such file."""
-    if not path.exists():
+    if not exists(path):
         return {}
     top = Field(path)
     models = top.mapping(read_json(path))
@@ -81,8 +79,8 @@ def _samples(at: Field, value: Any) -> dict[str, float]:
     for piece in pieces:
         parts = piece.split("/")
         if len(parts) != 3 or not all(map(is_whole, parts)):
-            at.fail(f"has the key {piece!r} instead of LENGTH/WINDOW/PIECE")
-    return {piece: (at / piece).number(number) for piece, number in pieces.items()}
+            at.fail(f"has the key {shown(piece)} instead of LENGTH/WINDOW/PIECE")
+    return {piece: (at / piece).number(number, MAX_SAMPLE) for piece, number in pieces.items()}
 
 
 def write_pieces(path: Path, models: Mapping[str, Pieces]) -> None:

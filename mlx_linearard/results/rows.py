@@ -133,6 +133,12 @@ class Comparison:
     metrics: Mapping[str, Mapping[str, Compared]] = field(default_factory=dict)
     best: Mapping[str, str] = field(default_factory=dict)
 
+    def check_objectives(self, at: Field) -> None:
+        """Raise UserError if this comparison of objectives has a metric without scaled or the best objective."""
+        for metric, rows in self.metrics.items():
+            if not {SCALED, self.best.get(metric)} <= rows.keys():
+                (at / metric).fail("must have the rows of scaled and of the best objective")
+
     def as_json(self) -> Json:
         metrics = {
             metric: {label: entry.as_json() for label, entry in rows.items()} for metric, rows in self.metrics.items()
@@ -177,7 +183,7 @@ class Bucket:
         entries = at.mapping(value)
         return cls(
             (at / "start").count(entries.get("start")),
-            (at / "end").count(entries.get("end")),
+            (at / "end").count(entries.get("end"), 1),
             (at / "perplexity").positive(entries.get("perplexity")),
         )
 
@@ -222,7 +228,10 @@ class SuiteResult:
             {n: (at / "by_length" / n).positive(v) for n, v in lengths.items()},
             tuple(Bucket.from_json(bucket, at / "by_position") for bucket in buckets),
             {
-                n: {d: (at / "grid" / n / d).fraction(v) for d, v in (at / "grid" / n).by_length(cells).items()}
+                n: {
+                    d: (at / "grid" / n / d).fraction(v)
+                    for d, v in (at / "grid" / n).by_number(cells, "a depth in per cent", 0).items()
+                }
                 for n, cells in grid.items()
             },
             optional((at / "options").mapping, entries.get("options")),
@@ -347,9 +356,12 @@ class Results:
             for name, row in entries.items()
             if name in (NATIVE, SCALED, RESTORED) or (isinstance(row, dict) and name not in NOT_MODELS)
         }
+        checked = {name: Comparison.from_json(entry, at / COMPARISONS / name) for name, entry in comparisons.items()}
+        if HELD_OUT in checked:
+            checked[HELD_OUT].check_objectives(at / COMPARISONS / HELD_OUT)
         return cls(
             rows,
-            {name: Comparison.from_json(entry, at / COMPARISONS / name) for name, entry in comparisons.items()},
+            checked,
             optional(lambda found: ExportInfo.from_json(found, at / EXPORT), entries.get(EXPORT)),
             optional(lambda found: RunInfo.from_json(found, at / RUN), entries.get(RUN)),
             other_entries(entries, [*rows, *NOT_MODELS]),

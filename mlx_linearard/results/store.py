@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import disk_errors, locked, read_json, reading, write_json, write_text
-from .fields import Field
+from .fields import Field, exists
 from .rows import Results
 
-LOCK_SECONDS = 60.0  # that a process waits for others that change the same results
+LOCK_SECONDS = 60.0  # a process waits so long for others that change the same results
 
 Record = dict[str, Any]  # one measured item: `id`, `samples` (metric -> number), and what a reader may want to see
 
@@ -23,16 +23,19 @@ def read_results(path: Path) -> Results:
 
     Raises UserError if the file cannot be read or a value in it is not what belongs there.
     """
-    with reading(path):
-        exists = path.exists()
-    return Results.from_json(read_json(path), Field(path)) if exists else Results()
+    return Results.from_json(read_json(path), Field(path)) if exists(path) else Results()
 
 
 def write_results(path: Path, results: Results) -> Results:
     """Replace results.json, completely or not at all; returns `results`.
 
-    Raises UserError, before anything is written, if a number is not finite.
+    Raises UserError, before anything is written, if a number is not finite or another process keeps the file locked.
     """
+    with locked(path, wait=LOCK_SECONDS):
+        return _replace(path, results)
+
+
+def _replace(path: Path, results: Results) -> Results:
     value = results.as_json()
     Results.from_json(json.loads(json.dumps(value)), Field(path))
     write_json(path, value)
@@ -45,7 +48,7 @@ def update_results(path: Path, change: Callable[[Results], Results]) -> Results:
     Other processes that do the same wait meanwhile, so no change is lost.
     """
     with locked(path, wait=LOCK_SECONDS):
-        return write_results(path, change(read_results(path)))
+        return _replace(path, change(read_results(path)))
 
 
 def merge_results(path: Path, new: Results) -> Results:
