@@ -200,12 +200,9 @@ def check_overwrite(target: str | Path, sources: Iterable[str | Path] = ()) -> N
         _refuse_place(target)
         if _is_empty_directory(target):
             return
-        real = target.resolve()
-        for source in (Path(source) for source in sources):
-            for path in (source.absolute(), source.resolve()):
-                if path.is_relative_to(real) or real.is_relative_to(path):
-                    relation = "is" if path == real else "contains" if path.is_relative_to(real) else "is inside"
-                    raise UserError(f"{shown(target)} {relation} the source {shown(source)}: choose another target")
+        for source in sources:
+            if relation := _relation(target, Path(source)):
+                raise UserError(f"{shown(target)} {relation} the source {shown(source)}: choose another target")
         if foreign := _not_written_here(target):
             raise UserError(
                 f"{shown(target)} {foreign}, so --overwrite leaves it alone: move it or choose another name"
@@ -218,18 +215,37 @@ def _is_empty_directory(path: Path) -> bool:
 
 def _refuse_place(target: Path) -> None:
     """UserError for a directory that no output may replace, even if it is empty."""
-    real = target.resolve()
     places = {"the current directory": Path.cwd, "the home directory": Path.home}
     for name, find in places.items():
         try:
-            place = find().resolve()
+            place = find()
         except (OSError, RuntimeError):  # removed, or no HOME
             continue
-        if place.is_relative_to(real):
-            verb = "is" if place == real else "contains"
-            raise UserError(f"{shown(target)} {verb} {name}: choose another target")
-    if real.is_mount():
+        relation = _relation(target, place)
+        if relation in ("is", "contains"):
+            raise UserError(f"{shown(target)} {relation} {name}: choose another target")
+    if target.resolve().is_mount():
         raise UserError(f"{shown(target)} is a mounted disk: choose a directory on it")
+
+
+def _relation(target: Path, other: Path) -> str | None:
+    """Whether the directory `target` "is", "contains" or "is inside" `other`, which may be a file; None if none holds.
+
+    Directories are compared by identity, because names may differ in case on some disks.
+    """
+    others = [other.absolute(), other.resolve()]
+    if any(_same(target, path) for path in others):
+        return "is"
+    if any(_same(target, parent) for path in others for parent in path.parents):
+        return "contains"
+    return "is inside" if any(_same(parent, other) for parent in target.resolve().parents) else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of the two does not exist
+        return False
 
 
 # Files that an operating system adds to directories.

@@ -51,11 +51,17 @@ FIXED: Mapping[str, Mapping[str, Values]] = {
     "phi3": _SILU,
     "nemotron": {"hidden_act": ("relu2",)},
     "mixtral": _SILU,
-    "qwen2_moe": {**_SILU, "norm_topk_prob": OFF, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    "qwen2_moe": {
+        **_SILU,
+        "norm_topk_prob": OFF,
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([],),
+        "qkv_bias": (True,),
+    },
     "qwen3_moe": _SILU,
     "gemma2": {"hidden_activation": GELU_TANH},
     "phi": {"hidden_act": GELU_TANH, "qk_layernorm": OFF},
-    "cohere": _SILU,
+    "cohere": {**_SILU, "layer_norm_bias": OFF},  # mlx-lm's own key
     "glm4": {**_SILU, "rope_traditional": (True,)},
     "stablelm": _SILU,
 }
