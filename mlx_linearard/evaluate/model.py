@@ -68,7 +68,9 @@ class Directory:
     @functools.cached_property
     def first(self) -> int | None:
         """The token that a text must begin with, if there is one (see `first_token`)."""
-        return first_token(self.tokenizer, self.config)
+        first = first_token(self.tokenizer, self.config)
+        check_ids([] if first is None else [first], self.config, self.path)
+        return first
 
     @property
     def heads(self) -> int:
@@ -102,6 +104,7 @@ class Directory:
         """The token before a text without context: the first token, or else the end-of-text token."""
         for name in ("bos_token_id", "eos_token_id"):
             if (token := getattr(self.tokenizer, name, None)) is not None:
+                check_ids([token], self.config, self.path)
                 return int(token)
         raise UserError(f"{self.path} names neither a first nor an end-of-text token: a text without context needs one")
 

@@ -92,7 +92,10 @@ class ItemLog:
                     write_text(self.path, undamaged)
                 yield
         finally:
-            with contextlib.suppress(OSError):  # not empty
+            with contextlib.suppress(OSError):
+                if not self.path.stat().st_size:  # nothing could be written
+                    self.path.unlink()
+            with contextlib.suppress(OSError):  # it holds other logs
                 self.path.parent.rmdir()
 
     def read(self) -> dict[str, Record]:

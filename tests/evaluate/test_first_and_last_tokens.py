@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,31 @@ def test_end_tokens_must_be_ids(tmp_path: Path, value: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------------
 # Tokens that the model does not have
+
+
+def test_a_first_token_beyond_the_embedding_is_refused(tmp_path: Path, text: Path, capsys) -> None:
+    """<s> is token 256 of a model that has 256 embeddings."""
+    short = tiny_model(tmp_path / "short", vocab_size=256, bos_token_id=0, eos_token_id=1)
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"query": "", "choices": ["a", "b"], "gold": 0}\n')
+    out = tmp_path / "out.json"
+    choice = ["--model", str(short), "--suite", "choice", "--data", str(items), "--out", str(out)]
+    with_bos(shutil.copytree(short, tmp_path / "bos"))
+    ppl = [
+        "--model",
+        str(tmp_path / "bos"),
+        "--suite",
+        "ppl",
+        "--data",
+        str(text),
+        "--lengths",
+        "32",
+        "--out",
+        str(out),
+    ]
+    for arguments in (choice, ppl):
+        assert run_command(lambda given=arguments: run(given)) == 2
+        assert "makes token 256, but the model has only 256 embeddings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [258, 5000, 100_000_000, 2**32 - 1])

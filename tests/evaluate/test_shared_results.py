@@ -106,6 +106,23 @@ def test_a_record_of_another_suite_is_named(model_dir: Path, text_file: Path, tm
     assert f"{log} holds a record that is not valid" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_limit_on_file_sizes_leaves_nothing_behind(model_dir: Path, items: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    log = ItemLog.beside(tmp_path / "results.json", "a", "choice", "1")
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            with pytest.raises(UserError, match=r"cannot write .*File too large"), log.held():
+                log.append({"id": "0", "samples": {"acc": 1.0}})
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [items.name]
+
+
 def test_weights_that_changed_are_measured_again(model_dir: Path, items: Path, tmp_path: Path) -> None:
     """The new weights have the size and the time of the old ones."""
     model, out = shutil.copytree(model_dir, tmp_path / "m"), tmp_path / "results.json"
