@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.model import Directory, open_directory
-from mlx_linearard.evaluate.suites.haystack import Prose, join
+from mlx_linearard.evaluate.suites.haystack import Prose, fill, join
 from mlx_linearard.evaluate.suites.ruler import TASKS, QuestionSet, Ruler, score
 
 LENGTHS = (4096, 3000)
@@ -251,3 +252,17 @@ def test_a_text_without_spaces_or_full_stops_is_a_haystack_too(directory: Direct
             places.append(context.index("One of the special") / len(context))
         assert len({round(place, 1) for place in places}) > 2
     assert join(Prose(chinese).take(20)) == chinese[:320]
+
+
+@pytest.mark.parametrize("tokens_per_word", [0.4, 1, 1.37, 3.9])
+def test_a_size_is_found_with_few_counts(tokens_per_word: float) -> None:
+    """The texts that are counted have in all at most as many tokens as three and a half full ones."""
+    counted: list[int] = []
+
+    def count(text: str) -> int:
+        counted.append(100 + round(tokens_per_word * len(text) + 20 * math.sin(len(text))))  # the growth is not even
+        return counted[-1]
+
+    size = fill("w".__mul__, count, 30_000, "a text")
+    assert 0.995 * 30_000 <= 100 + tokens_per_word * size + 20 * math.sin(size) <= 30_001
+    assert sum(counted) <= 3.5 * 30_000

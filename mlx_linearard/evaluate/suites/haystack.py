@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from ...data import Document
 from ...errors import UserError
 
+KEPT = 8  # texts of which the search for a size remembers the tokens
+FIRST = 0.1  # the search begins with this share of the size that has one token per word
 CLOSE = 0.995  # the search stops at this share of the budget
 WORD = 32  # characters; a longer word (of a language without spaces, of a table of digits) is cut into several
 # Words; a piece of a long word counts as ten. A longer sentence (text without full stops) is cut, so that needles
@@ -44,9 +46,10 @@ class Prose:
         """`count` words from word `start` on, then from the first word again. `join` makes text of them."""
         if count < 1:
             return []
-        first = self._words[start % self.words :]
-        rounds = -(-max(0, count - len(first)) // self.words)
-        return [*first, *(self._words * rounds)][:count]
+        start %= self.words
+        first = self._words[start : start + count]
+        rounds, rest = divmod(count - len(first), self.words)
+        return [*first, *(self._words * rounds), *self._words[:rest]]
 
 
 def _parts(word: str) -> list[str]:
@@ -121,8 +124,8 @@ def fill(
 ) -> int:
     """The size for which the text build(size) has as many tokens as `budget` allows, and never more.
 
-    Each guess assumes that tokens grow evenly with size. The search stops if no larger size fits, at `most`, or if
-    99.5 % of the budget are used.
+    Each guess assumes that tokens grow evenly with size; guesses are few, because counting a long text takes long.
+    The search stops if no larger size fits, at `most`, or if 99.5 % of the budget are used.
 
     Raises UserError if build(least) exceeds the budget.
     """
@@ -131,14 +134,15 @@ def fill(
     if tokens > budget:
         raise UserError(f"{what}: its question alone takes {tokens} of {budget} tokens; give longer --lengths")
     high = None if most is None else most + 1  # the smallest size known not to fit
-    slope = 1.0  # tokens per unit of size
+    aim = budget * (1 + CLOSE) / 2
+    slope = 1.0 / FIRST  # tokens per unit of size; the first guess is only a part, which shows the slope cheaply
     while tokens < CLOSE * budget and (high is None or high - low > 1):
-        guess = low + max(1, int((budget - tokens) / slope))
+        guess = low + max(1, int((aim - tokens) / slope))
         guess = guess if high is None else min(guess, high - 1)
         reached = count(build(guess))
         if reached > budget:
             high, slope = guess, max((reached - tokens) / (guess - low), 0.01)
         else:
+            slope = max((reached - smallest) / (guess - least), 0.01)
             low, tokens = guess, reached
-            slope = max((tokens - smallest) / (low - least), 0.01)
     return low

@@ -6,14 +6,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 from ...errors import UserError
 from ...results.statistics import DECISION, Metric
 from ...results.store import Record
 from ..model import Directory, Question, Subject, Tick, digest
-from .haystack import Prose, fill, join
+from .haystack import KEPT, Prose, fill, join
 from .ppl import check_length
 from .suite import Done, Item, left
 
@@ -69,8 +69,9 @@ class Passkey:
         rng = random.Random(f"{self.seed}/{length}/{depth}/{sample}")
         key, start = str(rng.randrange(10_000, 100_000)), rng.randrange(self.prose.words)
         build = self._builder(key, start, depth)
-        size = fill(build, lambda t: len(directory.encode(t)), length - BUDGET, f"passkey at {length}")
-        return directory.encode(build(size)), key
+        encode = lru_cache(KEPT)(directory.encode)
+        size = fill(build, lambda text: len(encode(text)), length - BUDGET, f"passkey at {length}")
+        return encode(build(size)), key
 
     def _builder(self, key: str, start: int, depth: int) -> Callable[[int], str]:
         def build(words: int) -> str:

@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from ...errors import UserError
 from ...results.statistics import Metric
 from ...results.store import Record
 from ..model import Directory, Question, Subject, Tick, digest
-from .haystack import NOISE, Prose, fill, noise, sentences
+from .haystack import KEPT, NOISE, Prose, fill, noise, sentences
 from .items import read_items
 from .ppl import check_length
 from .suite import Done, Item, left
@@ -445,11 +445,17 @@ class Ruler:
 
     def sample(self, directory: Directory, task: str, length: int, index: int) -> Sample:
         """One sample: prompt, answer prefix and generation budget together have at most `length` tokens."""
+        return self._made(directory, task, length, index)[0]
+
+    def _made(self, directory: Directory, task: str, length: int, index: int) -> tuple[Sample, list[int]]:
+        """A sample and the tokens of its prompt."""
         make, budget = TASKS[task]
         seed = f"{self.seed}/{task}/{length}/{index}"
 
+        encode = lru_cache(KEPT)(directory.encode)
+
         def count(text: str) -> int:
-            return len(directory.encode(text))
+            return len(encode(text))
 
         def build(size: int) -> Sample:
             return make(random.Random(seed), size, source)
@@ -466,7 +472,7 @@ class Ruler:
             raise UserError(f"{what}: all its text has {tokens} tokens; give more text, or shorter --lengths")
         if task not in QA_TASKS and not all(output in sample.text for output in sample.outputs):
             raise UserError(f"{what}: too short to hold its answers; give longer --lengths")
-        return sample
+        return sample, encode(sample.prompt)
 
     def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
         asked: deque[tuple[int, Sample]] = deque()  # the prompt's tokens and the sample of each item to be answered
@@ -474,8 +480,7 @@ class Ruler:
         def questions() -> Iterator[Question]:
             for item in left(items, done):
                 task = item.content[0]
-                sample = self.sample(subject.directory, *item.content)
-                tokens = subject.directory.encode(sample.prompt)
+                sample, tokens = self._made(subject.directory, *item.content)
                 asked.append((len(tokens), sample))
                 yield Question(tokens, TASKS[task][1], partial(_right, task, sample.outputs))
 
