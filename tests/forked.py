@@ -17,8 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ROOMS = ("distill", "convert", "export", "evaluate", "report")  # commands that are folders
-MODULES = {"doctor": "mlx_linearard.doctor", **{name: f"mlx_linearard.{name}.__main__" for name in ROOMS}}
+COMMANDS = ("distill", "convert", "export", "evaluate", "report", "doctor")
+MODULES = {name: f"mlx_linearard.{name}.__main__" for name in COMMANDS}
 TIMEOUT = 120
 
 

@@ -371,11 +371,9 @@ def peak_bytes(
 ) -> int:
     """The most memory that the backward pass of `attention_in_training` holds, in bytes; `size` per input number.
 
-    `fused` is the choice of a probe; None is no probe.
-
-    That is 0 if mlx's kernel does the work. Else each head of a tile holds scores, P, dP and dS, the stacked rows of
-    q, dO and O, the running dK and dV, and dQ (in parts, and joined). The finished gradients of the other heads are
-    as large as q, k and v together.
+    That is 0 if mlx's kernel does the work (`fused`: a probe's choice, None without a probe). Else each head of a
+    tile holds scores, P, dP and dS, the stacked rows of q, dO and O, the running dK and dV, and dQ (in parts, and
+    joined). The finished gradients of the other heads are as large as q, k and v together.
     """
     if fused is None:
         fused = gpu and has_linear_kernel(dim, dim, half=size < FLOAT32)

@@ -1,27 +1,27 @@
-"""Command: prints what this machine is, how fast it is, and whether the loss is exact on it."""
+"""What this machine is, how fast it is, whether the loss is exact on it, and which attention trains on it."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
-import sys
 import time
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .cli import Parser, run_command
-from .convert.default_model import cache_directory
-from .errors import UserError
-from .machine import measure_machine
-from .ops.relation import relation_kl
+from ..convert.default_model import cache_directory
+from ..errors import UserError
+from ..machine import measure_machine, on_gpu
+from ..ops.probe import probe_once
+from ..ops.relation import relation_kl
 
 PACKAGES = ("mlx-linearard", "mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 SETTINGS = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "XDG_CACHE_HOME", "LD_PRELOAD", "MLX_ENABLE_TF32")
+
+HEAD_SIZES = (64, 128)  # for which the choice of attention is shown
 
 # Largest allowed relative error of loss and gradient: in float32, and with the TF32 products of some GPUs.
 EXACT, TF32 = 1e-4, 2e-2
@@ -29,7 +29,7 @@ EXACT, TF32 = 1e-4, 2e-2
 
 def examine() -> dict[str, Any]:
     """Everything that the command prints, as JSON values. Takes a few seconds."""
-    machine = measure_machine()
+    machine, folder = measure_machine(), _cache()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "system": platform.platform(),
@@ -38,17 +38,30 @@ def examine() -> dict[str, Any]:
         "matmul_gflops": round(machine.gflops, 1),
         "exp_ns": round(_exp_ns(), 3),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
-        "model_cache": _model_cache(),
+        "model_cache": str(folder) if isinstance(folder, Path) else f"none: {folder}",
         "self_test": self_test(machine.gpu),
+        "attention": attention_choices(folder if isinstance(folder, Path) else None),
         "hint": machine.hint,
     }
 
 
-def _model_cache() -> str:
+def _cache() -> Path | UserError:
+    """The cache folder, or why there is none."""
     try:
-        return str(cache_directory())
+        return cache_directory()
     except UserError as error:
-        return f"none: {error}"
+        return error
+
+
+def attention_choices(folder: Path | None) -> dict[str, str]:
+    """Which attention trains on this machine, by dtype and head size, with the figures of the probe.
+
+    Args:
+        folder: where the answers are kept; None keeps nothing.
+    """
+    dtypes = ("bfloat16", "float16", "float32") if on_gpu() else ("float32",)
+    cases = [(name, dim) for name in dtypes for dim in HEAD_SIZES]
+    return {f"{name}, heads of {dim}": probe_once(getattr(mx, name), dim, folder).line() for name, dim in cases}
 
 
 def _version(name: str) -> str | None:
@@ -102,41 +115,3 @@ def _log_relations(x: np.ndarray) -> np.ndarray:
     scores = np.where(np.tril(np.ones((length, length), bool)), scores, -1e300)
     scores = scores - scores.max(-1, keepdims=True)
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-
-
-def _lines(report: dict[str, Any]) -> list[str]:
-    test = report["self_test"]
-    lines = [
-        f"{name:<16} {value if value is not None else 'not installed'}" for name, value in report["versions"].items()
-    ]
-    lines += [
-        f"system           {report['system']}",
-        f"device           {report['device']}, {report['memory_gb']} GB",
-        f"speed            {report['matmul_gflops']} GFLOP/s in matrix products, {report['exp_ns']} ns per exponential",
-        f"model cache      {report['model_cache']}",
-        *(f"{name:<16} {value}" for name, value in report["settings"].items()),
-        f"self-test        loss off by {test['loss_error']:.1e}, gradient by {test['gradient_error']:.1e} of float64 "
-        f"(allowed {test['allowed']:.0e}): {'passed' if test['passed'] else 'FAILED'}",
-    ]
-    return [*lines, f"hint             {report['hint']}"] if report["hint"] else lines
-
-
-def run(arguments: Sequence[str] | None = None) -> int:
-    """The command's body; status 1 if the self-test fails."""
-    parser = Parser(
-        "mlx_linearard.doctor", "Print what this machine is, how fast it is, and whether the loss is exact on it."
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    report = examine()
-    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
-    return 0 if report["self_test"]["passed"] else 1
-
-
-def main() -> None:
-    """Entry point of `mlx_linearard.doctor`."""
-    sys.exit(run_command(run))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-import mlx_linearard.doctor as doctor
+from mlx_linearard.doctor import __main__ as doctor
+from mlx_linearard.doctor import checks
+from mlx_linearard.machine import on_gpu
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mlx-linearard"
 
 
 def test_the_command_prints_machine_and_self_test(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,8 +33,8 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("wrong", [lambda loss: loss * 1.001, lambda loss: loss + 1.0])
 def test_a_wrong_loss_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, wrong) -> None:
-    right = doctor.relation_kl
-    monkeypatch.setattr(doctor, "relation_kl", lambda *a, **k: wrong(right(*a, **k)))
+    right = checks.relation_kl
+    monkeypatch.setattr(checks, "relation_kl", lambda *a, **k: wrong(right(*a, **k)))
     assert doctor.run(["--json"]) == 1
 
 
@@ -35,6 +45,17 @@ def test_a_user_without_a_home_folder_is_examined_too(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(doctor.cache_directory.__globals__["Path"], "home", no_home)
+    monkeypatch.setattr(checks.cache_directory.__globals__["Path"], "home", no_home)
     assert doctor.run([]) == 0
     assert "model cache      none: this user has no home folder: set HOME" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(on_gpu(), reason="about mlx's attention on a CPU")
+def test_the_choice_of_attention_is_shown_with_its_figures_and_kept(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.run([]) == 0
+    printed = capsys.readouterr().out
+    for dim in (64, 128):
+        assert f"attention        float32, heads of {dim}: own tiles (mlx: memory grows as T^" in printed
+    assert len(json.loads((cache / "attention.json").read_text())) == 2
