@@ -4,10 +4,9 @@
     python examples/benchmarks/memory_plan.py --model DIR --lengths 1024,4096 --dtype bfloat16
 
 The made-up model has random weights, 16 layers of width 1024, 8 query heads and 2 key heads of 128, and a
-vocabulary of 32000; a 4-bit copy of it is the sixth configuration. Each configuration makes three training
-steps in a process of its own: only then is there all that a step may hold (weights and moments now, and those
-before the last update). Peak memory is mlx's own counter. Exit status 1 where a plan is
-off by more than 15 %.
+vocabulary of 32000; a 4-bit copy of it is the sixth configuration. Each configuration makes three training steps in
+its own process: the third step holds everything that a step can hold (weights and moments now, and those before the
+last update). Peak memory is mlx's own counter. The exit status is 1 if a plan is off by more than 15 %.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ def main() -> int:
 
 
 def two_lengths(text: str) -> list[int]:
-    found = lengths(text)
-    if len(found) != 2:
-        raise argparse.ArgumentTypeError(f"{text}: must be two lengths, as 512,1024")
-    return found
+    numbers = lengths(text)
+    if len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"{text}: must be two lengths, as in 512,1024")
+    return numbers
 
 
 def arguments() -> argparse.Namespace:
@@ -60,15 +59,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="the directory of SmolLM2-135M-Instruct (default: cache or hub)")
     parser.add_argument("--lengths", type=two_lengths, default="512,1024", help="two lengths, the shorter first")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights in memory")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="relation", help="what is distilled")
-    parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="relation", help="the objective of the step")
+    parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Two models, two lengths, last and all layers, a 4-bit base."""
+    """Two models, two lengths, the last layer and all layers, a 4-bit base."""
     from mlx_linearard.convert.default_model import default_model
 
     from mlx_linearard.models.directory import check_model_dir
@@ -87,7 +86,7 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
 
 
 def random_model(folder: Path, tokenizer_from: Path, bits: int | None) -> Path:
-    """A model directory with random weights in bfloat16, quantized where `bits` says so."""
+    """A model directory with random weights in bfloat16, quantized if `bits` is given."""
     import mlx.core as mx
     from mlx_lm.models import llama
     from mlx_lm.utils import quantize_model, save_model
@@ -106,7 +105,7 @@ def random_model(folder: Path, tokenizer_from: Path, bits: int | None) -> Path:
 
 
 def measured(work: dict[str, Any]) -> dict[str, Any]:
-    """One configuration in a process of its own."""
+    """One configuration, in its own process."""
     process = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(work)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -117,7 +116,7 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def child(work: dict[str, Any]) -> None:
-    """Plan, then train, and print both as a JSON line."""
+    """Plan, train, and print both figures as one JSON line."""
     import mlx.core as mx
 
     from mlx_linearard.config import DistillConfig
@@ -153,7 +152,7 @@ def child(work: dict[str, Any]) -> None:
 
 
 def report(rows: list[dict[str, Any]], folder: Path) -> int:
-    """Write a CSV named after the machine; 1 where a plan is off by too much."""
+    """Write a CSV named after the machine; returns 1 if a plan is off by too much."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"memory-plan-{file_name(rows[0]['machine'])}.csv"
     with file.open("w", newline="", encoding="utf-8") as handle:

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/precision.py --lengths 97 513 1000
 
-Errors are relative, of a gradient in its norm. CUDA and M5 compute float32 products as TF32 unless
-MLX_ENABLE_TF32=0 is set before this starts; the table says which it was.
+Errors are relative; the error of a gradient is that of its norm. CUDA and M5 compute float32 products as TF32
+unless MLX_ENABLE_TF32=0 is set before the start; the table names the setting.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = (
     "gradient_error",
     "gradient_error_dense",
 )
-NOISES = (0.5, 1e-2)  # of the teacher against the student: large and small divergences
+NOISES = (0.5, 1e-2)  # difference between teacher and student: a large and a small KL
 
 
 def float64(array: mx.array) -> np.ndarray:
@@ -108,7 +108,7 @@ def paired(ours: tuple[float, float], dense: tuple[float, float]) -> dict:
 
 
 def panels(rows: list[dict]) -> dict:
-    """Gradient errors against length, a panel for each dtype."""
+    """Gradient errors against length, one panel per dtype."""
     result = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         lines: dict[str, tuple[list, list]] = {}
@@ -127,7 +127,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--workspace", type=int, default=16, metavar="MIB", help="small, so that there are tiles")
+    parser.add_argument(
+        "--workspace", type=int, default=16, metavar="MIB", help="workspace in MiB, small so that there are many tiles"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 

@@ -3,7 +3,7 @@
     python examples/benchmarks/relation.py --lengths 512 1024 2048 --heads 2 --head-dim 64
 
 Each line is one forward and backward pass. `extra` is the peak memory beyond inputs, outputs and gradients.
-Writes a CSV, and a picture where matplotlib is there, named after the machine.
+Writes a CSV, and a picture if matplotlib is installed, both named after the machine.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mlx_linearard.ops.attention import attention
 from mlx_linearard.ops.relation import relation_kl, relation_kl_dense
 
 COLUMNS = ("what", "length", "heads", "head_dim", "dtype", "workspace_mib", "seconds", "extra_mib", "note")
-SKIPPED_BEYOND = 0.6  # of the device's memory: what a dense rival may need before it is left out
+SKIPPED_BEYOND = 0.6  # the part of the device's memory that a dense rival may need; above it the rival is skipped
 
 
 def machine() -> str:
-    """The machine's name for tables and files: the GPU as it reports itself, or system, CPU and cores."""
+    """The machine's name for tables and files: the name of the GPU, or system, CPU and cores."""
     info = mx.device_info()
     if mx.default_device().type == mx.DeviceType.gpu:
         return str(info["device_name"])
@@ -35,7 +35,7 @@ def machine() -> str:
 
 
 def file_name(name: str) -> str:
-    """`name` as the stem of a file."""
+    """`name` as the stem of a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
@@ -67,19 +67,19 @@ def measure(function: Callable, inputs: list[mx.array], repeats: int, held: int)
 
 
 def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
-    """Normal numbers, (B, H, T, D), head by head: long ones at once would need many times their own memory."""
+    """Normal numbers, (B, H, T, D), made head by head, because one call would need many times their memory."""
     batch, heads, length, dim = shape
     parts = []
     for key in mx.random.split(mx.random.key(seed), heads):
         parts.append(mx.random.normal((batch, 1, length, dim), key=key).astype(dtype))
         mx.eval(parts[-1])
-    whole = mx.concatenate(parts, axis=1)
-    mx.eval(whole)
-    return whole
+    joined = mx.concatenate(parts, axis=1)
+    mx.eval(joined)
+    return joined
 
 
 def cases(args: argparse.Namespace, length: int) -> Iterator[tuple[str, Callable, list[mx.array], int, float]]:
-    """(name, function, inputs, bytes of its results, bytes that it is known to need) for a length."""
+    """For one length: (name, function, inputs, bytes of the results, bytes that the function is known to need)."""
     dtype, shape = getattr(mx, args.dtype), (1, args.heads, length, args.head_dim)
     x, y, c = (normal(shape, dtype, seed) for seed in range(3))
     y = (x + 0.5 * y).astype(dtype)
@@ -118,7 +118,7 @@ def cases(args: argparse.Namespace, length: int) -> Iterator[tuple[str, Callable
 
 
 def run(args: argparse.Namespace) -> Iterator[dict]:
-    """One row of the table after the other."""
+    """The rows of the table, one after another."""
     memory = device_memory() * SKIPPED_BEYOND
     for length in args.lengths:
         for name, function, inputs, held, needed in cases(args, length):
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict], about: str) -> None:
-    """`rows` as CSV, with the machine in a first comment line."""
+    """Write `rows` as CSV; the first line is a comment with the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# {about}\n")
@@ -153,18 +153,18 @@ def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict], about: str
 
 
 def draw(path: Path, panels: dict[str, tuple[str, dict[str, tuple[list, list]]]], title: str) -> None:
-    """A picture with a log-log panel for each name: (label of y, {line: (xs, ys)}). Needs matplotlib."""
+    """Draw one log-log panel per name: (label of y, {line: (xs, ys)}). Needs matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        print("no picture: matplotlib is missing (pip install 'mlx-linearard[plot]')")
+        print("no picture: matplotlib is not installed (pip install 'mlx-linearard[plot]')")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """Numbers as they are, 20000 and not 2e+04, on the ticks that there is room for."""
+        """Plain numbers, 20000 and not 2e+04, on the ticks that have room for a label."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
@@ -187,7 +187,7 @@ def draw(path: Path, panels: dict[str, tuple[str, dict[str, tuple[list, list]]]]
 
 
 def panels(rows: list[dict]) -> dict:
-    """Memory and time against length, a line for each thing measured."""
+    """Memory and time against length, one line per function."""
     measured = [row for row in rows if row["seconds"] != ""]
 
     def lines(key: str) -> dict:
@@ -217,7 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed runs up to 32768 tokens, one beyond; 0: the first"
     )
-    parser.add_argument("--only", default="", help="measure what has this in its name")
+    parser.add_argument("--only", default="", help="measure only the functions with this text in their name")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 

@@ -1,12 +1,13 @@
-"""The whole distillation step: peak memory and tokens/s against length, beside mlx-lm's own LoRA training.
+"""One training step: peak memory and tokens/s against length, beside mlx-lm's own LoRA training.
 
     python examples/benchmarks/step.py                          # SmolLM2-135M, T = 1024 ... 8192
     python examples/benchmarks/step.py --shape llama-3-8b --lengths 4096,8192 --series last
 
-Each series runs in a process of its own, so that none sees another's memory. `last` and `all` are this
-project's step with the relations of the last layer or of all layers; `mlx-lm` is mlx_lm.lora's training loop
-with --grad-checkpoint: the same adapters, model, length and optimizer, on the next-token loss. Peak memory is
-mlx's own counter, weights included. The exponent is the slope of log(peak - weights) over log(T).
+Each series runs in its own process, so that no series counts the memory of another. `last` and `all` match the
+relations of the last layer or of all layers; `logits`, `relation+logits` and `ce` are the other objectives.
+`mlx-lm` is the training loop of mlx_lm.lora with --grad-checkpoint: the same adapters, model, length and optimizer,
+on the next-token loss. Peak memory is mlx's own counter and includes the weights. The exponent is the slope of
+log(peak - weights) over log(T).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mlx_linearard.cli import run_command
 from mlx_linearard.config import DTYPES
 
 RANK, SCALE = 64, 2.0
-SERIES = ("last", "all", "logits", "mlx-lm")
+SERIES = ("last", "all", "logits", "relation+logits", "ce", "mlx-lm")
 
 
 def main() -> None:
@@ -43,29 +44,33 @@ def main() -> None:
 def lengths(text: str) -> list[int]:
     numbers = [int(part) for part in text.split(",")]
     if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: lengths are at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: a length must be at least 1")
     return numbers
 
 
 def series(text: str) -> list[str]:
     names = text.split(",")
     if not set(names) <= set(SERIES):
-        raise argparse.ArgumentTypeError(f"{text}: must be of {', '.join(SERIES)}, with commas between them")
+        raise argparse.ArgumentTypeError(f"{text}: must be names of {', '.join(SERIES)}, separated by commas")
     return names
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", help="a model directory (default: SmolLM2-135M-Instruct); with --shape its tokenizer"
+        "--model", help="a model directory (default: SmolLM2-135M-Instruct); --shape uses only its tokenizer"
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="random 4-bit weights of this shape, made on the spot")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="measure random 4-bit weights of this shape")
     parser.add_argument("--lengths", type=lengths, default="1024,2048,4096,8192")
-    parser.add_argument("--series", type=series, default="last,all,mlx-lm", help=f"of {', '.join(SERIES)}")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
-    parser.add_argument("--workspace", type=int, default=256, help="MB for tiles")
-    parser.add_argument("--memory-limit", type=int, default=None, metavar="MB", help="as distill's, for every series")
-    parser.add_argument("--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the files' own)")
+    parser.add_argument("--series", type=series, default="last,all,mlx-lm", help=f"names of {', '.join(SERIES)}")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one step to warm up")
+    parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
+    parser.add_argument(
+        "--memory-limit", type=int, default=None, metavar="MB", help="the --memory-limit of distill, for every series"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the dtype of the files)"
+    )
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -85,7 +90,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
-    """The directory to measure on: the user's, SmolLM2's, or random weights of a shape with its tokenizer."""
+    """The model directory to measure: the user's, SmolLM2's, or random weights of a shape with its tokenizer."""
     from mlx_linearard.convert.default_model import default_model
 
     from mlx_linearard.models.directory import check_model_dir
@@ -96,7 +101,7 @@ def prepare_model(options: argparse.Namespace, scratch: Path) -> Path:
 
 
 def random_quantized(config: dict[str, Any], folder: Path, tokenizer_from: Path) -> Path:
-    """A 4-bit model directory with random codes, scaled so that activations keep a sensible size."""
+    """A 4-bit model directory with random codes, scaled so that activations stay in range."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
@@ -145,12 +150,12 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
     )
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode:
-        print(f"{name}: ended with status {process.returncode} after {len(rows)} lengths", file=sys.stderr)
+        print(f"{name}: exit status {process.returncode} after {len(rows)} lengths", file=sys.stderr)
     return rows
 
 
 def child(work: dict[str, Any]) -> None:
-    """Measure one series, a JSON line a length."""
+    """Measure one series; prints one JSON line per length."""
     import mlx.core as mx
 
     from mlx_linearard.machine import describe
@@ -177,7 +182,7 @@ def child(work: dict[str, Any]) -> None:
 
 
 def ours(work: dict[str, Any]) -> Any:
-    """This project's step: length -> (peak bytes, tokens a second)."""
+    """The step of this project, a function of the length that returns (peak bytes, tokens/s)."""
     import mlx.core as mx
 
     from mlx_linearard.distill.objective import resolve_objective
@@ -185,7 +190,8 @@ def ours(work: dict[str, Any]) -> Any:
     from mlx_linearard.models.pair import load_pair
 
     pair = load_pair(work["model"], method="linear", factor=4.0, lora_rank=RANK, lora_scale=SCALE, dtype=work["dtype"])
-    name, layers = ("logits", "last") if work["series"] == "logits" else ("relation", work["series"])
+    series = work["series"]
+    name, layers = ("relation", series) if series in ("last", "all") else (series, "last")
     objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work["workspace"])
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state = TrainState.start(pair, schedule)
@@ -204,7 +210,7 @@ def ours(work: dict[str, Any]) -> Any:
 
 
 def rival(work: dict[str, Any]) -> Any:
-    """mlx-lm's training loop with --grad-checkpoint, on the same adapters: length -> (peak bytes, tokens a second)."""
+    """mlx-lm's training loop with --grad-checkpoint on the same adapters: returns the same kind of function."""
     import mlx.core as mx
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, grad_checkpoint, train
@@ -226,16 +232,16 @@ def rival(work: dict[str, Any]) -> Any:
     mx.eval(model.parameters())
     grad_checkpoint(model.layers[0])
 
-    class Heard:
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:  # the last step's stays: the first compiles
-            self.speed = info["tokens_per_second"]
+    class Speed:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:  # keeps the last step; the first compiles
+            self.last = info["tokens_per_second"]
 
         def on_val_loss_report(self, info: dict[str, Any]) -> None:
             pass
 
     def measure(length: int) -> tuple[int, float]:
         rows = [(mx.random.randint(0, 1000, (length + 1,)).tolist(), 0) for _ in range(2)]
-        heard = Heard()
+        speed = Speed()
         mx.reset_peak_memory()
         optimizer = optim.AdamW(learning_rate=1e-4)
         with tempfile.TemporaryDirectory() as folder:
@@ -243,14 +249,14 @@ def rival(work: dict[str, Any]) -> Any:
                 batch_size=1, iters=1 + max(1, work["steps"]), val_batches=0, steps_per_report=1, steps_per_eval=10**9,
                 steps_per_save=10**9, max_seq_length=length + 1, adapter_file=str(Path(folder) / "a.safetensors"),
             )  # fmt: skip
-            train(model, optimizer, Dataset(rows), None, args=args, training_callback=heard)
-        return mx.get_peak_memory(), heard.speed
+            train(model, optimizer, Dataset(rows), None, args=args, training_callback=speed)
+        return mx.get_peak_memory(), speed.last
 
     return measure
 
 
 class Dataset(list[Any]):
-    """Token rows as mlx-lm's trainer takes them."""
+    """Rows of tokens in the form that mlx-lm's trainer reads."""
 
     def itemlen(self, index: int) -> int:
         return len(self[index][0])
@@ -295,6 +301,7 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
 LINES = {
     "last": "relations, last layer",
     "all": "relations, all layers",
+    "ce": "cross-entropy",
     "mlx-lm": "mlx_lm.lora --grad-checkpoint",
 }
 
@@ -303,14 +310,14 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, tuple[l
     """Memory and speed against length, a line for each series."""
 
     def lines(key: str, unit: float) -> dict[str, tuple[list[int], list[float]]]:
-        found = {}
-        for name in dict.fromkeys(r["series"] for r in rows):  # all of them: a series has one colour
+        drawn = {}
+        for name in dict.fromkeys(r["series"] for r in rows):  # all series, so that each keeps its colour
             own = [r for r in rows if r["series"] == name and r[key]]
-            found[LINES.get(name, name)] = [r["length"] for r in own], [r[key] * unit for r in own]
-        return found
+            drawn[LINES.get(name, name)] = [r["length"] for r in own], [r[key] * unit for r in own]
+        return drawn
 
-    made = {"peak memory": ("GB", lines("peak_mb", 1e-3)), "speed": ("tokens/s", lines("tokens_per_second", 1))}
-    return {title: panel for title, panel in made.items() if any(ys for _, ys in panel[1].values())}
+    both = {"peak memory": ("GB", lines("peak_mb", 1e-3)), "speed": ("tokens/s", lines("tokens_per_second", 1))}
+    return {title: panel for title, panel in both.items() if any(ys for _, ys in panel[1].values())}
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def _exponentials(rows: Blocks) -> tuple[Blocks, mx.array, mx.array]:
 def _lse(rows: Blocks) -> mx.array:
     """The log-sum-exp of each row, (..., rows, 1) float32.
 
-    Its rounding changes p_s or p_t as a whole, which is about 2e-6 of the gradient. The rounding of half-precision
-    results is larger.
+    The rounding of a log-sum-exp scales all of p_s or p_t, by about 2e-6 of the gradient. The rounding of
+    half-precision results is larger.
     """
     return reduce(mx.logaddexp, [row_lse(block) for block in rows])
 
