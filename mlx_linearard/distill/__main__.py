@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cli import Parser, integer, run_command
+from ..cli import Parser, integer, path_word, run_command, shell_command
 from ..config import LARGEST_COUNT, DistillConfig, flag, read_yaml, shortened, type_of
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
@@ -151,7 +151,8 @@ def _print_result(result: Result) -> None:
         f"{duration(result.seconds)} in all; the report is {result.run.report}."
     )
     model = result.run.model
-    print(f'The restored model is in {model}; try: mlx_lm.generate --model {model} --prompt "Hello"')
+    command = shell_command("mlx_lm.generate", "--model", path_word(model), "--prompt", "Hello")
+    print(f"The restored model is in {model}; try: {command}")
 
 
 def _compare(config: DistillConfig) -> int:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from shlex import quote
 
-from ..cli import Parser, integer, run_command
+from ..cli import Parser, integer, path_word, run_command, shell_command
 from ..config import DTYPES
 from .formats import FORMATS, export
 
 NEXT: dict[str, Callable[[Path], str]] = {
-    "mlx": lambda out: f'mlx_lm.generate --model {quote(str(out))} --prompt "Hello"',
+    "mlx": lambda out: shell_command("mlx_lm.generate", "--model", path_word(out), "--prompt", "Hello"),
     "hf": lambda out: f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})",
     "peft": lambda out: (
         f"peft.PeftModel.from_pretrained(model, {str(out)!r}), on the scaled base that adapter_config.json names"
     ),
-    "adapters": lambda out: (
-        f"mlx_lm.server --model {quote(str(out / 'base'))} --adapter-path {quote(str(out / 'adapters'))}"
+    "adapters": lambda out: shell_command(
+        "mlx_lm.server", "--model", path_word(out / "base"), "--adapter-path", path_word(out / "adapters")
     ),
 }
 

@@ -18,7 +18,7 @@ from ..results.info import ExportInfo, RunInfo
 from ..results.objectives import perplexity_text
 from ..results.records import Step
 from ..results.rows import NATIVE, RESTORED, SCALED, PairedTest, Training, Value
-from ..results.statistics import KL, MAX_NATS, NOISE, p_in_words
+from ..results.statistics import BETTER, KL, MAX_NATS, NOISE, WORSE, p_in_words
 from ..results.suites import Note, unmeasured
 from ..results.verdict import finished, headline, notes_on_suites, verdict
 from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
@@ -220,14 +220,14 @@ def _kl_notes(facts: RunFacts) -> list[str]:
 
 def _against(test: PairedTest) -> str:
     """'better than scaled, p < 0.001', 'against scaled inside the noise'."""
-    if test.outcome in ("better", "worse"):
+    if test.outcome in (BETTER, WORSE):
         return f"{test.outcome} than {test.b}, {p_in_words(test.p or 0.0)}"
     return f"against {test.b} {_outcome(test)}"
 
 
 def _outcome(test: PairedTest) -> str:
     """The outcome of a paired test, with p if there is a difference."""
-    if test.p is not None and test.outcome in ("better", "worse"):
+    if test.p is not None and test.outcome in (BETTER, WORSE):
         return f"{test.outcome}, {p_in_words(test.p)}"
     return test.outcome
 

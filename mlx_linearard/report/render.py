@@ -13,6 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoesca
 from markupsafe import Markup
 
 from ..files import RunDir, write_text
+from ..results.fields import visible
 from ..results.verdict import headline
 from .content import figures, heading, notes, provenance, settings, style_of, tables, training_summary
 from .load import RunFacts, read_run
@@ -85,19 +86,16 @@ def _resource(*path: str) -> str:
 # Text from a run
 
 
-_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-
-
 def _visible(value: Any) -> Any:
-    """Text without control characters, direction marks and halves of surrogate pairs: U+FFFD stands for each."""
+    """What a template shows of a value: text without characters that hide or reorder other text."""
     if isinstance(value, Markup):
-        return Markup(_HIDDEN.sub("\ufffd", value))
-    return _HIDDEN.sub("\ufffd", value) if isinstance(value, str) else value
+        return Markup(visible(value))
+    return visible(value) if isinstance(value, str) else value
 
 
 def markdown_text(text: str) -> str:
     """Text on one line that Markdown shows as it is: no markup, no HTML, no link, no new cell of a table."""
-    escaped = escape(_visible(" ".join(text.split())), quote=False)
+    escaped = escape(visible(" ".join(text.split())), quote=False)
     escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", escaped)
     escaped = re.sub(r"(?i)\b(https?|ftp|mailto|xmpp|www)([:.])", r"\1\\\2", escaped)  # links without brackets
     return escaped
@@ -111,7 +109,7 @@ def markdown_line(text: str) -> str:
 
 def markdown_code(text: str) -> str:
     """Text on one line as a code span, fenced by more backticks than it holds in a row."""
-    shown = _visible(" ".join(text.splitlines()))
+    shown = visible(" ".join(text.splitlines()))
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{space}{shown}{space}{fence}"

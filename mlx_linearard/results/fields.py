@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,12 @@ class Field:
             self.fail(f"must be a string, not {shown(value)}")
         return value
 
+    def one_of(self, value: Any, choices: Sequence[str]) -> str:
+        """A string from `choices`."""
+        if value not in choices:
+            self.fail(f"must be one of {', '.join(choices)}, not {shown(value)}")
+        return str(value)
+
     def by_number(self, value: Any, kind: str, least: int) -> dict[int, Any]:
         """A JSON object whose keys are whole numbers, `least` or more, in ascending order; `kind` is what they are."""
         entries = self.mapping(value)
@@ -101,6 +108,14 @@ def exists(path: Path) -> bool:
 def is_whole(text: str) -> bool:
     """Whether `text` is a whole number in ASCII digits, short enough to be a count."""
     return text.isascii() and text.isdigit() and len(text) <= LONGEST
+
+
+def visible(text: str) -> str:
+    """`text` with U+FFFD for each control character, direction mark and half of a surrogate pair."""
+    return _HIDDEN.sub("\ufffd", text)
+
+
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 def shown(value: Any) -> str:

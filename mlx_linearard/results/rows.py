@@ -17,6 +17,7 @@ from .info import ExportInfo, RunInfo
 NATIVE, SCALED, RESTORED = "native", "scaled", "restored"  # the rows of every run
 COMPARISONS, EXPORT, RUN = "comparisons", "export", "run"
 HELD_OUT = "held-out"  # the comparison of objectives on held-out text, among the comparisons
+OUTCOMES = ("better", "worse", "equal", "inside the noise", "too few samples")  # of a paired test
 NOT_MODELS = (COMPARISONS, EXPORT, RUN)  # the keys of results.json that are not the row of a model
 
 # ---------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ class PairedTest:
 
     difference: mean of a - b of the samples, for a perplexity in nats; low and high are its 95% interval (None for
     decisions and for too few samples); p is two-sided (None for too few samples).
-    outcome: better, worse, equal, inside the noise, or too few samples.
+    outcome: one of OUTCOMES.
     """
 
     a: str
@@ -80,7 +81,7 @@ class PairedTest:
             optional((at / "high").number, value.get("high")),
             optional((at / "p").fraction, value.get("p")),
             (at / "test").text(value.get("test", "")),
-            (at / "outcome").text(value["outcome"]),
+            (at / "outcome").one_of(value["outcome"], OUTCOMES),
             (at / "words").text(value.get("words", "")),
         )
 

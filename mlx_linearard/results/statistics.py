@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .rows import NATIVE, SCALED, Compared, Comparison, PairedTest, Value
+from .rows import NATIVE, OUTCOMES, SCALED, Compared, Comparison, PairedTest, Value
 
 MEAN, DECISION, PERPLEXITY = "mean", "decision", "perplexity"  # the kinds of metric
 ALPHA = 0.05
 RESAMPLES = 10_000
 FEWEST = 5  # paired samples; with fewer no test is made
-NOISE, EQUAL, TOO_FEW = "inside the noise", "equal", "too few samples"
+BETTER, WORSE, EQUAL, NOISE, TOO_FEW = OUTCOMES
 MAX_NATS = 700.0  # the largest mean whose exponential is taken: exp(700) is about 1e304
 
 Samples = Mapping[str, float]  # item -> number
@@ -120,7 +120,7 @@ def outcome(difference: float, p: float | None, metric: Metric) -> str:
         return TOO_FEW
     if p >= ALPHA:
         return NOISE
-    return "better" if (difference > 0) == metric.higher_is_better else "worse"
+    return BETTER if (difference > 0) == metric.higher_is_better else WORSE
 
 
 def _words(a: str, b: str, result: str, p: float | None) -> str:

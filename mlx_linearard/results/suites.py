@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import path_word, shell_command
-from .fields import is_whole
+from .fields import is_whole, visible
 from .rows import NATIVE, SCALED, PairedTest, Results, Row, Value
-from .statistics import EQUAL, NOISE
+from .statistics import EQUAL, NOISE, WORSE
 
 KEPT = 0.8  # fraction of native at which a model counts as restored
 CERTAIN = 2.0  # standard errors of a difference, if there is no paired test
@@ -59,7 +59,7 @@ def key_metrics(row: Row) -> Iterator[KeyMetric]:
         kind, _, name = suite.partition("/")
         if kind == "choice":
             metric = "acc_norm" if "acc_norm" in result.metrics else "acc"
-            yield KeyMetric(suite, metric, f"multiple choice {name}".rstrip(), None, _fraction)
+            yield KeyMetric(suite, metric, f"multiple choice {visible(name)}".rstrip(), None, _fraction)
         elif kind == "lambada":
             yield KeyMetric(suite, "acc", "the last word of passages", None, _fraction)
         elif kind == "passkey":
@@ -100,7 +100,7 @@ def shortfalls(results: Results, name: str, window: int | None) -> list[Shortfal
             at = f" at {reference.partition('@')[2]}" if beyond and reference else ""
             text = f"{metric.title}: {metric.show(own.value)} against {metric.show(native.value)} native{at}"
             test = None if beyond else _test(results, metric, name, NATIVE)
-            certain = test.outcome == "worse" if test else _clearly_lower(own, native)
+            certain = test.outcome == WORSE if test else _clearly_lower(own, native)
             short.append(Shortfall(metric, text, certain, own.value / native.value, beyond))
     return short
 
@@ -143,7 +143,7 @@ def no_better_than_scaled(results: Results, name: str) -> list[KeyMetric]:
     same = []
     for metric in key_metrics(results.rows.get(name, Row())):
         cost, gain = _test(results, metric, SCALED, NATIVE), _test(results, metric, name, SCALED)
-        if cost and gain and cost.outcome == "worse" and gain.outcome in (NOISE, EQUAL, "worse"):
+        if cost and gain and cost.outcome == WORSE and gain.outcome in (NOISE, EQUAL, WORSE):
             same.append(metric)
     return same
 

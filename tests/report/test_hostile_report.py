@@ -100,7 +100,7 @@ def test_models_and_suites_with_hostile_names(tmp_path: Path) -> None:
             continue  # no JSON text holds half of a surrogate pair
         suite = {"metrics": {name: {"value": 1.0}, f"{name}@4": {"value": 2}}}
         rows = {name: {**a_row(0.1, 3.0), name: suite, "passkey": {**suite, "grid": {"64": {"50": 0.5}}}}}
-        test = {"b": name, "outcome": name, "words": name}
+        test = {"b": name, "outcome": "worse", "words": name}
         tests = {"restored": {"value": 1.0, "tests": [test]}, name: {"value": 1.0, "tests": [test]}}
         root = a_run(tmp_path / "run", **rows, comparisons={name: {"metrics": {name: tests}}})
         page = Page(write_report(root).read_text())

@@ -103,6 +103,23 @@ def test_the_verdict_follows_from_the_numbers(
     assert says in " ".join(sentences) and len(sentences) == 2
 
 
+def test_a_failed_export_is_said_first(tmp_path: Path) -> None:
+    """Results and report are written whatever the verification of the export finds."""
+    bad = {"kl": 0.15, "max_difference": 46.0, "tokens": 64, "tolerance": 0.01, "unstable": ["the export"]}
+    for export, part in (
+        (bad, "is 0.15 nats per token, at most 0.01 is allowed; the export gave other logits when computed again"),
+        ({**bad, "kl": None, "unstable": []}, "is not a finite number, at most 0.01 is allowed. Export again"),
+    ):
+        root = a_run(tmp_path / "run", export=export)
+        first = notes(read_run(root))[0].text
+        assert first.startswith("The exported model does not compute what was trained") and part in first
+        write_report(root)
+        assert part in Page((root / "report.html").read_text()).text
+    (root / "results.json").write_text(json.dumps({"native": a_row(0.0, 30.9), "export": bad}))
+    assert "does not compute" in notes(read_run(root))[0].text
+    assert not any("does not compute" in note.text for note in notes(read_run(a_run(tmp_path / "good"))))
+
+
 def test_missing_parts_are_left_out(tmp_path: Path) -> None:
     root = a_run(tmp_path / "run")
     (root / "results.json").unlink()
