@@ -13,6 +13,7 @@ import itertools
 import lzma
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,22 +210,26 @@ def tokenizer_errors(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {one_line(error)[:200]}") from None
 
 
+_ONE_THREAD = threading.RLock()  # two threads that replace standard error would restore the wrong file
+
+
 @contextlib.contextmanager
 def _no_standard_error() -> Iterator[None]:
     """Drop what is written to standard error while the block runs, by code in any language."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+    with _ONE_THREAD:
+        try:
+            saved = os.dup(2)
+        except OSError:  # closed
+            yield
+            return
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 2)
+            os.close(null)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import json
 import lzma
@@ -349,6 +350,20 @@ def test_a_failing_tokenizer_is_one_line(error: BaseException) -> None:
         with pytest.raises(UserError, match="the tokenizer failed on text") as caught:
             use()
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_tokenizer_prints_is_dropped_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    """Two threads tokenize at once; afterwards standard error is as before."""
+
+    class Loud(Bytes):
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            os.write(2, b"thread panicked at src/lib.rs")
+            return list(text.encode())
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: [encode(Loud(), "text") for _ in range(50)], range(4)))
+    os.write(2, b"own line")
+    assert capfd.readouterr().err == "own line"
 
 
 def test_a_token_without_an_embedding_is_refused() -> None:
