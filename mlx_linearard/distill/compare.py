@@ -28,7 +28,7 @@ from ..results.rows import RESTORED
 from ..results.store import update_results
 from .checkpoint import differences
 from .listener import Listener
-from .place import check_model_stays, check_not_in_use, check_place
+from .place import check_directories, check_model_stays, check_not_in_use, check_place
 from .plan import steps_of
 from .prepare import FREE_ON_RESUME, Job, Text, check_text, load, make_plan
 from .run import Rows, execute, read_before
@@ -230,6 +230,8 @@ def new_comparison(config: DistillConfig, place: RunDir, manifest: Manifest) -> 
         place.root.mkdir(parents=True, exist_ok=True)
     with locked(place.root):
         check_place(config, place.root, "comparison", holds=place.comparison.exists(), missing="")
+        for objective in OBJECTIVES:
+            check_directories(config, RunDir(place.root / objective))
         with disk_errors(place.root):
             for old in [*(place.root / objective for objective in OBJECTIVES), place.items]:
                 if old.is_dir() and not old.is_symlink():

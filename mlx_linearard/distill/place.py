@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import DistillConfig
 from ..errors import UserError
-from ..files import LOCK, RunDir, disk_errors, existing_parent, locked
+from ..files import LOCK, RunDir, check_overwrite, disk_errors, existing_parent, locked
 
 
 def check_output(config: DistillConfig, run: RunDir) -> None:
@@ -20,6 +20,14 @@ def check_output(config: DistillConfig, run: RunDir) -> None:
         holds = run.config.exists() or run.checkpoints.exists()
         check_place(config, run.root, "run", holds=holds, missing="checkpoint to resume from")
         check_model_stays(config, run.root)
+        check_directories(config, run)
+
+
+def check_directories(config: DistillConfig, run: RunDir) -> None:
+    """UserError if a directory that a run replaces holds a file that this tool did not write."""
+    for folder in (run.model, run.adapters, run.base):
+        if not (config.overwrite and folder.is_symlink()):  # --overwrite removes the link, not its target
+            check_overwrite(folder)
 
 
 def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, missing: str) -> None:

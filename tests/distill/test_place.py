@@ -179,3 +179,18 @@ def test_a_name_that_no_file_can_have_is_one_line(model_dir: Path, text_file: Pa
     with pytest.raises(UserError):
         mlx_linearard.distill(small(model_dir, text_file, tmp_path / name))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+@pytest.mark.parametrize("name", ["model", "base", "adapters"])
+def test_a_directory_that_a_run_did_not_write_stays(
+    model_dir: Path, text_file: Path, tmp_path: Path, flag: str, name: str
+) -> None:
+    """Another program's project may have a config.yaml and a model/ too."""
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "precious").write_text("x")
+    (tmp_path / "run" / "config.yaml").write_text("steps: 8\n")
+    config = small(model_dir, text_file, tmp_path / "run", **{flag: True})
+    with pytest.raises(UserError, match=f"{name} has no valid file .mlx_linearard"):
+        mlx_linearard.distill(config)
+    assert (tmp_path / "run" / name / "precious").read_text() == "x"
