@@ -23,7 +23,7 @@ TIMEOUT = 180.0
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody has; chosen at random, so that tests side by side differ."""
+    """The first of `count` free ports in a row, chosen at random, so that parallel tests use different ones."""
     while True:
         first = random.SystemRandom().randrange(20000, 32000 - count)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -33,12 +33,12 @@ def free_ports(count: int) -> int:
 
 
 def hears_ctrl_c() -> None:
-    """For a process to be: SIGINT reaches it also where the tests run in a shell's background, which ignores it."""
+    """Makes a new process receive SIGINT, which the processes in a shell's background ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Launch:
-    """mlx.launch with `size` ranks of a Python command, and what they have said when it has ended."""
+    """mlx.launch with `size` ranks of a Python command, and their output after the end."""
 
     def __init__(self, size: int, arguments: Sequence[str], command: Sequence[str] = DISTILL):
         self.size, self.out, self.err = size, "", ""
@@ -50,7 +50,7 @@ class Launch:
         )  # fmt: skip
 
     def pids(self) -> dict[int, int]:
-        """The process of each rank that is there; Linux."""
+        """The process of each rank that is running; Linux only."""
         found = {}
         for pid in self._group():
             with contextlib.suppress(OSError):
@@ -70,14 +70,14 @@ class Launch:
         os.kill(self.pids()[rank], number)
 
     def until(self, condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:
-        """Wait for the condition, or for the end."""
+        """Wait until the condition holds or the launch has ended."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and not condition():
             assert time.monotonic() < end, "nothing happens"
             time.sleep(0.002)
 
     def wait(self, seconds: float = TIMEOUT) -> float:
-        """Read what they say to the end; how many seconds it took to come."""
+        """Read the output to its end; returns the seconds until then."""
         begun = time.monotonic()
         try:
             self.out, self.err = self.process.communicate(timeout=seconds)
@@ -92,17 +92,17 @@ class Launch:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def statuses(self) -> dict[int, int]:
-        """The exit status of each rank that did not end with 0, as mlx.launch tells it."""
+        """The exit status of each rank that did not end with 0, from the output of mlx.launch."""
         return {int(r): int(c) for r, c in re.findall(r"Node with rank (\d+) exited with code (-?\d+)", self.err)}
 
     def errors(self) -> list[str]:
-        """What the commands said on standard error, which comes mixed with what mlx.launch and mlx's ring say."""
+        """The commands' lines on standard error, without those of mlx.launch and mlx's ring."""
         return re.findall(r"(?:error: |stopped|Traceback|hint: )[^\n]*", self.err)
 
 
 @contextlib.contextmanager
 def launch(size: int, arguments: Sequence[str], command: Sequence[str] = DISTILL) -> Iterator[Launch]:
-    """A launch that is over when the block is, however that ends; AssertionError where it left a process."""
+    """A launch that the block's end stops in any case; AssertionError if it left a process."""
     started = Launch(size, arguments, command)
     try:
         yield started
@@ -116,7 +116,7 @@ def launch(size: int, arguments: Sequence[str], command: Sequence[str] = DISTILL
 
 
 def launched(size: int, arguments: Sequence[str], command: Sequence[str] = DISTILL) -> Launch:
-    """A launch to its end."""
+    """A complete launch."""
     with launch(size, arguments, command) as started:
         started.wait()
     return started

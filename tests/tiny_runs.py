@@ -1,4 +1,4 @@
-"""Small runs as functions, for tests that look into what a run leaves."""
+"""Small runs as functions, for tests of the files that a run leaves."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def small(model: Path, text: Path, output: Path, **changes: Any) -> DistillConfi
 
 
 class Stopped(Exception):
-    """A run that ends without a chance to save."""
+    """Ends a run without a save."""
 
 
 class StopsAt(Listener):
-    """Raises after a step is told, before anything is saved; never without a step."""
+    """Raises after step `step` is reported and before it is saved; without a number it never raises."""
 
     def __init__(self, step: int | None = None) -> None:
         self.at = step
@@ -37,7 +37,7 @@ class StopsAt(Listener):
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, read strictly: NaN is no JSON."""
+    """metrics.jsonl, read strictly: NaN is not JSON."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} in metrics.jsonl")

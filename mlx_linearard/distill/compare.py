@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..config import OBJECTIVES, DistillConfig, objectives_of, read_yaml, to_yaml
 from ..data import hash_of
 from ..errors import UserError
-from ..files import RunDir, disk_errors, locked, read_json, write_json
+from ..files import RunDir, disk_errors, locked, read_json, write_json, write_text
 from ..report.render import write_report
 from ..results.objectives import combine_runs
 from ..results.rows import RESTORED
@@ -236,7 +236,7 @@ def new_comparison(config: DistillConfig, place: RunDir, manifest: Manifest) -> 
             for old in [*(place.root / objective for objective in OBJECTIVES), place.items]:
                 if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old)
-            for file in (place.results, place.report, place.report_markdown):
+            for file in (place.config, place.results, place.report, place.report_markdown):
                 file.unlink(missing_ok=True)
             manifest.write(place.comparison)
         yield
@@ -246,8 +246,7 @@ def write_config(place: RunDir, config: DistillConfig, model: str | None = None)
     """config.yaml: the options with all sizes, and the model's path (by default the one that is there)."""
     if model is None and place.config.exists():
         model = read_yaml(place.config).get("model")
-    with disk_errors(place.config):
-        place.config.write_text(to_yaml(dataclasses.replace(config, model=model)), encoding="utf-8")
+    write_text(place.config, to_yaml(dataclasses.replace(config, model=model)))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -19,18 +19,18 @@ class Request:
     """Whether a signal asked the run to stop. A second signal, if it is one of `hurried`, raises KeyboardInterrupt."""
 
     def __init__(self, hurried: Collection[int] = SIGNALS) -> None:
-        self.made = False
+        self.requested = False
         self.hurried = hurried
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.made and number in self.hurried:
+        if self.requested and number in self.hurried:
             raise KeyboardInterrupt
-        self.made = True
+        self.requested = True
 
 
 @contextlib.contextmanager
 def stop_requests(hurried: Collection[int] = SIGNALS) -> Iterator[Request]:
-    """While the block runs, a first signal only sets `made`. Outside the main thread, signals are not changed."""
+    """While the block runs, a first signal only sets `requested`. Outside the main thread, signals are not changed."""
     request = Request(hurried)
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -111,7 +111,7 @@ def check_guard(job: Job, state: TrainState, record: StepRecord, listener: Liste
 
 def stop_if_asked(job: Job, state: TrainState, stop: Request, listener: Listener) -> None:
     """Save and raise KeyboardInterrupt, at all ranks, if a signal asked any rank to stop."""
-    if not job.ranks.any(stop.made):
+    if not job.ranks.any(stop.requested):
         return
     if job.ranks.leads:
         saved = job.save(state)

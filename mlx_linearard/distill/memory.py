@@ -151,9 +151,16 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
         yield "feed-forward", tokens * held * step.size + 3 * adapted, wide
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
         scores = attention.peak_bytes(
-            step.batch, shape.heads, shape.kv_heads, step.seq_len, dim,
-            workspace=step.workspace, size=step.size, gpu=step.gpu, fused=step.fused,
-        )  # fmt: skip
+            step.batch,
+            shape.heads,
+            shape.kv_heads,
+            step.seq_len,
+            dim,
+            workspace=step.workspace,
+            size=step.size,
+            gpu=step.gpu,
+            fused=step.fused,
+        )
         yield "attention", tokens * held * step.size, scores
     # The gradient of the input, added up from three projections and three adapters.
     held = 9 * shape.width + 6 * (q + 2 * k) + arriving

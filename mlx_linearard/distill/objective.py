@@ -138,11 +138,15 @@ def _run_layers(
     losses = []
     for index in range(last + 1):
         layer = _PairedLayer(
-            pair, objective, index, calls_t[index], calls_s[index],
+            pair,
+            objective,
+            index,
+            calls_t[index],
+            calls_s[index],
             supervised=index in objective.layers,
             stops=index == last and not objective.needs_logits,
             dropout_seed=None if dropout_seed is None else dropout_seed * total + index,
-        )  # fmt: skip
+        )
         hidden_t, hidden_s, loss = layer(hidden_t, hidden_s, leaves_of.get(index, {}))
         if loss is not None:
             losses.append(loss)
@@ -196,9 +200,12 @@ class _PairedLayer:
             # One relation after the other, or their tiles would be in memory at once.
             student, teacher = in_order([student, teacher], [*losses[-1:], *gradients[-1:]])
             loss, gradient = relation_kl_with_grad(
-                student, teacher, scale_student=scale, scale_teacher=scale,
+                student,
+                teacher,
+                scale_student=scale,
+                scale_teacher=scale,
                 workspace_bytes=self.objective.workspace_bytes,
-            )  # fmt: skip
+            )
             weight = self._weight(student.shape[1])
             losses.append(loss * weight)
             gradients.append(gradient * mx.array(weight, gradient.dtype))
@@ -242,9 +249,14 @@ class _PairedLayer:
             if self.stops:
                 return _nothing(queries, values)
             return attention_in_training(
-                queries, keys, values, scale=scale, mask=mask, choice=self.objective.attention,
+                queries,
+                keys,
+                values,
+                scale=scale,
+                mask=mask,
+                choice=self.objective.attention,
                 workspace_bytes=self.objective.workspace_bytes,
-            )  # fmt: skip
+            )
 
         layer = self.pair.student.layers[self.index]
         if self.dropout_seed is not None:

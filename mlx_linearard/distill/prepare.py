@@ -56,10 +56,30 @@ from .timing import held_out_windows
 
 # Options that may change when a run is resumed. A change of any other option makes another run.
 FREE_ON_RESUME = {
-    "output", "steps", "tokens", "save_every", "eval_every", "eval_tokens", "eval_lengths", "workspace",
-    "memory_limit", "cache_limit", "wired_limit", "resume", "overwrite", "dry_run", "force", "compare", "model",
-    "data", "valid_data", "data_tokens", "keep", "patience", "keep_checkpoints",
-}  # fmt: skip
+    "output",
+    "steps",
+    "tokens",
+    "save_every",
+    "eval_every",
+    "eval_tokens",
+    "eval_lengths",
+    "workspace",
+    "memory_limit",
+    "cache_limit",
+    "wired_limit",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "force",
+    "compare",
+    "model",
+    "data",
+    "valid_data",
+    "data_tokens",
+    "keep",
+    "patience",
+    "keep_checkpoints",
+}
 
 
 @dataclass(frozen=True)

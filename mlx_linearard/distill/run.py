@@ -140,8 +140,9 @@ def clear(job: Job, state: TrainState) -> None:
             file.write_text(to_yaml(_resolved(job)), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
         sweep(run.root)
-        if read_before(job.run, job.measured_on) is None:  # those lines would be of other weights or another text
-            run.evaluations.unlink(missing_ok=True)
+        if read_before(job.run, job.measured_on) is None:  # their rows are of other weights or another text
+            for file in (run.evaluations, run.results, run.report, run.report_markdown):
+                file.unlink(missing_ok=True)
         for lines in (run.metrics, run.evaluations):
             _drop_lines_after(lines, state.step)
     write_base(job.pair, run.base)

@@ -1,4 +1,4 @@
-"""Which state is exported: the best on held-out text, kept on disk and known after a resumption; or the last."""
+"""Which state is exported: the best one on held-out text, also after a resumption, or the last one."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_last_state_is_exported_on_request(rough: Path, model_dir: Path, tex
 def test_a_resumed_run_knows_the_best_and_evaluates_once(
     rough: Path, model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Stopped after steps before, at and after evaluations; saves lie elsewhere than evaluations."""
+    """Stopped after steps before, at and after evaluations; checkpoints and evaluations are due at different steps."""
     run = tmp_path / "run"
     for number, step in enumerate((3, 4, 9, 10)):
         with pytest.raises(Stopped):

@@ -1,4 +1,4 @@
-"""--compare: the same tokens from the same start for every objective, one report, and nothing done twice."""
+"""--compare: every objective reads the same tokens from the same start; one report, and no work is repeated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def flags(model_dir: Path, text_file: Path, output: Path, *more: str) -> list[st
 
 
 class Stop(Listener):
-    """Raises as a second Ctrl-C would, in step `at` of the run whose number `run` is; notes which runs took steps."""
+    """Raises, as a second Ctrl-C does, in step `at` of run number `run`; records which runs made steps."""
 
     def __init__(self, run: int, at: int) -> None:
         self.run, self.at, self.runs = run, at, 0
@@ -275,5 +275,5 @@ def test_the_verdict_follows_from_the_numbers(kl: dict[str, tuple[float, float]]
 
 
 def test_too_few_pieces_are_said_to_be(made: Path) -> None:
-    """A window of 200 tokens makes four pieces of held-out text, which no test is made of."""
+    """A window of 200 tokens makes four pieces of held-out text, too few for a paired test."""
     assert "too few pieces of text to compare it with" in " ".join(verdict(read_run(made)))

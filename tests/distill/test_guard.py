@@ -1,4 +1,4 @@
-"""The guard: what it calls bad, what that costs, and that a resumed run judges as the whole one."""
+"""The guard: which steps are bad, what a bad step costs, and that a resumed run decides as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_another_state_is_refused(change: dict) -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Passes over a batch, counted from 0, whose loss becomes NaN: a test puts numbers in."""
+    """The forward passes, counted from 0, whose loss becomes NaN; a test adds their numbers."""
     numbers: set[int] = set()
     count = -1
     real = mlx_linearard.distill.step.objective_loss
@@ -137,7 +137,7 @@ def test_a_nan_in_one_batch_costs_one_step(
 def test_a_rejected_step_changes_nothing_but_the_rate(
     model_dir: Path, text_file: Path, tmp_path: Path, poisoned: set[int]
 ) -> None:
-    """The checkpoint after the bad step holds the weights and the optimizer of the one before it."""
+    """The checkpoint after the bad step holds the weights and the optimizer state of the checkpoint before it."""
     poisoned.add(4)
     config = small(model_dir, text_file, tmp_path / "run", save_every=1, keep_checkpoints=9, steps=4)
     mlx_linearard.distill(config)

@@ -65,9 +65,9 @@ def test_a_process_that_ignores_sighup_continues_to(monkeypatch: pytest.MonkeyPa
     try:
         with stop_requests() as request:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not request.made
+            assert not request.requested
             os.kill(os.getpid(), signal.SIGTERM)
-            assert request.made
+            assert request.requested
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -122,7 +122,7 @@ def test_a_request_restores_the_handlers(monkeypatch: pytest.MonkeyPatch) -> Non
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with stop_requests() as request:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert request.made
+        assert request.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGHUP)
     assert {number: signal.getsignal(number) for number in before} == before

@@ -100,7 +100,11 @@ def test_resuming_with_other_held_out_text_measures_every_row_on_it(
     run, own = tmp_path / "run", tmp_path / "own"
     more = {"eval_tokens": 256, "keep": "last", "eval_every": 2, "save_every": 2}
     mlx_linearard.distill(small(model_dir, text_file, run, steps=4, valid_data=a, **more))
-    mlx_linearard.distill(small(model_dir, text_file, run, steps=8, valid_data=b, resume=True, **more))
+    again = small(model_dir, text_file, run, steps=8, valid_data=b, resume=True, **more)
+    with pytest.raises(Stopped):
+        mlx_linearard.distill(again, StopsAt(6))
+    assert not (run / "results.json").exists() and not (run / "report.html").exists()
+    mlx_linearard.distill(again)
     mlx_linearard.distill(small(model_dir, text_file, own, steps=8, valid_data=b, **more))
     for name in ("native", "scaled"):
         assert facts(run)[name] == facts(own)[name]

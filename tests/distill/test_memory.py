@@ -1,4 +1,4 @@
-"""The memory plan: against what loading takes, against mlx's peak, without reading weights, and what it refuses."""
+"""The memory plan, compared with loaded weights and with mlx's peak; it reads no weights, and refuses large runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def planned(folder: Path, **options: object) -> Plan:
 
 
 def peak(folder: Path, found: Plan, **options: object) -> int:
-    """mlx's peak over the first three steps of a run: the third holds all that a step may hold."""
+    """mlx's peak over the first three steps of a run; the third step needs as much memory as any later one."""
     config = DistillConfig(model=str(folder), lora_rank=8, **options)
     pair = load_pair(
         folder, method="linear", factor=4.0, lora_rank=8, fine_tune_type=config.fine_tune_type, dtype=found.dtype,

@@ -21,7 +21,7 @@ TOKENS = mx.array([[(7 * i * i + 3 * i + j) % 256 for i in range(65)] for j in r
 
 
 def some_parameters(pair: Pair) -> list[dict[str, mx.array]]:
-    """Adapters away from their start, where B is zero and A has no gradient."""
+    """Adapters with random values: at the start B is zero, and A has no gradient."""
     mx.random.seed(1)
     return [{k: v + 0.05 * mx.random.normal(v.shape) for k, v in leaves.items()} for leaves in pair.parameters()]
 
@@ -118,7 +118,7 @@ def test_same_rope_gives_no_loss_and_no_gradient(model_dir: Path) -> None:
 
 
 def test_dropout_is_the_same_in_the_recomputation(model_dir: Path) -> None:
-    """The gradient must be that of the very mask the loss was computed with: a finite difference says so."""
+    """The gradient uses the dropout mask of the loss: a finite difference shows it."""
     pair = load_pair(model_dir, method="linear", factor=4.0, lora_rank=4, lora_dropout=0.3)
     objective = resolve_objective(pair.student, "relation", layers="all")
     parameters = some_parameters(pair)

@@ -1,4 +1,4 @@
-"""The command from its flags to its run directory, on a tiny model; and every way a user can get it wrong."""
+"""The command from its flags to its run directory, on a tiny model, and users' mistakes."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_overwrite_takes_the_evaluation_of_the_old_run_with_it(
 def test_a_busier_machine_resumes_with_the_sizes_it_began_with(
     model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a run leaves open follows the machine's speed, which is measured anew when it is resumed."""
+    """The sizes that a user leaves open depend on the machine's speed, which a resumed run measures again."""
     run = tmp_path / "run"
     assert command(flags(model_dir, text_file, run)) == 0
     own = mlx_linearard.distill.plan.size_run
@@ -197,7 +197,7 @@ def test_the_main_path_is_a_function(model_dir: Path, text_file: Path, tmp_path:
 
 @pytest.fixture
 def broken(tmp_path: Path, model_dir: Path) -> Path:
-    """A folder with what users get wrong."""
+    """A folder of files for users' mistakes."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "noweights").mkdir()
     (tmp_path / "noweights" / "config.json").write_text((model_dir / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""A run that the outside stops: a full disk, a kill at any moment, Ctrl-C, another --steps."""
+"""A run that is stopped from outside: a full disk, a kill at any moment, another --steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KILLED = ["--steps", "150", "--save-every", "2", "--eval-every", "25", "--keep",
 
 @pytest.fixture(scope="module")
 def whole(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing stopped."""
+    """The uninterrupted run."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert command(flags(model_dir, text_file, run, *KILLED)) == 0
     return run
@@ -58,7 +58,7 @@ def lines_in(path: Path) -> int:
 
 
 def wait_for(process: subprocess.Popen[bytes], condition) -> None:
-    """Until the condition holds or the process has ended."""
+    """Wait until the condition holds or the process has ended."""
     while process.poll() is None and not condition():
         time.sleep(0.0005)
 
@@ -71,7 +71,7 @@ def is_saving(run: Path) -> bool:
 def test_a_run_killed_at_random_instants_resumes_to_the_same(
     whole: Path, model_dir: Path, text_file: Path, tmp_path: Path, kills: int
 ) -> None:
-    """SIGKILL at seeded instants, every third inside a save; resumed each time, and then to the end."""
+    """SIGKILL at seeded instants, every third during a save; each time the run resumes, at last to its end."""
     seeded, run, inside = random.Random(kills), tmp_path / "run", 0
     arguments = flags(model_dir, text_file, run, *KILLED)
     instants = sorted(seeded.sample(range(140), kills))
@@ -107,7 +107,7 @@ def evaluated(run: Path) -> list[dict]:
 
 
 def test_more_steps_go_on_with_the_rate_of_the_new_length(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """What was done stays; the steps that follow have the rate that a run of the new length has there."""
+    """Finished steps stay; the following steps have the learning rates of a run of the new length."""
     run, other = tmp_path / "run", tmp_path / "other"
     first = small(model_dir, text_file, run, steps=6, lora_dropout=0.1)
     mlx_linearard.distill(first)
@@ -124,7 +124,7 @@ def test_more_steps_go_on_with_the_rate_of_the_new_length(model_dir: Path, text_
 def test_the_number_of_steps_changes_nothing_before_the_rate_does(
     model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Warm-up, data order and dropout are the same whatever the length: so a stopped run may get another one."""
+    """Warm-up, data order and dropout do not depend on the number of steps, so a stopped run may get another one."""
     for steps in (5, 9):
         config = small(model_dir, text_file, tmp_path / str(steps), steps=steps, lora_dropout=0.1, seed=3)
         mlx_linearard.distill(config)
@@ -156,7 +156,7 @@ exit $status
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small file system")
 def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """The checkpoints after steps 0 and 2 fit, the next one does not."""
+    """The checkpoints after steps 0 and 2 fit on the disk, the next one does not."""
     place = tmp_path / "place"
     place.mkdir()
     line = [sys.executable, "-c", LOADS, *flags(model_dir, text_file, place / "run", "--lora-rank", "64"),
@@ -200,7 +200,7 @@ class Killed(BaseException):
 
 
 def test_what_a_kill_left_is_swept_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Temporaries go; a directory caught while it was replaced comes back; what is nobody's temporary stays."""
+    """Temporary files go, a directory that was being replaced comes back, and other hidden files stay."""
     for name in ("new", "replaced"):
         with new_directory(tmp_path / name) as old:
             (old / "old").touch()
@@ -228,7 +228,7 @@ def test_what_a_kill_left_is_swept_up(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def stopped_at_five(model_dir: Path, text_file: Path, tmp_path: Path) -> tuple[Path, DistillConfig]:
-    """A run of eight steps that ended without saving the fifth, with a checkpoint every two; how to go on with it."""
+    """A run of eight steps that ended after the fifth, with a checkpoint every two steps; the options to resume it."""
     config = small(model_dir, text_file, tmp_path / "run", save_every=2)
     with pytest.raises(Stopped):
         mlx_linearard.distill(config, StopsAt(5))
@@ -238,7 +238,7 @@ def stopped_at_five(model_dir: Path, text_file: Path, tmp_path: Path) -> tuple[P
 def test_a_write_that_fails_midway_is_told_with_what_it_needs(
     model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As mlx tells of a disk that fills up while it writes."""
+    """The error of mlx when a disk fills up during a write."""
     run, again = stopped_at_five(model_dir, text_file, tmp_path)
 
     def fails(name: str, arrays: dict) -> None:
@@ -258,7 +258,7 @@ def test_a_write_that_fails_midway_is_told_with_what_it_needs(
 def test_a_kill_while_a_run_is_opened_again_loses_no_line(
     model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """config.yaml and metrics.jsonl are replaced whole: killed at the replacement, the old ones are there."""
+    """config.yaml and metrics.jsonl are replaced in one step: after a kill at that moment the old files are there."""
     run, again = stopped_at_five(model_dir, text_file, tmp_path)
     real = Path.replace
     for name in ("config.yaml", "metrics.jsonl"):

@@ -1,4 +1,4 @@
-"""A run that several processes share: the same result as one process, and an end for all when one ends."""
+"""A run that several processes share: the result of one process, and all processes end when one ends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def flags(model: Path, text: Path, output: Path, *more: str) -> list[str]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Every step's loss and what is decided of it; and the adapters, as far as AdamW lets rounding grow."""
+    """Every step's loss, tokens and learning rate agree, and the adapters up to the rounding that AdamW amplifies."""
     a, b = metrics(one), metrics(other)
     assert [m["step"] for m in a] == [m["step"] for m in b] and a
     for x, y in zip(a, b, strict=True):
@@ -219,7 +219,7 @@ def test_processes_together_train_what_one_does(
 def test_a_bad_batch_at_one_rank_is_skipped_by_all(
     alone: Callable[..., Path], model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """The losses that follow could not be one process's if any rank had made the update, or kept its rate."""
+    """If any rank had made the update, or kept its learning rate, the later losses would differ from one process's."""
     patch = """
     import math
     from mlx_linearard.distill import step as trainer
@@ -242,7 +242,7 @@ def test_a_bad_batch_at_one_rank_is_skipped_by_all(
 
 
 def patched(text: str) -> tuple[str, str]:
-    """The command with something in it replaced."""
+    """The command after the code `text` has replaced a part of it."""
     lines = "\n".join(line[4:] for line in text.splitlines())
     return "-c", f"{lines}\nfrom mlx_linearard.distill.__main__ import main\nmain()\n"
 
@@ -263,7 +263,7 @@ def is_saving(run: Path) -> bool:
 
 
 def assert_ended(done: Launch, run: Path, lost: int, seconds: float) -> int:
-    """All are gone in time, each with its status; one line says how to go on. The step to go on from."""
+    """All ranks end in time with the right status, and one line says how to continue. Returns the step of that line."""
     assert seconds < LIMIT
     assert done.statuses() == {rank: -signal.SIGKILL if rank == lost else LOST_STATUS for rank in range(done.size)}
     assert len(done.errors()) == 1 and done.errors()[0].startswith("error: "), done.err
@@ -281,7 +281,7 @@ def assert_ended(done: Launch, run: Path, lost: int, seconds: float) -> int:
 def test_ranks_killed_at_random_instants_end_the_run_and_it_resumes(
     alone: Callable[..., Path], model_dir: Path, text_file: Path, tmp_path: Path, size: int
 ) -> None:
-    """Any rank, the first one every other time, and then inside a save; in the end by another number of ranks."""
+    """Any rank; every other time the first one, during a save. The last launch has another number of ranks."""
     seeded, run, inside = random.Random(size), tmp_path / "run", 0
     arguments = flags(model_dir, text_file, run, *LONG)
     for number, step in enumerate(sorted(seeded.sample(range(5, 50), 4))):
@@ -339,7 +339,7 @@ BUSY = {
 def test_a_first_rank_that_is_busy_for_minutes_ends_too(
     model_dir: Path, text_file: Path, tmp_path: Path, busy: str, lost: int
 ) -> None:
-    """After step 3 of a run that evaluates and saves after each: nothing that takes long holds up the end."""
+    """After step 3 of a run that evaluates and saves after each step, no long piece of work delays the end."""
     run = tmp_path / "run"
     more = ("--grad-accum", "3", "--steps", "9", "--eval-every", "1", "--save-every", "1")
     with launch(3, flags(model_dir, text_file, run, *more), patched(BUSY[busy])) as started:
@@ -381,7 +381,7 @@ def test_a_rank_lost_before_the_first_step(model_dir: Path, text_file: Path, tmp
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     alone: Callable[..., Path], model_dir: Path, text_file: Path, tmp_path: Path, number: int, rank: int
 ) -> None:
-    """They are asked in one step, save, and end with 130; four go on where three would not do, and one would."""
+    """All ranks stop after the same step, save, and end with 130; the run resumes with another number of ranks."""
     run, more = tmp_path / "run", LONG
     with launch(4, flags(model_dir, text_file, run, *more)) as started:
         started.until(lambda: lines_in(run / "metrics.jsonl") >= 7)
@@ -399,7 +399,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_terminal_saves(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """It reaches mlx.launch, which prints no more, and every rank."""
+    """The signal reaches every rank, and mlx.launch, which then prints nothing."""
     run = tmp_path / "run"
     with launch(2, flags(model_dir, text_file, run, *LONG)) as started:
         started.until(lambda: lines_in(run / "metrics.jsonl") >= 7)
@@ -451,7 +451,7 @@ def test_a_mistake_is_told_once_and_ends_all(
 
 @pytest.mark.slow
 def test_a_mistake_of_one_rank_is_told_by_it(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """The text of the second process is missing, or another one."""
+    """The text of the second process is missing, or differs."""
     other = tmp_path / "other.txt"
     other.write_text("Another text, of which there is enough. " * 200)
     for name, complaint in (("/nowhere", "/nowhere does not exist"), (str(other), "process 1 would train something")):
