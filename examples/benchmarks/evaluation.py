@@ -1,0 +1,96 @@
+"""Time of the evaluation suites: multiple choice, last words, pass keys and RULER, whole or one sequence at a time.
+
+    python examples/benchmarks/evaluation.py --model DIR --items hellaswag.jsonl piqa.jsonl --text novels.jsonl
+
+Each line is one set of items, or one RULER task list at one length. Without --model it measures the default model.
+Lengths beyond the model's window are measured all the same: only the time counts. Writes a CSV named after the
+machine and the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_linearard.convert.default_model import default_model
+from relation import file_name, machine, write_csv
+
+from mlx_linearard.evaluate import Subject, load_subject, open_directory, run_suite
+from mlx_linearard.evaluate.api import choice_suite, last_word_suite, passkey_suite, ruler_suite
+from mlx_linearard.evaluate.suites.items import name_of
+from mlx_linearard.evaluate.suites.suite import Suite
+
+COLUMNS = ("suite", "items", "tokens", "batch_size", "seconds", "prompts_seconds", "peak_gb", "metric", "value")
+TASKS = "niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt"
+
+
+def suites(subject: Subject, given: argparse.Namespace) -> Iterator[Suite]:
+    for source in given.items:
+        if "lambada" in name_of(source):
+            yield last_word_suite([source], limit=given.limit)
+        else:
+            yield choice_suite(source, limit=given.limit, name=f"choice/{name_of(source)}")
+    if not given.text:
+        return
+    directory, tasks = subject.directory, given.tasks.split(",")
+    for length in map(int, given.lengths.split(",")):
+        yield ruler_suite(directory, given.text, lengths=(length,), tasks=tasks, samples=given.samples)
+        yield passkey_suite(directory, given.text, lengths=(length,), samples=given.keys)
+
+
+def measure(subject: Subject, suite: Suite) -> dict[str, object]:
+    """One line of the table. `prompts_seconds` is the time to make the prompts of passkey and ruler again, alone."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    entry, records = run_suite(subject, suite, window=1 << 30)
+    seconds = time.perf_counter() - start
+    metric, value = next(iter(entry["metrics"].items()))
+    items = list(suite.items(subject.directory, 1 << 30))
+    start = time.perf_counter()
+    for item in items if suite.name in ("passkey", "ruler") else ():
+        getattr(suite, "prompt" if suite.name == "passkey" else "sample")(subject.directory, *item.content)
+    prompts = time.perf_counter() - start
+    length = f"@{items[0].cost}" if suite.name in ("passkey", "ruler") else ""
+    return {
+        "suite": suite.name + length, "items": len(records), "tokens": sum(item.cost for item in items),
+        "batch_size": subject.batch_size or "auto", "seconds": round(seconds, 2),
+        "prompts_seconds": round(prompts, 2), "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
+        "metric": metric, "value": round(value["value"], 4),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a directory or a hub repository (the default model)")
+    add("--items", nargs="*", default=[], help="JSONL files or hf:NAME of choice; a name with lambada is last words")
+    add("--text", nargs="*", default=[], help="text for pass keys and RULER")
+    add("--limit", type=int, default=500, help="items per set")
+    add("--lengths", default="4096,16384,30000")
+    add("--tasks", default=TASKS)
+    add("--samples", type=int, default=20, help="of each RULER task and length")
+    add("--keys", type=int, default=3, help="pass keys per depth and length")
+    add("--dtype", default="auto")
+    add("--batch-size", type=int, help="sequences measured together (sized to the machine); 1: one at a time")
+    add("--chunk", type=int, help="tokens per forward pass (sized to the machine)")
+    add("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    directory = open_directory(given.model or default_model())
+    subject = load_subject(directory, dtype=given.dtype, chunk=given.chunk, batch_size=given.batch_size)
+    rows = []
+    for suite in suites(subject, given):
+        rows.append(measure(subject, suite))
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    print(f"in all {sum(row['seconds'] for row in rows):.1f} s")
+    stem = f"evaluation-{file_name(directory.label)}-{file_name(machine())}"
+    stem += f"-batch-{given.batch_size}" if given.batch_size else ""
+    about = f"{machine()}; mlx {mx.__version__}; {directory.label}, {given.dtype}"
+    write_csv(given.out / f"{stem}.csv", COLUMNS, rows, about)
+
+
+if __name__ == "__main__":
+    main()
