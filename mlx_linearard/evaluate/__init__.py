@@ -1,9 +1,9 @@
 """Measurements of a model on text and tasks.
 
 Each suite is a function of a model's directory and data that returns the suite's entry of results.json:
-`perplexity`, `fidelity_to`, `multiple_choice`, `last_word`, `passkeys` and `ruler_tasks` (api.py). Their parts are
-`open_directory` and `load_subject` (model.py), suites such as `Perplexity` (suites/), and `run_suite` (runner.py).
-`evaluate` (runner.py) measures several directories into one results.json.
+`perplexity`, `fidelity_to`, `multiple_choice`, `last_word`, `passkeys`, `ruler_tasks` and `far_context` (api.py).
+Their parts are `open_directory` and `load_subject` (model.py), suites such as `Perplexity` (suites/), and `run_suite`
+(runner.py). `evaluate` (runner.py) measures several directories into one results.json.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .api import fidelity_to, last_word, multiple_choice, passkeys, perplexity, ruler_tasks
+    from .api import far_context, fidelity_to, last_word, multiple_choice, passkeys, perplexity, ruler_tasks
     from .model import Directory, Subject, load_subject, open_directory
     from .runner import Evaluation, evaluate, run_suite
     from .suites.choice import Choice
+    from .suites.far import FarContext
     from .suites.fidelity import FidelityToReference
     from .suites.lambada import LastWord
     from .suites.passkey import Passkey
@@ -28,6 +29,7 @@ _HOMES = {
     "Choice": "suites.choice",
     "Directory": "model",
     "Evaluation": "runner",
+    "FarContext": "suites.far",
     "FidelityToReference": "suites.fidelity",
     "LastWord": "suites.lambada",
     "Passkey": "suites.passkey",
@@ -36,6 +38,7 @@ _HOMES = {
     "Ruler": "suites.ruler",
     "Subject": "model",
     "evaluate": "runner",
+    "far_context": "api",
     "fidelity_to": "api",
     "last_word": "api",
     "load_subject": "model",
@@ -51,6 +54,7 @@ __all__ = [
     "Choice",
     "Directory",
     "Evaluation",
+    "FarContext",
     "FidelityToReference",
     "LastWord",
     "Passkey",
@@ -59,6 +63,7 @@ __all__ = [
     "Ruler",
     "Subject",
     "evaluate",
+    "far_context",
     "fidelity_to",
     "last_word",
     "load_subject",

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..results.verdict import headline
 from . import api
 from .model import CHUNK, GPU_CHUNK, Directory, Subject, open_directory
 from .runner import Evaluation, evaluate
+from .suites.far import LAST
 from .suites.items import name_of
 from .suites.passkey import DEPTHS
 from .suites.ruler import QA_TASKS, SEED, TASKS
@@ -38,6 +39,7 @@ suites:
   lambada   last-word accuracy and perplexity                    needs JSONL: text
   passkey   a number hidden in a long text, by depth and length  needs text
   ruler     13 tasks of RULER (arXiv 2404.06654)                 needs text; qa_1 and qa_2 need their own data
+  far       gain of the last tokens from text far back, in nats  needs long text
 
 data:
   Text is a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME.
@@ -91,6 +93,9 @@ def parser() -> Parser:
     add("--depths", metavar="P,P", help=f"passkey: per cent of the text before the key ({','.join(map(str, DEPTHS))})")
     samples = f"prompts per task, length and depth ({api.SAMPLES})"
     add("--samples", metavar="N", type=integer(1, 100_000), default=api.SAMPLES, help=samples)
+    add("--near", metavar="N", type=integer(2), help="far: tokens that are not far (the smallest window of the models)")
+    last = f"far: tokens at the end of a text that are scored ({LAST}, at most a quarter of --near)"
+    add("--last", metavar="N", type=integer(1), help=last)
     add("--tasks", metavar="A,B", help="of ruler: niah_single_1, vt, ... (all that have data)")
     add("--limit", metavar="N", type=integer(1), help="only the first N items of choice and lambada")
     add("--seed", metavar="N", type=integer(0), default=SEED, help=f"of generated prompts ({SEED})")
@@ -119,6 +124,7 @@ class Request:
     depths: tuple[int, ...]
     tasks: tuple[str, ...]
     given: argparse.Namespace
+    near: int | None = None  # tokens that are not far
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> Request:
@@ -130,6 +136,7 @@ class Request:
             depths=_numbers("--depths", given.depths, 0, 100) if given.depths else DEPTHS,
             tasks=_names("--tasks", given.tasks, tuple(TASKS)) if given.tasks else (),
             given=given,
+            near=given.near,
         )
 
     def sources(self, suite: str, need: str) -> list[str]:
@@ -220,6 +227,20 @@ def _ruler(request: Request, directory: Directory, reference: Subject | None) ->
     ]
 
 
+def _far(request: Request, directory: Directory, reference: Subject | None) -> list[Suite]:
+    given = request.given
+    return [
+        api.far_suite(
+            directory,
+            request.text("far"),
+            lengths=request.lengths,
+            near=request.near,
+            last=given.last,
+            samples=given.samples,
+        )
+    ]
+
+
 SUITES: dict[str, Callable[[Request, Directory, Subject | None], list[Suite]]] = {
     "ppl": _ppl,
     "fidelity": _fidelity,
@@ -227,6 +248,7 @@ SUITES: dict[str, Callable[[Request, Directory, Subject | None], list[Suite]]] =
     "lambada": _lambada,
     "passkey": _passkey,
     "ruler": _ruler,
+    "far": _far,
 }
 
 
@@ -284,6 +306,8 @@ def evaluation_of(given: argparse.Namespace) -> Evaluation:
         raise UserError("--out is empty: give the name of a file")
     out = Path(given.out) if given.out else RunDir(given.run).results if given.run else Path("results.json")
     reference = _reference(given, directories) if "fidelity" in request.suites else None
+    if "far" in request.suites and request.near is None:
+        request = replace(request, near=min(directory.unscaled_window for directory in directories))
 
     def suites(loaded: Subject | None) -> list[Suite]:
         return request.make(directories[0], loaded)

@@ -22,6 +22,7 @@ from ..files import RunDir, read_yaml
 from .model import Directory, Subject, load_subject, open_directory
 from .runner import Progress, run_suite
 from .suites.choice import Choice, check_choice
+from .suites.far import LAST, FarContext
 from .suites.fidelity import FidelityToReference
 from .suites.haystack import Prose, prose
 from .suites.items import Items, checked_items
@@ -33,6 +34,7 @@ from .suites.suite import Suite
 
 SHORT, LONG = 2048, 4096  # default lengths of ppl and fidelity, and of passkey and ruler
 TOKENS = 32768  # of text per length
+FAR_TEXTS = 32  # of the length of the window: how much text the suite far reads
 SAMPLES = 3  # prompts per task, length and depth
 
 Model = str | Path | Directory | Subject
@@ -123,6 +125,22 @@ def ruler_tasks(
     return _entry(subject, suite, progress)
 
 
+def far_context(
+    model: Model,
+    data: Sources,
+    *,
+    lengths: Sequence[int] = (),
+    near: int | None = None,
+    last: int | None = None,
+    samples: int = SAMPLES,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Suite `far`: the gain, in nats per token, of the last tokens of a text from text farther back than `near`."""
+    subject = _loaded(model)
+    suite = far_suite(subject.directory, data, lengths=lengths, near=near, last=last, samples=samples)
+    return _entry(subject, suite, progress)
+
+
 def _loaded(model: Model) -> Subject:
     if isinstance(model, Subject):
         return model
@@ -192,6 +210,28 @@ def ruler_suite(
     sets = {name: QuestionSet.read(*files) for name, files in (qa or {}).items()}
     chosen = tuple(tasks) or tuple(task for task in TASKS if task not in QA_TASKS or task in sets)
     return Ruler(_prose(data), _lengths(lengths, directory, LONG), chosen, sets, samples, seed)
+
+
+def far_suite(
+    directory: Directory,
+    data: Sources,
+    *,
+    lengths: Sequence[int] = (),
+    near: int | None = None,
+    last: int | None = None,
+    samples: int = SAMPLES,
+) -> FarContext:
+    """Suite `far` on documents of `data` that are long enough.
+
+    near: by default the window before the directory's own scaling. last: by default 1000, or a quarter of `near` if
+    that is less. lengths: by default four times `near`, at most the window.
+    """
+    near = near or directory.unscaled_window
+    last = last or max(1, min(LAST, near // 4))
+    lengths = tuple(lengths) or (min(4 * near, directory.window),)
+    limit = FAR_TEXTS * max(directory.window, *lengths)
+    documents = directory.documents(_documents(data), max(directory.window, *lengths) + 1, limit)
+    return FarContext(documents, lengths, near, samples, last)
 
 
 def _lengths(lengths: Sequence[int], directory: Directory, default: int) -> tuple[int, ...]:

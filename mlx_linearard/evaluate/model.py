@@ -28,7 +28,7 @@ from ..models.shape import Shape
 from ..models.tokenizer import check_tokenizer, tokenizer_of
 from ..models.weights import hash_of_model, weight_files
 from ..ops.logits import token_nll
-from ..rope import native_window
+from ..rope import native_window, normalise
 from .generation import Prompt, generate
 from .passes import FLOAT32, Passes, Tick
 from .scoring import LOGITS_BYTES, Continuations, Score, score
@@ -55,6 +55,16 @@ class Directory:
             return native_window(self.config)
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def unscaled_window(self) -> int:
+        """The window before the scaling that the config states; the window if it states none."""
+        try:
+            scaling = normalise(self.config).get("rope_scaling") or {}
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        original = scaling.get("original_max_position_embeddings") or self.window / scaling.get("factor", 1.0)
+        return min(self.window, int(original))
 
     @property
     def balance(self) -> float:
@@ -99,6 +109,15 @@ class Directory:
         tokens = tokenize(documents, self.tokenizer, limit=limit)
         check_ids(tokens, self.config, self.path)
         return tokens
+
+    def documents(self, documents: Iterable[Document], length: int, limit: int) -> list[np.ndarray]:
+        """The tokens of documents, at most `length` x 4 of each and `limit` in all; see `stream`."""
+        kept: list[np.ndarray] = []
+        for document in documents:
+            kept.append(self.stream([document], 4 * length))
+            if sum(map(len, kept)) >= limit:
+                break
+        return kept
 
     def prefix_token(self) -> int:
         """The token before a text without context: the first token, or else the end-of-text token."""
@@ -185,16 +204,19 @@ class Subject:
     # -----------------------------------------------------------------------------------------------
     # The three uses of the model
 
-    def logits(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> Iterator[tuple[int, mx.array]]:
-        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order.
+    def logits(
+        self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None, skip: int = 0
+    ) -> Iterator[tuple[int, mx.array]]:
+        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order, but of the first `skip`.
 
         The model reads its first token before them, if it has one.
         """
         cache = self.passes.new_cache()
         self.passes.prefill(cache, self.directory.before(tokens))
+        self.passes.prefill(cache, tokens[:skip], tick)
         ids = mx.array(np.asarray(tokens, np.int32))[None]
         size = self._logits_chunk(ids)
-        for start in range(0, ids.shape[1], size):
+        for start in range(skip, ids.shape[1], size):
             logits = self.model(ids[:, start : start + size], cache=cache)
             mx.eval(logits, [c.state for c in cache])
             self.passes.check_finite(logits)
@@ -203,11 +225,15 @@ class Subject:
             if tick:
                 tick(min(size, ids.shape[1] - start))
 
-    def nll(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None) -> np.ndarray:
-        """Negative log-likelihood of tokens[1:], each given all before it (see `logits`), in nats; (T + 1,) -> (T,)."""
+    def nll(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None, last: int | None = None) -> np.ndarray:
+        """Negative log-likelihood of tokens[1:], each given all before it (see `logits`), in nats; (T + 1,) -> (T,).
+
+        last: only of as many tokens at the end; the result has their length.
+        """
         tokens = np.asarray(tokens, np.int32)
         parts = []
-        for start, logits in self.logits(tokens[:-1], tick):
+        skip = 0 if last is None else max(0, len(tokens) - 1 - last)
+        for start, logits in self.logits(tokens[:-1], tick, skip):
             targets = mx.array(tokens[start + 1 : start + 1 + logits.shape[1]])[None]
             parts.append(np.array(token_nll(logits, itself, targets, workspace_bytes=4 * LOGITS_BYTES))[0])
         return np.concatenate(parts)
