@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import Parser, integer, run_command
-from ..errors import UserError
-from ..files import refuse_existing
+from ..files import check_overwrite, refuse_existing
 from ..models.dtypes import FLOATS
 from ..rope import METHODS
 
@@ -170,10 +169,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         verb.run(options)
         return 0
     target = Path(options.target)
-    if not options.overwrite:
+    if options.overwrite:
+        check_overwrite(target, [options.source])
+    else:
         refuse_existing(target)
-    if target.resolve() == Path(options.source).resolve():
-        raise UserError(f"{target} is the source itself: name another target")
     verb.run(options)
     print(f"{target} is ready")
     return 0

@@ -22,7 +22,7 @@ from ..models.save import Tensor, model_directory
 from ..models.weights import refuse
 from ..rope import inverse_frequencies, normalise
 from . import names
-from .gguf_file import Gguf
+from .gguf_file import Gguf, short
 from .gguf_tokenizer import from_metadata
 
 ARCHITECTURE = "llama"
@@ -88,7 +88,7 @@ def from_gguf(
     file = Gguf(source)
     architecture = _text(file, "general.architecture", "")
     if architecture != ARCHITECTURE:
-        raise UserError(f"{source} has architecture {architecture!r}; only {ARCHITECTURE} is converted")
+        raise UserError(f"{source} has architecture {short(architecture)}; only {ARCHITECTURE} is converted")
     config = config_of(file)
     dtype = dtype or _natural_dtype(file)
     if dtype not in FLOATS:
@@ -156,9 +156,9 @@ def _integer(file: Gguf, key: str, default: int | None = None, *, least: int = 1
     value = file.get(_key(key), default)
     if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
         value = value[0].item()
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise UserError(f"{file.path}: {_key(key)} must be {kind}, not {_short(value)}")
+        raise UserError(f"{file.path}: {_key(key)} must be {kind}, not {short(value)}")
     return value
 
 
@@ -166,21 +166,15 @@ def _real(file: Gguf, key: str, default: float | None = None) -> float:
     """A positive number of the metadata, in the fewest digits that give its float32 value."""
     value = file.get(_key(key), default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{file.path}: {_key(key)} must be a positive number, not {_short(value)}")
+        raise UserError(f"{file.path}: {_key(key)} must be a positive number, not {short(value)}")
     return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
 
 
 def _text(file: Gguf, key: str, default: str) -> str:
     value = file.get(key, default)
     if not isinstance(value, str):
-        raise UserError(f"{file.path}: {key} must be a string, not {_short(value)}")
+        raise UserError(f"{file.path}: {key} must be a string, not {short(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    """A metadata value for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _refuse_unknown(file: Gguf) -> None:
@@ -192,13 +186,13 @@ def _refuse_unknown(file: Gguf) -> None:
         and key.removeprefix(_key("")) not in _READ | _NEUTRAL.keys()
     ]
     if unknown:
-        raise UserError(f"{file.path} has {', '.join(unknown)}, which the conversion does not know")
+        raise UserError(f"{file.path} has {', '.join(unknown[:20])}, which the conversion does not know")
     if _integer(file, "expert_count", 0, least=0):
         raise UserError(f"{file.path} is a mixture of experts; only dense llama files are converted")
     for key, neutral in _NEUTRAL.items():
         value = file.get(_key(key), neutral[0])
         if not isinstance(value, int | float) or value not in neutral:
-            raise UserError(f"{file.path}: {_key(key)} is {_short(value)}, which mlx-lm's llama cannot express")
+            raise UserError(f"{file.path}: {_key(key)} is {short(value)}, which mlx-lm's llama cannot express")
 
 
 def _refuse_other_attention(file: Gguf, config: dict[str, Any]) -> None:
@@ -215,16 +209,17 @@ def _refuse_other_attention(file: Gguf, config: dict[str, Any]) -> None:
     sliding = _integer(file, "attention.sliding_window", 0, least=0)
     if sliding and sliding < config["max_position_embeddings"]:
         raise UserError(f"{file.path} has a sliding window of {sliding}, which mlx-lm's llama does not apply")
-    scale = file.get(_key("attention.scale"), 0.0)  # 0: llama.cpp's default, the usual scale
-    if scale != 0.0 and not math.isclose(_real(file, "attention.scale"), head_dim**-0.5, rel_tol=1e-5):
-        raise UserError(f"{file.path}: {_key('attention.scale')} is {_short(scale)}, not head_dim ** -0.5")
+    scale = file.get(_key("attention.scale"), 0.0)
+    unset = isinstance(scale, float) and scale == 0  # llama.cpp's default, which stands for the usual scale
+    if not unset and not math.isclose(_real(file, "attention.scale"), head_dim**-0.5, rel_tol=1e-5):
+        raise UserError(f"{file.path}: {_key('attention.scale')} is {short(scale)}, not head_dim ** -0.5")
 
 
 def _scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any] | None:
     """The native RoPE scaling of a GGUF file: from its metadata, or from the stored factors of Llama 3.1."""
     kind = _text(file, _key("rope.scaling.type"), "linear")  # llama.cpp's default, used if there is a factor
     if kind not in ("none", "linear", "yarn"):
-        raise UserError(f"{file.path}: RoPE scaling {kind!r} is not converted")
+        raise UserError(f"{file.path}: RoPE scaling {short(kind)} is not converted")
     factor = "rope.scaling.factor" if _key("rope.scaling.factor") in file.metadata else "rope.scale_linear"
     scaling: dict[str, Any] | None = None
     if kind == "yarn" or (kind == "linear" and _key(factor) in file.metadata):
@@ -290,7 +285,7 @@ def _tensors(file: Gguf, config: dict[str, Any], dtype: mx.Dtype) -> Iterator[Te
             heads = config["num_key_value_heads"]
         yield Tensor(ours, entry.shape, dtype, _maker(file, name, ours, heads, dtype))
     if unknown:
-        raise UserError(f"{file.path} holds tensors that llama does not have: {', '.join(sorted(unknown))}")
+        raise UserError(f"{file.path} holds tensors that llama does not have: {', '.join(sorted(unknown)[:20])}")
 
 
 def _maker(file: Gguf, name: str, ours: str, heads: int, dtype: mx.Dtype) -> Callable[[], mx.array]:

@@ -91,6 +91,12 @@ def _map(path: Path) -> mmap.mmap:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def short(value: Any) -> str:
+    """A metadata value for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 class _Cursor:
     """Reads little-endian values from bytes; UserError at their end."""
 
@@ -167,7 +173,7 @@ def _refuse_part(metadata: dict[str, Any], path: Path) -> None:
     count = metadata.get("split.count", 0)
     if not isinstance(count, int) or count > 1:
         raise UserError(
-            f"{path} is one of {count} parts of a split model (split.count): "
+            f"{path} is one of {short(count)} parts of a split model (split.count): "
             "join the parts first, with llama-gguf-split --merge FIRST-PART WHOLE.gguf"
         )
 
@@ -178,11 +184,11 @@ def _entries(
     """Each tensor by name; UserError for a type that is not read and for bytes outside the file."""
     alignment = metadata.get("general.alignment", 32)
     if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-        raise UserError(f"{path} is damaged: alignment {alignment!r}")
+        raise UserError(f"{path} is damaged: alignment {short(alignment)}")
     base = -(-header_end // alignment) * alignment
     unread = sorted({GGML_TYPES.get(kind, str(kind)) for _, kind, _, _ in declared} - set(BLOCKS))
     if unread:
-        raise UserError(f"{path} holds {', '.join(unread)} tensors; only {', '.join(BLOCKS)} are read")
+        raise UserError(f"{path} holds {', '.join(unread[:20])} tensors; only {', '.join(BLOCKS)} are read")
     tensors: dict[str, Entry] = {}
     for name, number, shape, offset in declared:
         kind = GGML_TYPES[number]

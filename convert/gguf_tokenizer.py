@@ -17,6 +17,7 @@ from ..data import tokenizer_errors
 from ..errors import UserError
 from ..models.tokenizer import CONTROL, NORMAL, Rebuilt, add_tokens, finish, sentencepiece_bpe
 from ..models.weights import plain_name
+from .gguf_file import short
 
 # The split of GPT-2 with the digits of Llama 3 (up to three) and of Qwen 2 (one).
 _SPLIT = (
@@ -82,7 +83,7 @@ def from_metadata(metadata: Mapping[str, Any], source: str) -> Rebuilt:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise UserError(f"{source} carries no tokenizer")
     if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
-        raise UserError(f"{source} has a tokenizer of kind {kind!r}; only gpt2 and llama are rebuilt")
+        raise UserError(f"{source} has a tokenizer of kind {short(kind)}; only gpt2 and llama are rebuilt")
     types = [int(t) for t in _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), NORMAL, source)]
     usual: Mapping[str, int] = {}
     with tokenizer_errors(f"{source}: its tokenizer is damaged"):
@@ -143,7 +144,7 @@ def _templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
 def _pre(metadata: Mapping[str, Any], source: str) -> _Pre:
     name = metadata.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in _PRE:
-        raise UserError(f"{source} splits text by {name!r}; only {', '.join(_PRE)} are rebuilt")
+        raise UserError(f"{source} splits text by {short(name)}; only {', '.join(_PRE)} are rebuilt")
     return _PRE[name]
 
 
@@ -176,7 +177,7 @@ def _numbers(metadata: Mapping[str, Any], key: str, count: int, default: float, 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool, source: str) -> bool:
     value = metadata.get(key, default)
     if not isinstance(value, bool):
-        raise UserError(f"{source}: {key} must be true or false, not {value!r}")
+        raise UserError(f"{source}: {key} must be true or false, not {short(value)}")
     return value
 
 
@@ -186,5 +187,5 @@ def _token_id(metadata: Mapping[str, Any], key: str, count: int, source: str, de
     if value is None:
         return default if default is not None and default < count else None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise UserError(f"{source}: {key} must be an id below {count}, not {value!r}")
+        raise UserError(f"{source}: {key} must be an id below {count}, not {short(value)}")
     return value

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..files import ADAPTER_CONFIG, ADAPTERS, CONFIG, new_directory, read_config, read_object, write_json
+from ..files import ADAPTER_CONFIG, ADAPTERS, CONFIG, new_directory, read_config, read_object, reading, write_json
 from ..models.save import Tensor, write_safetensors
 from ..models.weights import load_lazily, read_header, refuse
 
@@ -115,7 +115,7 @@ def to_peft(
         for leaf, array in leaves.items()
     ]
     _write(target, PEFT_WEIGHTS, tensors, peft_config, "pt", overwrite, source, progress)
-    if progress and base and _quantized(Path(base)):
+    if progress and "quantization" in (_base_config(base) or {}):
         progress(
             f"{base} is quantized by mlx, so transformers cannot load it: convert it with to-hf, then name the copy"
         )
@@ -183,8 +183,9 @@ def alpha(scale: float, rank: int) -> float | int:
 
 def _directory(source: str | Path) -> Path:
     source = Path(source)
-    if not source.is_dir():
-        raise UserError(f"{source} is not an adapter directory")
+    with reading(source):
+        if not source.is_dir():
+            raise UserError(f"{source} is not an adapter directory")
     return source
 
 
@@ -192,15 +193,16 @@ def _recorded(base: Any) -> str | None:
     """How an adapter's config names its base: a directory by its absolute path, a repository by its name."""
     if not isinstance(base, str) or not base:
         return None
+    return base if _base_config(base) is None else str(Path(base).resolve())
+
+
+def _base_config(base: str | None) -> dict[str, Any] | None:
+    """The config of an adapter's base; None if `base` is not a model directory on this machine."""
     try:
-        return str(Path(base).resolve()) if Path(base).is_dir() else base
+        exists = base is not None and (Path(base) / CONFIG).is_file()
     except (OSError, ValueError):  # a name that no directory can have
-        return base
-
-
-def _quantized(base: Path) -> bool:
-    """Whether `base` is a directory of a model that mlx quantized."""
-    return (base / CONFIG).is_file() and "quantization" in read_config(base)
+        return None
+    return read_config(base) if exists and base else None
 
 
 def _check_embeddings(modules: Modules, dora: bool, base: str | None, where: Path, remedy: str) -> None:
@@ -214,9 +216,10 @@ def _check_embeddings(modules: Modules, dora: bool, base: str | None, where: Pat
         return
     if dora:
         raise UserError(f"{where} adapts {name} with DoRA, which mlx-lm and PEFT compute differently")
-    if base is None or not (Path(base) / CONFIG).is_file():
+    config = _base_config(base)
+    if config is None:
         raise UserError(f"{where} adapts {name}; whether the base ties its output to it is unknown: {remedy}")
-    if read_config(base).get("tie_word_embeddings") is not False:
+    if config.get("tie_word_embeddings") is not False:
         raise UserError(f"{where} adapts {name}, to which {base} ties its output; PEFT would not adapt the output")
 
 

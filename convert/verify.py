@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..files import reading
 from ..models.directory import check_model_dir, path_for_mlx_lm, resolve
 from ..rope import inverse_frequencies
 from .gguf import from_gguf
@@ -82,7 +83,9 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
 def _directory(source: str | Path) -> Iterator[Path]:
     """The path of a model directory; for a GGUF file a converted copy, which is removed afterwards."""
     path = Path(source)
-    if path.is_file() and path.suffix == ".gguf":
+    with reading(path):
+        is_gguf = path.is_file() and path.suffix == ".gguf"
+    if is_gguf:
         with tempfile.TemporaryDirectory() as folder:
             yield from_gguf(path, Path(folder) / "model", dtype="float32")
     else:

@@ -300,7 +300,7 @@ def export(job: Job, listener: Listener) -> Verified:
     listener.say("exporting")
     sample = next(iter(job.text.held_out.values()))[0][:VERIFY_TOKENS]
     expected = student_logits(pair.student, sample)
-    note = {"model": str(run.base), "linearard": {"method": job.config.method, "factor": job.config.factor}}
+    note = {"model": str(run.base.resolve()), "linearard": {"method": job.config.method, "factor": job.config.factor}}
     write_adapters(pair, run.adapters, note)
     write_fused(pair, run.model)
     del pair.teacher, pair.student

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,23 +57,6 @@ class Rebuilt:
 # -- check and load --
 
 
-@contextmanager
-def _quiet_panics() -> Iterator[None]:
-    """Keep a panic of Rust code from printing its backtrace: standard error is discarded while the block runs."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # standard error is closed
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nothing:  # noqa: PTH123
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def check_tokenizer(directory: Path) -> None:
     """Raise UserError if a model directory has no tokenizer, if one of its files is damaged, or if it needs code.
 
@@ -84,7 +66,7 @@ def check_tokenizer(directory: Path) -> None:
     path = directory / "tokenizer.json"
     if path.is_file():
         text = read_text(path)
-        with tokenizer_errors(f"{path} is damaged"), _quiet_panics():
+        with tokenizer_errors(f"{path} is damaged"):
             tokenizer = Tokenizer.from_str(text)
             for special in (True, False):
                 with suppress(Exception):  # a text may have no tokens, but must not make Rust code panic

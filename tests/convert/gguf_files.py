@@ -13,7 +13,13 @@ def string(text):
     return struct.pack("<Q", len(data)) + data
 
 
+class Raw(bytes):
+    """A metadata value as bytes: its type's number and what follows."""
+
+
 def value(item):
+    if isinstance(item, Raw):
+        return bytes(item)
     if isinstance(item, bool):
         return struct.pack("<I?", 7, item)
     if isinstance(item, int):

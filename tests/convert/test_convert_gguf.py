@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 
 import converter_models as tiny
 import gguf_files
@@ -226,6 +227,7 @@ def test_linear_and_yarn_scalings_are_kept(tmp_path):
         ({"llama.attention.causal": False}, "attention.causal is False"),
         ({"llama.attention.clamp_kqv": 8.0}, r"clamp_kqv is 8\.0"),
         ({"llama.attention.scale": 0.5}, "attention.scale is 0.5"),
+        ({"llama.attention.scale": [0.25, 0.25]}, "attention.scale must be a positive number"),
         ({"llama.attention.value_length": 8}, "values of 8 and keys of 16"),
         ({"llama.logit_scale": 0.25}, "logit_scale is 0.25"),
         ({"llama.attention.head_count_kv": 3}, "4 heads of 16 dimensions in 3 groups"),
@@ -327,6 +329,52 @@ def test_types_and_tensors_we_do_not_read(tmp_path):
     found["blk.0.mystery.weight"] = found["blk.0.ffn_up.weight"]
     path = gguf_files.write(tmp_path / "m.gguf", metadata(), found)
     with pytest.raises(UserError, match=r"llama does not have: blk\.0\.mystery"):
+        from_gguf(path, tmp_path / "ours")
+
+
+def packed(kind, layout, *numbers):
+    return gguf_files.Raw(struct.pack(f"<I{layout}", kind, *numbers))
+
+
+ODD = {
+    "a 64-bit count": packed(10, "Q", 2**64 - 1),
+    "a negative number": packed(11, "q", -1),
+    "infinity": packed(12, "d", math.inf),
+    "a list": [1, 2],
+    "a list of texts": ["a", "b"],
+    "an empty list": packed(9, "IQ", 6, 0),
+    "a list of lists": gguf_files.Raw(struct.pack("<IIQIQ", 9, 9, 1, 5, 0)),
+    "an absurd list": packed(9, "IQ", 8, 2**63),
+    "half of a surrogate pair": gguf_files.Raw(struct.pack("<IQ", 8, 3) + b"\xed\xa0\x80"),
+    "a text": "x" * 5000,
+    "a truth value": True,
+    "an unknown type": packed(99, ""),
+}
+KEYS = ["general.architecture", "general.alignment", "llama.block_count", "llama.attention.head_count",
+        "llama.attention.scale", "llama.rope.freq_base", "llama.rope.scaling.type", "split.count",
+        "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.eos_token_id",
+        "tokenizer.chat_template"]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_a_value_of_another_kind_is_one_line_or_harmless(tmp_path, odd):
+    for key in KEYS:
+        path, _ = write(tmp_path, **{key: odd})
+        try:
+            from_gguf(path, tmp_path / key)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+            assert not (tmp_path / key).exists()
+
+
+def test_a_file_that_names_a_key_twice_or_a_long_name_is_damaged(tmp_path):
+    path, _ = write(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"llama.rope.freq_base", b"llama.context_length"))
+    with pytest.raises(UserError, match=r"'llama\.context_length' twice"):
+        from_gguf(path, tmp_path / "ours")
+    path, _ = write(tmp_path, **{"k" * 2000: 1})
+    with pytest.raises(UserError, match="a metadata value has a name of 2000 characters"):
         from_gguf(path, tmp_path / "ours")
 
 

@@ -202,11 +202,21 @@ def test_the_command_converts(tmp_path):
         (("scale", "source", "x", "--factor", "0.5"), "greater than 1"),
         (("scale", "source", "x"), "--factor"),
         (("melt", "source", "x"), "melt"),
-        (("to-hf", "source", "source", "--overwrite"), "is the source itself"),
+        (("to-hf", "source", "source", "--overwrite"), "source is the source source"),
         (("from-hf", "source", "x", "-q", "--q-bits", "7"), "7 bits"),
         (("from-gguf", "source/model.safetensors", "x"), "not a GGUF file"),
         (("to-peft", "source", "x"), "adapter_config.json does not exist"),
         (("verify", "source", "kept"), "kept/config.json does not exist"),
+        (("verify", "x" * 300, "source"), "File name too long"),
+        (("to-peft", "x" * 300, "x"), "File name too long"),
+        (("from-peft", "y/" * 3000, "x"), "File name too long"),
+        (("from-gguf", "x" * 300, "x"), "File name too long"),
+        (("from-gguf", "source", "x"), "Is a directory"),
+        (("from-gguf", "/dev/zero", "x"), "not a GGUF file"),
+        (("from-hf", "source", "x" * 300), "File name too long"),
+        (("from-hf", "source", "loop"), "loop"),
+        (("from-hf", "source", "loop", "--overwrite"), "is a link"),
+        (("verify", "source", "source", "--tokens", "٣"), "not a whole number"),
     ],
 )
 def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):
@@ -214,10 +224,11 @@ def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys, argume
     tiny.write(tmp_path / "source")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
     assert command(*arguments) == 2
     told = capsys.readouterr()
     assert said in told.err and told.err.count("\n") == 1 and not told.out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "loop", "source"]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +238,7 @@ def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys, argume
         (("scale", "models/llama", "models", "--factor", "2", "--overwrite"), "models contains the source"),
         (("to-hf", "models/llama", "way/..", "--overwrite"), "contains the source"),
         (("from-hf", "models/llama", "other", "--overwrite"), "other has no valid file .mlx_linearard"),
-        (("from-hf", "models/llama", "way", "--overwrite"), "way is the source itself"),
+        (("from-hf", "models/llama", "way", "--overwrite"), "way is a link"),
         (("from-hf", "models/llama", "ours", "--overwrite"), "ours holds notes.txt"),
         (("from-hf", "models/llama", "link", "--overwrite"), "link is a link"),
         (("from-hf", "models/llama", ".", "--overwrite"), ". is the current directory"),

@@ -248,3 +248,22 @@ def test_a_quantized_base_is_said_to_need_to_hf(tmp_path):
     lines = []
     to_peft(tmp_path / "ours", tmp_path / "theirs", base_model=str(base), progress=lines.append)
     assert "to-hf" in lines[-1] and str(base) in lines[-1]
+
+
+ODD = [None, True, -1, 1.5, math.nan, math.inf, 10**400, "x", "\ud800", [], [[]], {"a": 1}, "a" * 5000, "x\0y"]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
+def test_odd_settings_are_one_line_or_harmless(tmp_path, odd):
+    adapter(tmp_path / "ours", tiny.write(tmp_path / "base"))
+    to_peft(tmp_path / "ours", tmp_path / "theirs")
+    extra = {"ours": ["model"], "theirs": ["exclude_modules", "layers_to_transform", "rank_pattern", "use_rslora"]}
+    for name, convert in (("ours", to_peft), ("theirs", from_peft)):
+        path = tmp_path / name / "adapter_config.json"
+        config = json.loads(path.read_text())
+        for key in [*config, *extra[name]]:
+            path.write_text(json.dumps({**config, key: odd}))
+            try:
+                convert(tmp_path / name, tmp_path / "out", overwrite=True)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 12000
