@@ -51,10 +51,10 @@ TEMPLATE = {
     "special_tokens": {},
 }
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "panic": (edited("tokenizer.json", post_processor=TEMPLATE), "the tokenizer failed on text"),
+    "panic": (edited("tokenizer.json", post_processor=TEMPLATE), "tokenizer.json is damaged"),
     "unknown": (edited("tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "u"}), "failed"),
     "no-unk": (edited("tokenizer.json", model={"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}), "failed"),
-    "empty": (written("tokenizer.json", b""), "tokenizer.json is damaged"),
+    "empty": (written("tokenizer.json", b""), "tokenizer.json is not valid JSON"),
     "list": (written("generation_config.json", b"[1]"), "generation_config.json must hold a JSON object"),
     "cut": (written("generation_config.json", b"{"), "generation_config.json is not valid JSON"),
     "nan": (written("generation_config.json", b'{"temperature": NaN}'), "generation_config.json is not valid JSON"),
