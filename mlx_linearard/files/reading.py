@@ -87,10 +87,10 @@ def parse_json(text: str, name: str, *, replace_surrogates: bool = False) -> Any
     except ValueError as error:
         raise UserError(f"{shown(name)} is not valid JSON: {one_line(error)[:200]}") from None
     if _HALF.search(text):
-        whole = without_surrogates(value)
-        if not replace_surrogates and whole != value:
+        replaced = without_surrogates(value)
+        if not replace_surrogates and replaced != value:
             raise UserError(f"{shown(name)} is not valid JSON: it holds half of a surrogate pair (\\ud800 to \\udfff)")
-        return whole
+        return replaced
     return value
 
 

@@ -167,8 +167,8 @@ def test_yaml_of_plain_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pack", "opened"), [(gzip.compress, gzip.open), (lzma.compress, lzma.open)])
 def test_damaged_compression(tmp_path: Path, pack, opened) -> None:
-    whole = pack(os.urandom(5000))
-    for name, data in (("cut", whole[:-900]), ("other", b"plain text"), ("flipped", whole[:600] + b"\0" * 900)):
+    packed = pack(os.urandom(5000))
+    for name, data in (("cut", packed[:-900]), ("other", b"plain text"), ("flipped", packed[:600] + b"\0" * 900)):
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(UserError, match=rf"{name} (is damaged|cannot be read): .+"), reading(path):

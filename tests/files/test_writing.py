@@ -22,8 +22,8 @@ def refused(said: str, write, *arguments) -> None:
 
 
 def directory(target: Path) -> None:
-    with new_directory(target) as made:
-        (made / "file").write_text("x")
+    with new_directory(target) as folder:
+        (folder / "file").write_text("x")
 
 
 WRITERS = [lambda path: write_json(path, {"a": 1}), lambda path: write_text(path, "x"), directory]

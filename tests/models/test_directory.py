@@ -71,16 +71,16 @@ def test_an_index_names_no_file_elsewhere(source, name):
 
 
 def test_shards_missing_truncated_and_disagreeing(source):
-    whole = (source / SHARD).read_bytes()
-    (source / SHARD).write_bytes(whole[:-10])
+    data = (source / SHARD).read_bytes()
+    (source / SHARD).write_bytes(data[:-10])
     refused(source, "truncated: .* download it again")
-    (source / SHARD).write_bytes(whole[:5])
+    (source / SHARD).write_bytes(data[:5])
     refused(source, "header too small")
-    (source / SHARD).write_bytes(whole + b"x")
+    (source / SHARD).write_bytes(data + b"x")
     refused(source, "file not fully covered")
     (source / SHARD).unlink()
     refused(source, f"{SHARD} is missing although")
-    (source / SHARD).write_bytes(whole)
+    (source / SHARD).write_bytes(data)
     edit_index(source, lambda weight_map: weight_map.pop("model.norm.weight"))
     refused(source, r"model\.norm\.weight is not in the index")
     (source / INDEX).unlink()
@@ -232,10 +232,10 @@ def test_a_model_without_a_tokenizer(source):
 
 
 def test_a_header_is_read_as_written(source):
-    found, metadata = read_header(source / SHARD)
+    tensors, metadata = read_header(source / SHARD)
     arrays = mx.load(str(source / SHARD))
-    assert found.keys() == arrays.keys() and isinstance(metadata, dict)
-    for name, tensor in found.items():
+    assert tensors.keys() == arrays.keys() and isinstance(metadata, dict)
+    for name, tensor in tensors.items():
         with tensor.file.open("rb") as file:
             file.seek(tensor.start)
             assert file.read(tensor.nbytes) == bytes(memoryview(arrays[name]))
@@ -245,11 +245,11 @@ def test_a_header_is_read_as_written(source):
 
 
 def _sources(root):
-    made = root / "one", root / "two"
-    if not made[0].exists():
-        tiny.write(made[0])
-        tiny.write(made[1], shards=2)
-    return made
+    sources = root / "one", root / "two"
+    if not sources[0].exists():
+        tiny.write(sources[0])
+        tiny.write(sources[1], shards=2)
+    return sources
 
 
 _places = st.one_of(st.integers(0, 600), st.integers(0, 1 << 20))
@@ -278,7 +278,7 @@ def mutate(data, edits):
             del data[at : at + len(value)]
         elif kind == "swap":
             data[at : at + 2] = data[at : at + 2][::-1]
-        else:  # another digit at the next digit, which keeps JSON whole and makes it lie
+        else:  # another digit at the next digit, which keeps the JSON valid but wrong
             digits = (i for i in range(at, len(data)) if data[i : i + 1].isdigit())
             where = next(digits, None)
             if where is not None:
@@ -302,11 +302,11 @@ def check_mutant(root, which, file, edits):
     shutil.rmtree(target, ignore_errors=True)
     try:
         from_hf(mutant, target)
-        made = True
+        converted = True
     except UserError as error:
         assert "\n" not in str(error).strip() or len(str(error)) < 4000
-        made = False
-    assert target.exists() == made
+        converted = False
+    assert target.exists() == converted
     assert {path.name for path in root.iterdir()} <= {"one", "two", "mutant", "out"}
 
 

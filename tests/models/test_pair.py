@@ -55,8 +55,9 @@ def test_the_teacher_is_the_same_before_and_after_training(tmp_path: Path, bits:
     assert [r.step for r in records] == [1, 2, 3]
     assert all(
         not mx.array_equal(new[name], old[name]).item()
-        for new, old in zip(state.parameters, start, strict=True) for name in new
-    )  # fmt: skip
+        for new, old in zip(state.parameters, start, strict=True)
+        for name in new
+    )
 
 
 def test_the_student_is_the_scaled_model(model_dir: Path) -> None:
@@ -77,9 +78,14 @@ def test_full_fine_tuning_of_a_quantized_model_is_refused(tmp_path: Path) -> Non
 
 def test_architectures_without_the_seam_are_refused(tmp_path: Path) -> None:
     folder = tiny_model(
-        tmp_path / "m", model_type="gemma2", sliding_window=64, query_pre_attn_scalar=16, hidden_act="gelu",
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-    )  # fmt: skip
+        tmp_path / "m",
+        model_type="gemma2",
+        sliding_window=64,
+        query_pre_attn_scalar=16,
+        hidden_act="gelu",
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    )
     with pytest.raises(UserError, match="gemma2"):
         load_pair(folder, method="ntk", factor=2.0)
 
