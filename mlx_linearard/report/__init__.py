@@ -1,1 +1,1 @@
-"""The report of a run: its content, its charts, and the files that are written."""
+"""The report of a run: read a run directory, choose the content, draw the charts, and write HTML and Markdown."""

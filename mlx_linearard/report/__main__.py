@@ -1,4 +1,4 @@
-"""Command: the report of a run as one HTML file and its Markdown twin. `python -m mlx_linearard.report --help`."""
+"""The command line of `report`: `python -m mlx_linearard.report --help`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["main", "run", "write_report"]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command's body."""
+    """Run the command; returns its exit status."""
     parser = Parser(
         "mlx_linearard.report",
-        "Write report.html and report.md of a run, finished or under way: what it cost, what it won back, how sure "
-        "that is. The HTML file is whole in itself and asks for nothing from anywhere.",
+        "Write report.html and report.md of a run, finished or under way: what the run cost, what it won back, and "
+        "how certain that is. The HTML file needs no other file and no network.",
     )
-    parser.add_argument("run", metavar="RUN", help="the run directory of a distillation")
+    parser.add_argument("run", metavar="RUN", help="the run directory (the --output of a distillation)")
     path = write_report(parser.parse_args(arguments).run)
     print(f"Written to {path} and {path.with_suffix('.md')}")
     return 0

@@ -91,18 +91,18 @@ def heading(facts: RunFacts) -> tuple[str, str]:
 
 def notes(facts: RunFacts) -> list[Note]:
     """What is below the verdict: a failed export, what may be chance or scaling alone, what was not measured."""
-    found = []
+    result = []
     if (export := facts.results.export) and export.failed:
-        found.append(Note(_failed(export)))
+        result.append(Note(_failed(export)))
     if not (names := finished(facts)):
-        return found
+        return result
     if facts.objectives:
         first = headline(facts)
-        found += [Note(sentence) for sentence in verdict(facts) if sentence not in first]
-    found += [*notes_on_suites(facts), *unmeasured(facts.rows, names, facts.window, facts.root)]
+        result += [Note(sentence) for sentence in verdict(facts) if sentence not in first]
+    result += [*notes_on_suites(facts), *unmeasured(facts.rows, names, facts.window, facts.root)]
     if not facts.objectives:
-        found.append(Note("Whether a simpler objective does as well was not measured.", _compare_command(facts)))
-    return found
+        result.append(Note("Whether a simpler objective does as well was not measured.", _compare_command(facts)))
+    return result
 
 
 def _failed(export: ExportInfo) -> str:
@@ -132,18 +132,18 @@ def settings(facts: RunFacts) -> list[tuple[str, str]]:
 def provenance(facts: RunFacts) -> list[tuple[str, str]]:
     """Machine, time, training tokens, verification of the export, and versions."""
     run, export = facts.results.run or RunInfo(), facts.results.export
-    found = []
+    entries = []
     if run.machine is not None:
-        found.append(("Machine", run.machine))
+        entries.append(("Machine", run.machine))
     if run.training_tokens is not None:
-        found.append(("Training tokens", f"{run.training_tokens:,}".replace(",", " ")))
+        entries.append(("Training tokens", f"{run.training_tokens:,}".replace(",", " ")))
     if run.seconds is not None:
-        found.append(("Time", duration(run.seconds)))
+        entries.append(("Time", duration(run.seconds)))
     if export and export.kl is not None:
-        found.append(("KL of the export to the trained model", f"{export.kl:.1g} nats per token"))
+        entries.append(("KL of the export to the trained model", f"{export.kl:.1g} nats per token"))
     if run.versions:
-        found.append(("Versions", ", ".join(f"{name} {plain(value)}" for name, value in run.versions.items())))
-    return found
+        entries.append(("Versions", ", ".join(f"{name} {plain(value)}" for name, value in run.versions.items())))
+    return entries
 
 
 def plain(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""`results.json`: the numbers of a run, the statistics over them, and what they mean."""
+"""results.json and the run's other numbers: their types, reading and writing, statistics, and the verdict."""

@@ -304,7 +304,7 @@ class Row:
             optional((at / "kl").number, entries.get("kl")),
             optional((at / "agreement").fraction, entries.get("agreement")),
             suites,
-            optional(lambda found: Training.from_json(found, at / "training"), entries.get("training")),
+            optional(lambda value: Training.from_json(value, at / "training"), entries.get("training")),
             other_entries(entries, ["perplexity", "kl", "agreement", "training", *suites]),
         )
 
@@ -363,8 +363,8 @@ class Results:
         return cls(
             rows,
             checked,
-            optional(lambda found: ExportInfo.from_json(found, at / EXPORT), entries.get(EXPORT)),
-            optional(lambda found: RunInfo.from_json(found, at / RUN), entries.get(RUN)),
+            optional(lambda value: ExportInfo.from_json(value, at / EXPORT), entries.get(EXPORT)),
+            optional(lambda value: RunInfo.from_json(value, at / RUN), entries.get(RUN)),
             other_entries(entries, [*rows, *NOT_MODELS]),
         )
 

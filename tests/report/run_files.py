@@ -29,19 +29,30 @@ def a_run(root: Path, **changes: Any) -> Path:
     suites = {
         "choice/piqa": {"metrics": {"acc_norm": value}},
         "passkey": {"metrics": {"accuracy": value}, "grid": {"4096": {"0": 1.0, "50": 0.25}}},
-        "ppl": {"metrics": {"perplexity@256": value}, "by_length": {"256": 30.0},
-                "by_position": [{"start": 0, "end": 128, "perplexity": 40.0},
-                                {"start": 128, "end": 256, "perplexity": 20.0}]},
-    }  # fmt: skip
+        "ppl": {
+            "metrics": {"perplexity@256": value},
+            "by_length": {"256": 30.0},
+            "by_position": [
+                {"start": 0, "end": 128, "perplexity": 40.0},
+                {"start": 128, "end": 256, "perplexity": 20.0},
+            ],
+        },
+    }
     results = {
         "native": a_row(0.0, 30.9, 57.2, **suites),
         "scaled": a_row(1.70, 164.3, 174.0),
         "restored": a_row(0.153, 34.2, 31.2, **suites),
         "comparisons": {"choice/piqa": {"metrics": {"acc_norm": {"restored": row}}}},
-        "run": {"native_window": 8192, "factor": 4.0, "machine": "a <Mac>", "training_tokens": 1179648, "seconds": 700,
-                "versions": {"mlx": "0.32.4"}},
+        "run": {
+            "native_window": 8192,
+            "factor": 4.0,
+            "machine": "a <Mac>",
+            "training_tokens": 1179648,
+            "seconds": 700,
+            "versions": {"mlx": "0.32.4"},
+        },
         "export": {"kl": 1e-7},
-    }  # fmt: skip
+    }
     root.mkdir(exist_ok=True)
     (root / "results.json").write_text(json.dumps({**results, **changes}))
     (root / "metrics.jsonl").write_text(
@@ -72,7 +83,7 @@ def a_comparison(root: Path) -> Path:
 
 
 class Page(html.parser.HTMLParser):
-    """The tags and text of a page; fails where tags are not closed in order."""
+    """The tags and the text of a page; fails if tags are not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -105,7 +116,9 @@ def held_out(kl: dict[str, float], noise: float, length: int = 512) -> dict[str,
     rng = random.Random(0)
     names = [f"{length}/{w}/{p}" for w in range(8) for p in range(length // 64)]
     return {
-        model: {"kl": {name: mean + noise * rng.gauss(0, 1) for name in names},
-                f"perplexity@{length}": {name: 4.0 - int(name.split("/")[2]) / 10 for name in names}}
+        model: {
+            "kl": {name: mean + noise * rng.gauss(0, 1) for name in names},
+            f"perplexity@{length}": {name: 4.0 - int(name.split("/")[2]) / 10 for name in names},
+        }
         for model, mean in kl.items()
-    }  # fmt: skip
+    }

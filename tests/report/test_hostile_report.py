@@ -128,9 +128,19 @@ def test_text_is_escaped_for_markdown(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("- a", "&#45; a"), ("+ a", "&#43; a"), ("1. a", "&#49;. a"), ("12) a", "&#49;2) a"), ("===", "&#61;=="),
-     ("---", "&#45;--"), ("34.20 a", "34.20 a"), ("8192 → 1", "8192 → 1"), ("# a", "\\# a"), ("> a", "&gt; a")],
-)  # fmt: skip
+    [
+        ("- a", "&#45; a"),
+        ("+ a", "&#43; a"),
+        ("1. a", "&#49;. a"),
+        ("12) a", "&#49;2) a"),
+        ("===", "&#61;=="),
+        ("---", "&#45;--"),
+        ("34.20 a", "34.20 a"),
+        ("8192 → 1", "8192 → 1"),
+        ("# a", "\\# a"),
+        ("> a", "&gt; a"),
+    ],
+)
 def test_a_line_begins_no_list_and_underlines_nothing(text: str, shown: str) -> None:
     assert markdown_line(text) == shown
 
@@ -146,8 +156,24 @@ def test_a_code_span_is_fenced_by_more_backticks_than_it_holds(text: str, span: 
 # Values that do not belong where they are
 
 VALUES: list[Any] = [
-    None, True, "x", "", [], [1], {}, {"a": 1}, -1, 0, 1e306, -1e306, 1e-320, 2**70, int("9" * 99), "9" * 5000, "٣",
-]  # fmt: skip
+    None,
+    True,
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    -1,
+    0,
+    1e306,
+    -1e306,
+    1e-320,
+    2**70,
+    int("9" * 99),
+    "9" * 5000,
+    "٣",
+]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -188,8 +214,9 @@ def test_any_value_anywhere_makes_a_report_or_one_line(
 ) -> None:
     root = made(tmp_path / "run")
     pieces = held_out({"native": 0.0, "scaled": 1.7, "restored": 0.153}, 0.1, length=128)
-    (root / "held_out.json").write_text(json.dumps({m: {k: dict(list(p.items())[:6]) for k, p in v.items()}
-                                                    for m, v in pieces.items()}))  # fmt: skip
+    (root / "held_out.json").write_text(
+        json.dumps({m: {k: dict(list(p.items())[:6]) for k, p in v.items()} for m, v in pieces.items()})
+    )
     results = json.loads((root / "results.json").read_text())
     if file == "before.json":
         (root / "results.json").unlink()
@@ -218,11 +245,28 @@ def test_any_value_anywhere_makes_a_report_or_one_line(
 @pytest.mark.parametrize("file", ["results.json", "held_out.json", "metrics.jsonl", "config.yaml"])
 @pytest.mark.parametrize(
     "text",
-    [b"NaN", b"[" * 100_000, b'{"a": ' * 5000, b'{"a": 1e999}', b'{"loss": ' + b"9" * 5000 + b"}", b"\xff\xfe{}",
-     b'{"a": "\\ud800"}', b"", b"\x00", b'"x"', b"[]", b"3", b"{]", b"!!python/object:os.system {}",
-     b"a: &a [*a, *a]", b"a: 2020-13-45", b"a: .nan", b"{? [a]: b}"],
+    [
+        b"NaN",
+        b"[" * 100_000,
+        b'{"a": ' * 5000,
+        b'{"a": 1e999}',
+        b'{"loss": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe{}",
+        b'{"a": "\\ud800"}',
+        b"",
+        b"\x00",
+        b'"x"',
+        b"[]",
+        b"3",
+        b"{]",
+        b"!!python/object:os.system {}",
+        b"a: &a [*a, *a]",
+        b"a: 2020-13-45",
+        b"a: .nan",
+        b"{? [a]: b}",
+    ],
     ids=lambda text: repr(text[:12]),
-)  # fmt: skip
+)
 def test_a_file_of_anything_makes_a_report_or_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: bytes
 ) -> None:

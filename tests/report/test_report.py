@@ -1,4 +1,4 @@
-"""The report: a verdict that follows from the numbers, nothing but text from a run in it, nothing from elsewhere."""
+"""The report: its verdict follows from the numbers, its text from the run is escaped, and it needs no other file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mlx_linearard.report.render import write_report
 from mlx_linearard.results.verdict import headline, verdict
 
 
-def test_the_page_is_whole_in_itself_and_shows_everything(tmp_path: Path) -> None:
+def test_the_page_needs_no_other_file_and_shows_everything(tmp_path: Path) -> None:
     path = write_report(a_run(tmp_path / "run"))
     text = path.read_text()
     page = Page(text)
@@ -37,9 +37,20 @@ def test_the_page_is_whole_in_itself_and_shows_everything(tmp_path: Path) -> Non
     assert page.links == ["data:,"]  # an icon of no bytes, so that a browser does not ask for one
     assert not re.search(r"url\(|@import|https?:", text) and "script" not in page.tags
     assert page.tags.count("svg") == 6  # loss, length, position, two pass keys, memory
-    for part in ("Training restored the model", "Multiple choice: piqa", "0.500 ± 0.1", "96%", "88%",
-                 "inside the noise", "Pass key found, restored", "8192 → 32768 tokens", "a <Mac>", "mlx 0.32.4",
-                 "12 min", "1 179 648"):  # fmt: skip
+    for part in (
+        "Training restored the model",
+        "Multiple choice: piqa",
+        "0.500 ± 0.1",
+        "96%",
+        "88%",
+        "inside the noise",
+        "Pass key found, restored",
+        "8192 → 32768 tokens",
+        "a <Mac>",
+        "mlx 0.32.4",
+        "12 min",
+        "1 179 648",
+    ):
         assert part in page.text, part
     for need in ("prefers-color-scheme:dark", "@media print", "width=device-width"):
         assert need in text
@@ -49,9 +60,16 @@ def test_the_page_of_a_comparison_shows_all_objectives(tmp_path: Path) -> None:
     path = write_report(a_comparison(tmp_path / "out"))
     text, page = path.read_text(), Page(path.read_text())
     assert page.links == ["data:,"] and not re.search(r"url\(|@import|https?:", text)
-    for part in ("The objective logits won back most of what scaling cost, 82%", "objectives: relation, logits",
-                 "Against logits", "the best", "worse, p < 0.001", "Peak memory", "5 min and 0.80 GB",
-                 *(f"Training loss, {name}, nats" for name in OBJECTIVES)):  # fmt: skip
+    for part in (
+        "The objective logits won back most of what scaling cost, 82%",
+        "objectives: relation, logits",
+        "Against logits",
+        "the best",
+        "worse, p < 0.001",
+        "Peak memory",
+        "5 min and 0.80 GB",
+        *(f"Training loss, {name}, nats" for name in OBJECTIVES),
+    ):
         assert part in page.text, part
     for style in ("one", "two", "three", "four"):
         assert f'class="line {style}"' in text and f'<tr class="{style}">' in text
@@ -95,7 +113,7 @@ def test_the_markdown_twin_has_the_same_tables(tmp_path: Path) -> None:
         (a_row(1.7, 164.3, 174.0), a_row(0.1, 33.0, 31.2), "at 16384, beyond the native window of 8192, it is 57.20"),
         (a_row(1.7, 164.3), a_row(0.1, 33.0), "nothing was measured beyond the native window of 8192 tokens"),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_follows_from_the_numbers(
     tmp_path: Path, scaled: dict[str, Any], restored: dict[str, Any], says: str
 ) -> None:
@@ -140,10 +158,19 @@ def test_a_run_under_way_has_a_report_on_request(model_dir: Path, text_file: Pat
             assert command([str(root)]) == 0
             found.append(((root / "report.md").read_text(), Page((root / "report.html").read_text())))
 
-    distill(DistillConfig(
-        model=str(model_dir), data=str(text_file), output=str(root), seq_len=32, grad_accum=1, steps=3, lora_rank=4,
-        eval_tokens=64,
-    ), Reader())  # fmt: skip
+    distill(
+        DistillConfig(
+            model=str(model_dir),
+            data=str(text_file),
+            output=str(root),
+            seq_len=32,
+            grad_accum=1,
+            steps=3,
+            lora_rank=4,
+            eval_tokens=64,
+        ),
+        Reader(),
+    )
     assert len(found) == 3
     assert [f"at step {n};" in twin for n, (twin, _) in enumerate(found, 1)] == [True] * 3
     for twin, page in found:
@@ -168,8 +195,8 @@ def test_a_run_under_way_has_a_report_on_request(model_dir: Path, text_file: Pat
         ("metrics.jsonl", '{"step": 1}\n', "line 1 is not a valid step record"),
         ("config.yaml", "a: [", "config.yaml is not valid YAML"),
     ],
-)  # fmt: skip
-def test_broken_parts_are_told_in_one_line(tmp_path: Path, file: str, text: str, says: str, capsys) -> None:
+)
+def test_broken_parts_are_named_in_one_line(tmp_path: Path, file: str, text: str, says: str, capsys) -> None:
     root = a_run(tmp_path / "run")
     (root / file).write_text(text)
     assert run_command(lambda: command([str(root)])) == 2
@@ -226,9 +253,15 @@ def test_a_model_that_lost_copying_is_not_called_restored(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("native", "restored", "outcome", "sure"),
-    [(30.3, 29.0, "inside the noise", None), (30.3, 20.0, "inside the noise", False), (0.0, 0.0, "equal", None),
-     (30.3, 0.0, "too few samples", False), (30.3, 20.0, "worse", True), (30.3, 40.0, "better", None)],
-)  # fmt: skip
+    [
+        (30.3, 29.0, "inside the noise", None),
+        (30.3, 20.0, "inside the noise", False),
+        (0.0, 0.0, "equal", None),
+        (30.3, 0.0, "too few samples", False),
+        (30.3, 20.0, "worse", True),
+        (30.3, 40.0, "better", None),
+    ],
+)
 def test_only_what_cannot_be_chance_is_called_lost(
     tmp_path: Path, native: float, restored: float, outcome: str, sure: bool | None
 ) -> None:
@@ -239,8 +272,10 @@ def test_only_what_cannot_be_chance_is_called_lost(
 
 
 def test_beyond_the_native_window_native_inside_it_is_the_measure(tmp_path: Path) -> None:
-    metrics = {"native": {"accuracy@8192": measured(0.9), "accuracy@16384": measured(0.0)},
-               "restored": {"accuracy@8192": measured(0.88), "accuracy@16384": measured(0.1)}}  # fmt: skip
+    metrics = {
+        "native": {"accuracy@8192": measured(0.9), "accuracy@16384": measured(0.0)},
+        "restored": {"accuracy@8192": measured(0.88), "accuracy@16384": measured(0.1)},
+    }
     rows = {
         name: a_row(kl, 30.9, passkey={"metrics": metrics[name]}) for name, kl in (("native", 0.0), ("restored", 0.1))
     }
@@ -254,8 +289,10 @@ def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path)
     facts = read_run(root)
     assert "of what scaling cost in predicting the next token" in verdict(facts)[0]
     commands = {str(note.command).split("--suite ")[-1] for note in notes(facts)}
-    assert commands >= {"passkey,ruler --data TEXT",
-                        "choice,lambada --data choice=hf:hellaswag --data lambada=hf:lambada"}  # fmt: skip
+    assert commands >= {
+        "passkey,ruler --data TEXT",
+        "choice,lambada --data choice=hf:hellaswag --data lambada=hf:lambada",
+    }
     assert any("config.yaml' --compare relation,logits" in str(note.command) for note in notes(facts))
     write_report(root)
     page, twin = (root / "report.html").read_text(), (root / "report.md").read_text()
@@ -266,11 +303,13 @@ def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path)
     assert beyond == ["Finding a detail beyond the native window of 8192 tokens was not measured."]
 
 
-def test_what_scaling_alone_does_as_well_is_said(tmp_path: Path) -> None:
+def test_a_note_says_what_scaling_alone_does_as_well(tmp_path: Path) -> None:
     def rows(scaled: str) -> dict[str, Any]:
         lost = a_test("native", "worse")
-        tests = {"scaled": {**measured(0.4), "tests": [lost]},
-                 "restored": {**measured(0.41), "tests": [lost, a_test("scaled", scaled)]}}  # fmt: skip
+        tests = {
+            "scaled": {**measured(0.4), "tests": [lost]},
+            "restored": {**measured(0.41), "tests": [lost, a_test("scaled", scaled)]},
+        }
         return {"choice/piqa": {"metrics": {"acc_norm": tests}}}
 
     for outcome, said in (("inside the noise", True), ("worse", True), ("better", False)):
@@ -300,8 +339,11 @@ def test_perplexity_by_position_needs_no_evaluation(tmp_path: Path) -> None:
     expected = [math.exp(4.0), math.exp(3.9), math.exp(3.75), math.exp(3.45)]
     assert [float(cell) for cell in figure.data.rows[0][1:]] == pytest.approx(expected, abs=0.005)
     assert [row[0] for row in figure.data.rows] == ["native", "scaled", "restored"]
-    for broken, says in (({"native": {"kl": {"x": 1.0}}}, "'x' instead of LENGTH/WINDOW/PIECE"), ([], "JSON object"),
-                         ({"native": {"kl": {"1/1/1": None}}}, "must be a finite number")):  # fmt: skip
+    for broken, says in (
+        ({"native": {"kl": {"x": 1.0}}}, "'x' instead of LENGTH/WINDOW/PIECE"),
+        ([], "JSON object"),
+        ({"native": {"kl": {"1/1/1": None}}}, "must be a finite number"),
+    ):
         (root / "held_out.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=says):
             read_run(root)
@@ -379,12 +421,28 @@ def opened(page: Path, profile: Path, *more: str) -> tuple[list[str], list[str]]
     log = profile.with_suffix(".json")
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a BLAS is not for browsers
     found = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
-         f"--user-data-dir={profile}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0", *more,
-         f"file://{page}"],
-        capture_output=True, text=True, timeout=120, env=plain,
-    )  # fmt: skip
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-sync",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={profile}",
+            f"--log-net-log={log}",
+            "--enable-logging=stderr",
+            "--v=0",
+            *more,
+            f"file://{page}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=plain,
+    )
     assert found.returncode == 0, found.stderr
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     # The browser's own requests belong to no page or to one of its own.
@@ -396,7 +454,7 @@ def opened(page: Path, profile: Path, *more: str) -> tuple[list[str], list[str]]
 @pytest.mark.parametrize("width", ["1200", "500"])
 @pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
 @pytest.mark.parametrize("made", [a_run, a_comparison])
-def test_a_browser_opens_it_without_a_word(
+def test_a_browser_opens_it_without_a_message(
     tmp_path: Path, made: Callable[[Path], Path], width: str, scheme: str
 ) -> None:
     page = write_report(made(tmp_path / "run"))
@@ -407,7 +465,7 @@ def test_a_browser_opens_it_without_a_word(
 
 
 @pytest.mark.slow
-def test_what_a_bad_page_does_would_be_seen(tmp_path: Path) -> None:
+def test_a_bad_page_would_be_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text('<!doctype html><img src="http://outside.example/x.png"><script>throw Error("bad")</script>')
     messages, asked = opened(page, tmp_path / "profile", f"--screenshot={tmp_path / 'x.png'}")

@@ -18,29 +18,77 @@ from mlx_linearard.results.rows import Results, Row, SuiteResult, Value
 from mlx_linearard.results.store import merge_results, read_results, update_results, write_results
 
 TEST = {
-    "a": "restored", "b": "scaled", "n": 4, "difference": 0.5, "low": None, "high": None, "p": 0.5, "test": "McNemar",
-    "outcome": "inside the noise", "words": "restored against scaled: inside the noise (p = 0.5)",
-}  # fmt: skip
+    "a": "restored",
+    "b": "scaled",
+    "n": 4,
+    "difference": 0.5,
+    "low": None,
+    "high": None,
+    "p": 0.5,
+    "test": "McNemar",
+    "outcome": "inside the noise",
+    "words": "restored against scaled: inside the noise (p = 0.5)",
+}
 SUITES = {
-    "ppl": {"metrics": {"perplexity@64": {"value": 20.5, "stderr": 0.5, "n": 8}}, "by_length": {"64": 20.5},
-            "by_position": [{"start": 0, "end": 64, "perplexity": 20.5}], "options": {"tokens": 64},
-            "items": "restored-ppl-1.jsonl"},
-    "passkey": {"metrics": {"accuracy": {"value": 0.5, "stderr": None, "n": 1}}, "grid": {"64": {"0": 1.0, "50": 0.0}},
-                "of another version": [1]},
-}  # fmt: skip
+    "ppl": {
+        "metrics": {"perplexity@64": {"value": 20.5, "stderr": 0.5, "n": 8}},
+        "by_length": {"64": 20.5},
+        "by_position": [{"start": 0, "end": 64, "perplexity": 20.5}],
+        "options": {"tokens": 64},
+        "items": "restored-ppl-1.jsonl",
+    },
+    "passkey": {
+        "metrics": {"accuracy": {"value": 0.5, "stderr": None, "n": 1}},
+        "grid": {"64": {"0": 1.0, "50": 0.0}},
+        "of another version": [1],
+    },
+}
 FULL: dict[str, Any] = {
     "native": {"perplexity": {"64": 20.0, "256": 18.0}, "kl": 0.0, "agreement": 1.0},
     "scaled": {"perplexity": {"64": 90.0, "256": 80.0}, "kl": None, "agreement": None},
-    "restored": {"perplexity": {"64": 21.0, "256": 19.0}, "kl": 0.25, "agreement": 0.875, "new": {"x": 1}, **SUITES,
-                 "training": {"tokens": 64, "seconds": 1.5, "tokens_per_second": 42.67, "peak_memory_gb": 0.5}},
-    "comparisons": {"ppl": {"against": "native", "metrics": {"perplexity@64": {"restored": {
-        "value": 20.5, "stderr": 0.5, "n": 8, "percent_of_native": 97.0, "recovered": 99.0, "tests": [TEST]}}}}},
+    "restored": {
+        "perplexity": {"64": 21.0, "256": 19.0},
+        "kl": 0.25,
+        "agreement": 0.875,
+        "new": {"x": 1},
+        **SUITES,
+        "training": {"tokens": 64, "seconds": 1.5, "tokens_per_second": 42.67, "peak_memory_gb": 0.5},
+    },
+    "comparisons": {
+        "ppl": {
+            "against": "native",
+            "metrics": {
+                "perplexity@64": {
+                    "restored": {
+                        "value": 20.5,
+                        "stderr": 0.5,
+                        "n": 8,
+                        "percent_of_native": 97.0,
+                        "recovered": 99.0,
+                        "tests": [TEST],
+                    }
+                }
+            },
+        }
+    },
     "export": {"max_difference": 0.001, "kl": 1e-7, "tokens": 64, "tolerance": 0.001, "unstable": ["the export"]},
-    "run": {"method": "yarn", "factor": 4.0, "objective": "logits", "native_window": 64, "training_tokens": 64,
-            "steps": 1, "skipped_steps": 0, "exported_step": 1, "seconds": 2.5, "machine": "a Mac", "processes": 1,
-            "versions": {"mlx": "0.32.4"}, "note": "of another version"},
+    "run": {
+        "method": "yarn",
+        "factor": 4.0,
+        "objective": "logits",
+        "native_window": 64,
+        "training_tokens": 64,
+        "steps": 1,
+        "skipped_steps": 0,
+        "exported_step": 1,
+        "seconds": 2.5,
+        "machine": "a Mac",
+        "processes": 1,
+        "versions": {"mlx": "0.32.4"},
+        "note": "of another version",
+    },
     "other": "text",
-}  # fmt: skip
+}
 
 
 def test_a_file_is_read_and_written_unchanged(tmp_path: Path) -> None:
@@ -94,12 +142,18 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path, row: Row) -
         (("run", "native_window"), 10**99, "must be a whole number, 0 or more, not an integer of more than 60 digits"),
         (("run",), [1], "run must be a JSON object, not a list"),
         (("export", "unstable"), "x", "export.unstable must be a JSON list"),
-        (("comparisons", "ppl", "metrics", "perplexity@64", "restored", "tests"), [{**TEST, "outcome": "lost"}],
-         "outcome must be one of better, worse, equal"),
-        (("comparisons", "held-out"), {"metrics": {"kl": {"scaled": {"value": 1.0}}}, "best": {"kl": "ce"}},
-         "comparisons.held-out.kl must have the rows of scaled and of the best objective"),
+        (
+            ("comparisons", "ppl", "metrics", "perplexity@64", "restored", "tests"),
+            [{**TEST, "outcome": "lost"}],
+            "outcome must be one of better, worse, equal",
+        ),
+        (
+            ("comparisons", "held-out"),
+            {"metrics": {"kl": {"scaled": {"value": 1.0}}}, "best": {"kl": "ce"}},
+            "comparisons.held-out.kl must have the rows of scaled and of the best objective",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named(tmp_path: Path, path: tuple[str, ...], value: Any, says: str) -> None:
     changed = json.loads(json.dumps(FULL))
     inner = changed
@@ -152,8 +206,11 @@ def test_steps_are_read_as_far_as_they_are_written(tmp_path: Path) -> None:
     steps = read_steps(run.metrics)
     assert [(step.step, step.loss) for step in steps] == [(1, 1.0), (2, 1.0), (3, None)]
     assert training_of(steps).as_json() == {
-        "tokens": 128, "seconds": 1.0, "tokens_per_second": 128.0, "peak_memory_gb": 0.75,
-    }  # fmt: skip
+        "tokens": 128,
+        "seconds": 1.0,
+        "tokens_per_second": 128.0,
+        "peak_memory_gb": 0.75,
+    }
     for line, says in (
         ("{", "line 4 is not valid JSON"),
         ('{"step": 1}', "line 4 is not a valid step record"),
