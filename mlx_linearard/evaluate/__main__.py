@@ -91,8 +91,8 @@ def parser() -> Parser:
     add("--tokens", metavar="N", type=integer(1), default=api.TOKENS, help=tokens)
     add("--stride", metavar="N", type=integer(0), default=0, help="ppl: slide the window by N tokens (0: side by side)")
     add("--depths", metavar="P,P", help=f"passkey: per cent of the text before the key ({','.join(map(str, DEPTHS))})")
-    samples = f"prompts per task, length and depth ({api.SAMPLES})"
-    add("--samples", metavar="N", type=integer(1, 100_000), default=api.SAMPLES, help=samples)
+    samples = f"prompts per task, length and depth, texts of far ({api.SAMPLES}; on a GPU {api.GPU_SAMPLES})"
+    add("--samples", metavar="N", type=integer(1, 100_000), help=samples)
     add("--near", metavar="N", type=integer(2), help="far: tokens that are not far (the smallest window of the models)")
     last = f"far: tokens at the end of a text that are scored ({LAST}, at most a quarter of --near)"
     add("--last", metavar="N", type=integer(1), help=last)

@@ -13,7 +13,7 @@ from tiny import PROSE, tiny_model
 
 from mlx_linearard.cli import run_command
 from mlx_linearard.errors import UserError
-from mlx_linearard.evaluate import FarContext, far_context, load_subject, open_directory, run_suite
+from mlx_linearard.evaluate import FarContext, api, far_context, load_subject, open_directory, run_suite
 from mlx_linearard.evaluate.__main__ import run
 from mlx_linearard.evaluate.model import Subject
 from mlx_linearard.rope import scale_rope
@@ -131,3 +131,14 @@ def test_short_documents_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "It was the age."}) + "\n")
     with pytest.raises(UserError, match=r"longest document .* has 16 tokens, too few for a text of 512"):
         far_context(folder / "scaled", tmp_path / "short.jsonl")
+
+
+def test_samples_are_sized_to_the_machine(folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU an average of five tasks has a standard error below 4 points, even for a share of one half."""
+    directory = open_directory(folder / "scaled")
+    for gpu, samples in [(False, 3), (True, 32)]:
+        monkeypatch.setattr(api, "on_gpu", lambda gpu=gpu: gpu)
+        made = [api.ruler_suite(directory, texts), api.passkey_suite(directory, texts), api.far_suite(directory, texts)]
+        assert [suite.samples for suite in made] == [samples] * 3
+        assert api.ruler_suite(directory, texts, samples=5).samples == 5
+    assert 100 * (0.25 / (5 * samples)) ** 0.5 < 4
