@@ -21,11 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from relation import file_name
 from step import lengths
 
 from mlx_linearard.cli import run_command
 from mlx_linearard.config import DTYPES, OBJECTIVES
+from mlx_linearard.doctor.measuring import file_name
 
 ALLOWED = 0.15
 STEPS = 3

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from relation import draw, file_name, machine, write_csv
+from relation import draw, write_csv
 
+from mlx_linearard.doctor.measuring import file_name
+from mlx_linearard.machine import describe
 from mlx_linearard.ops.attention import attention
 from mlx_linearard.ops.relation import relation_kl, relation_kl_dense
 
@@ -137,7 +139,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     tf32 = os.environ.get("MLX_ENABLE_TF32", "default")
-    about = f"{machine()}; mlx {mx.__version__}; H={args.heads} D={args.head_dim}; MLX_ENABLE_TF32 {tf32}"
+    about = f"{describe()}; mlx {mx.__version__}; H={args.heads} D={args.head_dim}; MLX_ENABLE_TF32 {tf32}"
     print(about)
     rows = []
     for dtype in args.dtypes:
@@ -151,7 +153,7 @@ def main() -> None:
                         "  ".join(f"{row[key]!s:>{22 if key == 'what' else 10}}" for key in COLUMNS),
                         flush=True,
                     )
-    stem = f"precision-{file_name(machine())}" + ("-tf32-off" if tf32 == "0" else "")
+    stem = f"precision-{file_name(describe())}" + ("-tf32-off" if tf32 == "0" else "")
     write_csv(args.out / f"{stem}.csv", COLUMNS, rows, about)
     numbers = [row | {key: float(row[key]) for key in COLUMNS[4:]} for row in rows]
     draw(args.out / f"{stem}.png", panels(numbers), about)

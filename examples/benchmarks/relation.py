@@ -11,32 +11,18 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_linearard.doctor.measuring import fastest, file_name, normal, relation_loss, student_and_teacher
+from mlx_linearard.machine import describe
 from mlx_linearard.ops.attention import attention
-from mlx_linearard.ops.relation import relation_kl, relation_kl_dense
+from mlx_linearard.ops.relation import relation_kl_dense
 
 COLUMNS = ("what", "length", "heads", "head_dim", "dtype", "workspace_mib", "seconds", "extra_mib", "note")
 SKIPPED_BEYOND = 0.6  # the part of the device's memory that a dense rival may need; above it the rival is skipped
-
-
-def machine() -> str:
-    """The machine's name for tables and files: the name of the GPU, or system, CPU and cores."""
-    info = mx.device_info()
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return str(info["device_name"])
-    system = f"{platform.system()} {platform.machine().replace('_', '-')}"
-    return f"{system}, {info.get('device_name', 'CPU')}, {os.cpu_count()} cores"
-
-
-def file_name(name: str) -> str:
-    """`name` as the stem of a file name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def device_memory() -> int:
@@ -48,47 +34,13 @@ def device_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measure(function: Callable, inputs: list[mx.array], repeats: int, held: int) -> tuple[float, float]:
-    """(seconds of the fastest run, peak MiB beyond inputs and `held` bytes of results)."""
-    mx.eval(inputs)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    times = []
-    for _ in range(1 + repeats):  # the first run warms up and may compile
-        mx.synchronize()
-        start = time.perf_counter()
-        results = function(*inputs)
-        mx.eval(results)
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-        del results
-    return min(times[1:] or times), (mx.get_peak_memory() - before - held) / 2**20
-
-
-def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
-    """Normal numbers, (B, H, T, D), made head by head, because one call would need many times their memory."""
-    batch, heads, length, dim = shape
-    parts = []
-    for key in mx.random.split(mx.random.key(seed), heads):
-        parts.append(mx.random.normal((batch, 1, length, dim), key=key).astype(dtype))
-        mx.eval(parts[-1])
-    joined = mx.concatenate(parts, axis=1)
-    mx.eval(joined)
-    return joined
-
-
 def cases(args: argparse.Namespace, length: int) -> Iterator[tuple[str, Callable, list[mx.array], int, float]]:
     """For one length: (name, function, inputs, bytes of the results, bytes that the function is known to need)."""
     dtype, shape = getattr(mx, args.dtype), (1, args.heads, length, args.head_dim)
-    x, y, c = (normal(shape, dtype, seed) for seed in range(3))
-    y = (x + 0.5 * y).astype(dtype)
-    mx.eval(y)
+    x, y = student_and_teacher(shape, dtype)
+    c = normal(shape, dtype, 2)
     workspace = args.workspace * 2**20
     scores = 4 * args.heads * length**2
-
-    def ours(x, y):
-        return mx.value_and_grad(lambda x: relation_kl(x, y, workspace_bytes=workspace))(x)
 
     def dense(x, y):
         return mx.value_and_grad(lambda x: relation_kl_dense(x, y))(x)
@@ -111,7 +63,7 @@ def cases(args: argparse.Namespace, length: int) -> Iterator[tuple[str, Callable
         )
         return [out, *grads]
 
-    yield "relation_kl", ours, [x, y], x.nbytes, 0
+    yield "relation_kl", relation_loss(workspace), [x, y], x.nbytes, 0
     yield "relation_kl dense", dense, [x, y], x.nbytes, 8 * scores
     yield "attention", attend, [x, y, c], 4 * x.nbytes, 0
     yield "attention of mlx", attend_mlx, [x, y, c], 4 * x.nbytes, 4 * scores
@@ -134,7 +86,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
             else:
                 try:
                     repeats = args.repeats if length <= 32768 else min(args.repeats, 1)
-                    seconds, extra = measure(function, inputs, repeats, held)
+                    seconds, extra = fastest(function, inputs, repeats, held)
                     row |= {"seconds": round(seconds, 5), "extra_mib": round(extra, 1)}
                 except (RuntimeError, MemoryError) as error:
                     row["note"] = f"failed: {str(error).splitlines()[0][:80]}"
@@ -224,7 +176,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    about = f"{machine()}; mlx {mx.__version__}; B=1 H={args.heads} D={args.head_dim} {args.dtype}"
+    about = f"{describe()}; mlx {mx.__version__}; B=1 H={args.heads} D={args.head_dim} {args.dtype}"
     print(about)
     print(f"{'what':20} {'tokens':>7} {'seconds':>9} {'extra MiB':>10}")
     rows = []
@@ -234,7 +186,7 @@ def main() -> None:
             f"{row['what']:20} {row['length']:7} {row['seconds']:>9} {row['extra_mib']:>10} {row['note']}",
             flush=True,
         )
-    stem = f"relation-{file_name(machine())}-{args.workspace}mib"
+    stem = f"relation-{file_name(describe())}-{args.workspace}mib"
     write_csv(args.out / f"{stem}.csv", COLUMNS, rows, about)
     draw(args.out / f"{stem}.png", panels(rows), about)
 

@@ -17,7 +17,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,16 +24,12 @@ from typing import Any
 
 from mlx_linearard.cli import run_command
 from mlx_linearard.config import DTYPES
-
-RANK, SCALE = 64, 2.0
-SERIES = ("last", "all", "logits", "relation+logits", "ce", "mlx-lm")
+from mlx_linearard.doctor.measuring import file_name
+from mlx_linearard.doctor.series import SERIES, Work, in_own_process
 
 
 def main() -> None:
     options = arguments()
-    if options.child:
-        child(json.loads(options.child))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare_model(options, Path(scratch))
         rows = [row for name in options.series for row in run_series(options, model, name)]
@@ -72,7 +67,6 @@ def arguments() -> argparse.Namespace:
         "--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the dtype of the files)"
     )
     parser.add_argument("--out", default="examples/benchmarks/results")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -136,130 +130,26 @@ def random_quantized(config: dict[str, Any], folder: Path, tokenizer_from: Path)
 
 
 def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict[str, Any]]:
-    """One series in a process of its own; its rows, also of what came before a failure."""
-    work = {
-        "model": str(model), "shape": options.shape or model.name, "series": name, "steps": options.steps,
-        "lengths": options.lengths, "workspace": options.workspace << 20,
-        "dtype": options.dtype, "memory_limit": options.memory_limit,
-    }  # fmt: skip
-    process = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(work)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
+    """One series in a process of its own; its rows, also those before a failure."""
+    work = Work(
+        series=name,
+        model=str(model),
+        name=options.shape or model.name,
+        lengths=tuple(options.lengths),
+        steps=options.steps,
+        workspace=options.workspace << 20,
+        dtype=options.dtype,
+        memory_limit=options.memory_limit,
     )
-    rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-    if process.returncode:
-        print(f"{name}: exit status {process.returncode} after {len(rows)} lengths", file=sys.stderr)
+    rows = []
+    for row in in_own_process(work):
+        if note := row.get("note"):
+            print(f"{name} T={row['length']}: {note}", file=sys.stderr, flush=True)
+            continue
+        rows.append(row)
+        speed = f"{row['peak_mb']:.0f} MB, {row['tokens_per_second']:.0f} tokens/s"
+        print(f"{name} T={row['length']}: {speed}", file=sys.stderr, flush=True)
     return rows
-
-
-def child(work: dict[str, Any]) -> None:
-    """Measure one series; prints one JSON line per length."""
-    import mlx.core as mx
-
-    from mlx_linearard.machine import describe
-
-    if work["memory_limit"]:
-        mx.set_memory_limit(work["memory_limit"] << 20)
-    measure = rival(work) if work["series"] == "mlx-lm" else ours(work)
-    weights = mx.get_active_memory()
-    for length in work["lengths"]:
-        mx.clear_cache()
-        peak, speed = measure(length)
-        row = {
-            "machine": describe(), "mlx": mx.__version__, "model": work["shape"], "series": work["series"],
-            "length": length, "peak_mb": round(peak / 1e6, 1), "weights_mb": round(weights / 1e6, 1),
-            "tokens_per_second": round(speed, 1), "workspace_mb": work["workspace"] >> 20,
-            "memory_limit_mb": work["memory_limit"] or "",
-        }  # fmt: skip
-        print(json.dumps(row), flush=True)
-        print(
-            f"{work['series']} T={length}: {peak / 1e6:.0f} MB, {speed:.0f} tokens/s",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def ours(work: dict[str, Any]) -> Any:
-    """The step of this project, a function of the length that returns (peak bytes, tokens/s)."""
-    import mlx.core as mx
-
-    from mlx_linearard.distill.objective import resolve_objective
-    from mlx_linearard.distill.step import Schedule, TrainState, train_step
-    from mlx_linearard.models.pair import load_pair
-
-    pair = load_pair(work["model"], method="linear", factor=4.0, lora_rank=RANK, lora_scale=SCALE, dtype=work["dtype"])
-    series = work["series"]
-    name, layers = ("relation", series) if series in ("last", "all") else (series, "last")
-    objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work["workspace"])
-    schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
-    state = TrainState.start(pair, schedule)
-
-    def measure(length: int) -> tuple[int, float]:
-        peak, speeds = 0, []
-        for step in range(work["steps"] + 1):
-            tokens = mx.random.randint(0, 1000, (1, length + 1))
-            mx.eval(tokens)
-            record = train_step(pair, objective, schedule, state, [tokens])
-            peak = max(peak, record.peak_memory)
-            speeds += [record.tokens / record.seconds] if step or not work["steps"] else []
-        return peak, sorted(speeds)[len(speeds) // 2]
-
-    return measure
-
-
-def rival(work: dict[str, Any]) -> Any:
-    """mlx-lm's training loop with --grad-checkpoint on the same adapters: returns the same kind of function."""
-    import mlx.core as mx
-    import mlx.optimizers as optim
-    from mlx_lm.tuner.trainer import TrainingArgs, grad_checkpoint, train
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
-
-    from mlx_linearard.files import read_config
-    from mlx_linearard.models.adapters import qkv_keys
-    from mlx_linearard.rope import normalise, scale_rope
-
-    config = scale_rope(normalise(read_config(work["model"])), "linear", 4.0)
-    model, _ = load_model(Path(work["model"]), lazy=True, model_config=config)
-    if work["dtype"]:
-        model.set_dtype(getattr(mx, work["dtype"]))
-    model.freeze()
-    mx.eval(model.parameters())
-    keys = set(qkv_keys(model))
-    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": keys})
-    mx.eval(model.parameters())
-    grad_checkpoint(model.layers[0])
-
-    class Speed:
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:  # keeps the last step; the first compiles
-            self.last = info["tokens_per_second"]
-
-        def on_val_loss_report(self, info: dict[str, Any]) -> None:
-            pass
-
-    def measure(length: int) -> tuple[int, float]:
-        rows = [(mx.random.randint(0, 1000, (length + 1,)).tolist(), 0) for _ in range(2)]
-        speed = Speed()
-        mx.reset_peak_memory()
-        optimizer = optim.AdamW(learning_rate=1e-4)
-        with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArgs(
-                batch_size=1, iters=1 + max(1, work["steps"]), val_batches=0, steps_per_report=1, steps_per_eval=10**9,
-                steps_per_save=10**9, max_seq_length=length + 1, adapter_file=str(Path(folder) / "a.safetensors"),
-            )  # fmt: skip
-            train(model, optimizer, Dataset(rows), None, args=args, training_callback=speed)
-        return mx.get_peak_memory(), speed.last
-
-    return measure
-
-
-class Dataset(list[Any]):
-    """Rows of tokens in the form that mlx-lm's trainer reads."""
-
-    def itemlen(self, index: int) -> int:
-        return len(self[index][0])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -277,7 +167,7 @@ def exponent(rows: list[dict[str, Any]]) -> float:
 
 def report(rows: list[dict[str, Any]], folder: Path) -> None:
     """Print a table, write a CSV, draw a picture."""
-    from relation import draw, file_name
+    from relation import draw
 
     if not rows:
         sys.exit("nothing was measured")

@@ -1,13 +1,17 @@
-"""Command: prints what this machine is, how fast it is, and whether the loss is exact on it."""
+"""Command: prints what this machine is, how fast it is, and whether the loss is exact on it; or a benchmark of it."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..cli import Parser, run_command
+from ..convert.default_model import default_model
+from ..machine import measure_machine
+from . import benchmark
 from .checks import examine
 
 
@@ -35,10 +39,40 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "mlx_linearard.doctor", "Print what this machine is, how fast it is, and whether the loss is exact on it."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="measure the loss and training steps, in about five minutes; print a Markdown table, write a JSON file",
+    )
+    parser.add_argument("--out", metavar="FOLDER", default=".", help="folder of the benchmark's JSON file")
     options = parser.parse_args(arguments)
-    report = examine()
-    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+    machine = measure_machine()
+    if options.benchmark:
+        file = benchmark.file_of(machine, Path(options.out))
+        say = _silent if options.json else _print_now
+        model = default_model(progress=say)
+    report = examine(machine)
+    if options.benchmark:
+        report = benchmark.benchmark(machine, report, model, say=say)
+        benchmark.write(report, file)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(_benchmark_lines(report, file) if options.benchmark else _lines(report)))
     return 0 if report["self_test"]["passed"] else 1
+
+
+def _benchmark_lines(report: dict[str, Any], file: Path) -> list[str]:
+    lines = ["", *benchmark.table(report), "", *benchmark.notes(report)]
+    return [*lines, f"{report['seconds']:.0f} s in all; written to {file}; docs/measured.md says where to add the row"]
+
+
+def _print_now(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..convert.default_model import cache_directory
 from ..errors import UserError
-from ..machine import measure_machine, on_gpu
+from ..machine import Machine, on_gpu
 from ..ops.probe import probe_once
 from ..ops.relation import relation_kl
 
@@ -27,9 +27,9 @@ HEAD_SIZES = (64, 128)  # for which the choice of attention is shown
 EXACT, TF32 = 1e-4, 2e-2
 
 
-def examine() -> dict[str, Any]:
-    """Everything that the command prints, as JSON values. Takes a few seconds."""
-    machine, folder = measure_machine(), _cache()
+def examine(machine: Machine) -> dict[str, Any]:
+    """Everything that the command prints about `machine`, as JSON values. Takes a few seconds."""
+    folder = _cache()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "system": platform.platform(),
