@@ -272,3 +272,62 @@ def test_models_convert_from_anywhere(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path / "ours" / "config.json").is_file()
+
+
+def test_peft_computes_the_same_with_an_embedding_adapter(tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = from_hf(tiny.write(tmp_path / "source"), tmp_path / "base")
+    keys = ["self_attn.q_proj", "model.embed_tokens"]
+    _, ours = adapter(tmp_path / "ours", base, keys=keys)
+    theirs = to_peft(tmp_path / "ours", tmp_path / "theirs", base_model=str(base))
+    model = AutoModelForCausalLM.from_pretrained(to_hf(base, tmp_path / "hf"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, theirs).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(tiny.ids())).logits.numpy()
+    assert np.abs(ours - logits).max() < CLOSE
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*layers\.[01]\..*(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.[23]\..*"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 1]},
+    ],
+)
+def test_an_adapter_of_the_first_layers_that_peft_saved(tmp_path, settings):
+    import torch
+    from mlx_linearard.convert.peft import from_peft
+    from peft import LoraConfig, get_peft_model
+    from test_convert_peft import adapted
+    from transformers import AutoModelForCausalLM
+
+    base = from_hf(tiny.write(tmp_path / "source", tiny.config(num_hidden_layers=4)), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(to_hf(base, tmp_path / "hf"), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+        logits = model(torch.tensor(tiny.ids())).logits.numpy()
+    model.save_pretrained(tmp_path / "theirs")
+    assert np.abs(adapted(base, from_peft(tmp_path / "theirs", tmp_path / "ours")) - logits).max() < CLOSE
+
+
+def test_a_gguf_with_yarn_betas_is_the_same_in_transformers(tmp_path):
+    import gguf_files
+    from mlx_linearard.convert.gguf import from_gguf
+    from test_convert_gguf import metadata, tensors
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    settings = tiny.config(rope_scaling={**scaling, "beta_fast": 4.0, "beta_slow": 0.5})
+    arrays = tiny.weights(settings)
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 4.0, "yarn_beta_slow": 0.5}
+    over = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    ours = from_gguf(gguf_files.write(tmp_path / "a.gguf", metadata(**over), tensors(arrays)), tmp_path / "ours")
+    theirs = torch_logits(tiny.write(tmp_path / "theirs", settings, arrays), tiny.ids())
+    assert np.abs(tiny.logits(ours) - theirs).max() < CLOSE
