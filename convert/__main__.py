@@ -139,7 +139,10 @@ VERBS = {
         "a model directory or .gguf file",
         "another one",
         flags=(
-            ("--tokens", {"type": integer(1), "default": 256, "help": "number of tokens to compare on (default: 256)"}),
+            (
+                "--tokens",
+                {"type": integer(1, 1 << 20), "default": 256, "help": "number of tokens to compare on (default: 256)"},
+            ),
             ("--reference", {"action": "store_true", "help": "run the second in transformers on torch"}),
         ),
         writes=False,

@@ -1,7 +1,7 @@
 """Converts a llama GGUF file to an mlx-lm directory.
 
 What each metadata key means follows llama.cpp's loader of the llama architecture. A key of RoPE or attention that is
-not known here is refused by name, because ignoring it could change what the model computes.
+not known here is refused by name, because ignoring it could change the logits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _READ = {
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",  # says how the model was made, not what it computes
+    "rope.scaling.finetuned",  # a fact about the training, not about the computation
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
     "attention.head_count",
@@ -50,7 +50,7 @@ _READ = {
     "attention.sliding_window",
     "attention.scale",
 }
-# Keys that change what llama.cpp computes in a way that mlx-lm's llama does not, with the values that change nothing.
+# Keys with an effect that mlx-lm's llama does not have, and the values of each key that have no effect.
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -210,7 +210,7 @@ def _refuse_other_attention(file: Gguf, config: dict[str, Any]) -> None:
     if sliding and sliding < config["max_position_embeddings"]:
         raise UserError(f"{file.path} has a sliding window of {sliding}, which mlx-lm's llama does not apply")
     scale = file.get(_key("attention.scale"), 0.0)
-    unset = isinstance(scale, float) and scale == 0  # llama.cpp's default, which stands for the usual scale
+    unset = isinstance(scale, float) and scale == 0  # llama.cpp's default: the usual scale
     if not unset and not math.isclose(_real(file, "attention.scale"), head_dim**-0.5, rel_tol=1e-5):
         raise UserError(f"{file.path}: {_key('attention.scale')} is {short(scale)}, not head_dim ** -0.5")
 

@@ -1,4 +1,4 @@
-"""The block types of ggml's tensors: how each type is laid out in a file, and what its values are.
+"""The block types of ggml's tensors: the layout of each type in a file, and its values.
 
 A tensor's last axis is cut into blocks of 1, 32 or 256 values. Layouts and formulas follow ggml (ggml-common.h and
 ggml-quants.c); the k-quants' superblocks of 256 values hold a scale, and often a minimum, for each sub-block.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What a 4-bit code of IQ4_NL and IQ4_XS means, before the scale.
+# The value of each 4-bit code of IQ4_NL and IQ4_XS, before the scale.
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 

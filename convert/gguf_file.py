@@ -115,11 +115,11 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8")
 
-    def name(self, what: str) -> str:
+    def name(self, owner: str) -> str:
         """The name of a key or a tensor, short enough for a message."""
         name = self.string()
         if not name or len(name) > MAX_NAME:
-            raise UserError(f"{self.path} is damaged: {what} has a name of {len(name)} characters")
+            raise UserError(f"{self.path} is damaged: {owner} has a name of {len(name)} characters")
         return name
 
     def value(self, kind: int, depth: int = 0) -> Any:

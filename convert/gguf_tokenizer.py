@@ -47,7 +47,7 @@ class _Pre:
     split         how text is split before BPE
     skips_merges  whether a word that is in the vocabulary skips the merges
     adds_bos      whether a text begins with the beginning token if the file does not say
-    normalizer    what happens to the text before the split
+    normalizer    changes the text before the split
     """
 
     split: Callable[[], pre_tokenizers.PreTokenizer]

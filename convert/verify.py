@@ -18,7 +18,7 @@ from ..models.directory import check_model_dir, path_for_mlx_lm, resolve
 from ..rope import inverse_frequencies
 from .gguf import from_gguf
 
-# Settings that say how a model was made and not what it computes.
+# Settings without an effect on the logits.
 UNIMPORTANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")
 SEED = 0
 

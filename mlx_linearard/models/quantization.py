@@ -62,19 +62,19 @@ class Quantization:
         return scheme_of(infer_quant_config(path, module, dict(arrays)), f"{where}: {path}")
 
 
-def scheme_of(settings: Mapping[str, Any], what: str, default: str = "affine") -> Scheme:
-    """Settings as a Scheme; UserError that begins with `what` if mlx has no such quantization."""
+def scheme_of(settings: Mapping[str, Any], subject: str, default: str = "affine") -> Scheme:
+    """Settings as a Scheme; UserError that begins with `subject` if mlx has no such quantization."""
     mode = settings.get("mode", default)
     bits, groups = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
     unknown = sorted(settings.keys() - _KEYS)
     if unknown:
-        raise UserError(f"{what}: quantization with {', '.join(map(str, unknown))} is not read")
+        raise UserError(f"{subject}: quantization with {', '.join(map(str, unknown))} is not read")
     if not bits:
-        raise UserError(f"{what}: quantization of mode {mode!r} is not read; only {', '.join(MODES)} are")
+        raise UserError(f"{subject}: quantization of mode {mode!r} is not read; only {', '.join(MODES)} are")
     scheme = Scheme(settings.get("group_size", groups[0]), settings.get("bits", bits[0]), mode)
     if not _one_of(scheme.bits, bits) or not _one_of(scheme.group_size, groups):
         raise UserError(
-            f"{what}: quantization of {scheme.bits!r} bits, groups of {scheme.group_size!r}, mode {mode!r} is not read"
+            f"{subject}: quantization of {scheme.bits!r} bits, groups of {scheme.group_size!r}, mode {mode!r} is not read"
         )
     return scheme
 

@@ -80,8 +80,8 @@ def _in_transformers(name: Any) -> bool:
 
     stem = name.removesuffix("Fast")
     for candidate in (name, stem, f"{stem}Fast"):
-        found = tokenizer_class_from_name(candidate)
-        if isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase):
+        known = tokenizer_class_from_name(candidate)
+        if isinstance(known, type) and issubclass(known, PreTrainedTokenizerBase):
             return True
     return False
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, written without the code under test where that is possible."""
+"""Tiny random models of every family, written without the code under test if possible."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3")
 
 
 def config(kind="llama", **over):
-    """A Hugging Face config of transformers 4's generation."""
+    """A Hugging Face config as transformers 4 writes it."""
     base = {
         "model_type": kind,
         "hidden_size": 64,
@@ -62,7 +62,7 @@ def tokenizer():
 
 
 def write(directory, settings=None, arrays=None, shards=1):
-    """A model directory as a hub repository would have it."""
+    """Write a model directory like a hub repository's."""
     directory = Path(directory)
     directory.mkdir(parents=True)
     settings = config() if settings is None else settings

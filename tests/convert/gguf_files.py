@@ -1,4 +1,4 @@
-"""Writing GGUF files by the specification, apart from the reader under test and from mlx's own."""
+"""Writes GGUF files by the specification, without the reader under test and without mlx's own."""
 
 import struct
 
@@ -14,7 +14,7 @@ def string(text):
 
 
 class Raw(bytes):
-    """A metadata value as bytes: its type's number and what follows."""
+    """A metadata value as bytes: its type's number and its content."""
 
 
 def value(item):

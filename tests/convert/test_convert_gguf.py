@@ -1,4 +1,4 @@
-"""GGUF files: every type we read against mlx's own reader, weights un-permuted, tokenizers, refusals."""
+"""GGUF files: every type that mlx's own reader knows, against that reader, weights un-permuted, tokenizers, refusals."""
 
 import json
 import math
@@ -37,7 +37,7 @@ NAMES = {
 
 
 def metadata(**over):
-    """What a llama GGUF of `tiny.config()` says, with a byte-level BPE tokenizer."""
+    """The metadata of a llama GGUF of `tiny.config()`, with a byte-level BPE tokenizer."""
     tokenizer = json.loads(tiny.tokenizer().to_str())
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     tokens += ["Ġt", "he", "Ġthe", *(f"[extra{i}]" for i in range(tiny.VOCAB - len(tokens) - 3))]
@@ -283,7 +283,7 @@ def test_a_factor_without_a_type_scales_linearly_as_in_llama_cpp(tmp_path):
 
 
 def test_a_file_as_llama_quantize_writes_it(tmp_path):
-    """Q4_0 with its output in Q6_K; the 256 values of a block need a model as wide."""
+    """Q4_0 with its output in Q6_K. A block has 256 values, so the model is 256 wide."""
     settings = tiny.config(hidden_size=256, num_hidden_layers=1)
     found = tensors(tiny.weights(settings), "Q4_0")
     found["output.weight"] = (found["output.weight"][0], "Q6_K")

@@ -72,7 +72,7 @@ def test_both_generations_of_configs_give_the_same_directory(tmp_path, kind, met
 
 
 def test_a_v5_config_keeps_its_theta_and_scaling(tmp_path):
-    """Stock mlx-lm would read theta 10000 and no scaling from the source, and say nothing."""
+    """Stock mlx-lm reads theta 10000 and no scaling from the source, without a warning."""
     scaled = scale_rope(tiny.config(rope_theta=500000.0), "llama3", 4.0)
     v5 = {key: value for key, value in scaled.items() if key not in ("rope_scaling", "rope_theta")}
     source = tiny.write(tmp_path / "source", v5, tiny.weights(scaled))

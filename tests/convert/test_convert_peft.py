@@ -1,4 +1,4 @@
-"""Adapters to PEFT and back: bit for bit, and refused where PEFT says what mlx-lm cannot."""
+"""Adapters to PEFT and back: bit for bit, and refused if mlx-lm cannot express it."""
 
 import json
 import math

@@ -43,7 +43,7 @@ KINDS = (*tiny.FAMILIES, "olmo3", "gemma3_text", "granite", "smollm3")
 
 
 def in_memory(native, method):
-    """Logits of the model that a run holds in memory: its student, or its teacher where nothing is scaled."""
+    """Logits of the model that a run holds in memory: its student, or its teacher if nothing is scaled."""
     pair = load_pair(native, method=method or "ntk", factor=4.0, lora_rank=4)
     return np.array((pair.student if method else pair.teacher)(mx.array(tiny.ids())))
 
@@ -91,7 +91,7 @@ def test_three_ways_to_the_same_logits(tmp_path, kind, method):
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
 @pytest.mark.parametrize(("adapter", "bits"), [("lora", None), ("dora", None), ("full", None), ("lora", 4)])
 def test_a_trained_student_is_the_same_in_transformers(tmp_path, kind, adapter, bits):
-    """Adapters away from their start: the student in memory, its fused export in mlx-lm, and that on torch."""
+    """Changed adapters: the student in memory, its fused export in mlx-lm, and the same export on torch."""
     settings = tiny.config(kind, **EXTRA.get(kind, {}))
     source = tiny.write(tmp_path / "source", settings)
     native = from_hf(source, tmp_path / "native", quantize=bits is not None, q_bits=bits or 4, q_group_size=32)

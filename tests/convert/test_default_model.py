@@ -1,4 +1,4 @@
-"""The embedded default model: where it is taken from, what is checked, and the real one."""
+"""The default model: its sources, its checks, and the real model."""
 
 import hashlib
 import json
@@ -127,7 +127,7 @@ cried his wife impatiently."""
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The model out of the wheel, in float32."""
+    """The model from the wheel, in float32."""
     from mlx_linearard.convert.gguf import from_gguf
 
     place = tmp_path_factory.mktemp("smollm2")

@@ -79,7 +79,7 @@ def independent_bpe(text, vocab, merges):
 
 @functools.cache
 def byte_level():
-    """tokens and merges learnt from the corpus by a plain count of pairs, and the tokenizer built of them."""
+    """Tokens and merges, learnt from the corpus by a plain count of pairs, and the tokenizer made from them."""
     symbols = byte_symbols()
     corpus = [[symbols[byte] for byte in word.encode()] for line in CORPUS for word in words(line)]
     tokens, merges = ["<|end|>", *sorted(symbols.values())], []
