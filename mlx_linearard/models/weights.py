@@ -120,16 +120,15 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     covered without gap or overlap.
     """
     check_file(path)
-    with reading(path):
+    with reading(path), path.open("rb") as stream:  # opened first: safe_open says of any failure that nothing is there
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             reason = one_line(error).removeprefix("Error while deserializing header: ")[:200]
             raise UserError(f"{path} is damaged or truncated: {reason}; download it again") from None
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return {name: _stored(path, name, value, 8 + length) for name, value in header.items()}, metadata
 

@@ -112,6 +112,17 @@ def test_characters_of_a_path_are_no_pattern(tmp_path: Path, name: str) -> None:
     assert not path.is_symlink()
 
 
+def test_weights_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.write(tmp_path / "source")
+
+    def denied(path: Path, *arguments, **keywords):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)  # tests may run as root, whom no mode stops
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read: Permission denied"):
+        read_header(source / "model.safetensors")
+
+
 # -- the output head --
 
 TIED = [
