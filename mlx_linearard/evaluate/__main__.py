@@ -54,7 +54,8 @@ examples:
 
 A stopped evaluation resumes when run again with the same options. Further lengths, depths, samples and tasks add to
 the earlier ones. Models that are measured one at a time, on the same text and into the same results file, are
-compared too. lm-evaluation-harness runs on any of these directories as well:
+compared too. What another results file in the same folder has of a model is not measured again, if text, options and
+dtype are the same. lm-evaluation-harness runs on any of these directories as well:
 mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 

@@ -29,11 +29,12 @@ def run_suite(
 ) -> tuple[dict[str, Any], list[Record]]:
     """One suite on one loaded model: (its entry in results.json, the records of its items).
 
-    Items in `log` are not measured again. `window` is the longest allowed context, by default the model's own.
+    Items in `log` are not measured again, nor those in another log with its key (see `ItemLog.elsewhere`). `window` is
+    the longest allowed context, by default the model's own.
     Raises UserError if data or lengths do not fit.
     """
     items = suite.items(subject.directory, window or subject.directory.window)
-    done = log.read() if log else {}
+    done = _records_of(items, log) if log else {}
     state = _Done(f"{suite.name}, {subject.label}", items, done, progress, subject.directory.balance)
     measured = frozenset(done)
     for item, record in zip(left(items, measured), suite.measure(subject, items, measured, state.tick), strict=True):
@@ -43,6 +44,16 @@ def run_suite(
         state.finish(item)
     records = [done[item.id] for item in items]
     return _summary(suite, records, log), records
+
+
+def _records_of(items: Sequence[Item], log: ItemLog) -> dict[str, Record]:
+    """The records of a log, after those that other logs with its key have of `items` were added to it."""
+    done, elsewhere = log.read(), log.elsewhere()
+    for item in left(items, done):
+        if item.id in elsewhere:
+            log.append(elsewhere[item.id])
+            done[item.id] = elsewhere[item.id]
+    return done
 
 
 def _summary(suite: Suite, records: Sequence[Record], log: ItemLog | None) -> dict[str, Any]:
@@ -134,8 +145,9 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
 
     A suite's numbers are merged into `job.out` when the suite ends, and each item is written to a log beside it when
     the item is measured. So a stopped evaluation resumes when run again, and a part measured later (further lengths
-    or tasks) adds to the earlier ones. `comparisons` has all models that were measured on the same items, now or
-    before.
+    or tasks) adds to the earlier ones. An item that another results file of the folder has, of the same model, text,
+    options and dtype, is not measured again. `comparisons` has all models that were measured on the same items, now
+    or before.
     """
     check(job)
     reference = _load(job, job.reference) if job.reference else None

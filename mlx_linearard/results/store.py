@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..files import disk_errors, locked, read_json, reading, write_json, write_text
 from .fields import Field, exists
 from .rows import Results
@@ -102,6 +103,16 @@ class ItemLog:
         """Records by item, without lines that were damaged or cut while they were written."""
         records = (_record(line) for line in self._text().split("\n"))
         return {record["id"]: record for record in records if record}
+
+    def elsewhere(self) -> dict[str, Record]:
+        """Records by item of logs with the same key: of other results files in the folder, and under other labels."""
+        found: dict[str, Record] = {}
+        key = self.path.stem.rpartition("-")[2]
+        for path in sorted(self.path.parent.parent.glob(f"*.items/*-{key}.jsonl")):
+            if path != self.path:
+                with contextlib.suppress(UserError):  # one that cannot be read is of no use
+                    found |= ItemLog(path).read()
+        return found
 
     def _text(self) -> str:
         with reading(self.path):

@@ -133,7 +133,7 @@ def test_a_stopped_process_measures_nothing_twice(
     items.write_text("".join(json.dumps(item) + "\n" for item in ITEMS * 10))
     arguments = ["--model", f"a={models[0]}", "--suite", "choice", "--data", str(items), "--out"]
     command = [sys.executable, "-m", "mlx_linearard.evaluate", *arguments]
-    broken, whole = tmp_path / "broken.json", tmp_path / "whole.json"
+    broken, whole = tmp_path / "broken.json", tmp_path / "whole" / "whole.json"  # a folder of its own: no shared log
     errors = tmp_path / "errors"
     with errors.open("w") as stderr:
         process = subprocess.Popen(

@@ -147,3 +147,40 @@ def test_evaluations_side_by_side_keep_all_rows(items: Path, tmp_path: Path) -> 
     results = json.loads(out.read_text())
     assert set(results) == {"m0", "m1", "m2", "m3", "comparisons"}
     assert set(results["comparisons"]["choice/few"]["metrics"]["acc"]) == {"m0", "m1", "m2", "m3"}
+
+
+def measured_tokens(arguments: list[str], capsys) -> int:
+    """How many tokens an evaluation measures, as its progress says."""
+    capsys.readouterr()
+    assert run(arguments) == 0
+    last = [line.rpartition("/")[2].split()[0] for line in capsys.readouterr().err.splitlines() if "tokens" in line]
+    return sum(map(int, last))
+
+
+def test_a_model_is_measured_once_per_folder(model_dir: Path, items: Path, tmp_path: Path, capsys) -> None:
+    """A second candidate with results of its own does not pay for the native model again."""
+    candidates = [tiny_model(tmp_path / f"candidate{i}", seed=i) for i in (3, 4)]
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+
+    def arguments(candidate: Path, out: Path, *more: str) -> list[str]:
+        return ["--model", f"c={candidate}", "--against", f"native={model_dir}", "--suite", "choice", "--data",
+                str(items), "--out", str(out), *more]  # fmt: skip
+
+    both = measured_tokens(arguments(candidates[0], first), capsys)
+    assert measured_tokens(arguments(candidates[1], second), capsys) == both // 2
+    one, two = (json.loads(path.read_text()) for path in (first, second))
+    assert one["native"] == two["native"] and one["c"]["choice/few"]["items"] != two["c"]["choice/few"]["items"]
+    assert set(two["comparisons"]["choice/few"]["metrics"]["acc"]) == {"c", "native"}
+    other_label = ["--model", f"n={model_dir}", "--suite", "choice", "--data", str(items), "--out", str(second)]
+    assert measured_tokens(other_label, capsys) == 0
+    assert measured_tokens(arguments(candidates[1], tmp_path / "third.json", "--dtype", "bfloat16"), capsys) == both
+    assert measured_tokens(arguments(candidates[1], tmp_path / "fourth.json", "--limit", "2"), capsys) == both // 2
+
+
+def test_only_items_that_are_asked_for_are_taken_over(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    arguments = ["--model", str(model_dir), "--suite", "ppl", "--data", str(text_file), "--tokens", "128", "--out"]
+    assert measured_tokens([*arguments, str(first), "--lengths", "32,64"], capsys) == 256
+    assert measured_tokens([*arguments, str(second), "--lengths", "16,64"], capsys) == 128
+    label = next(iter(json.loads(second.read_text())))
+    assert set(json.loads(second.read_text())[label]["ppl"]["by_length"]) == {"16", "64"}
