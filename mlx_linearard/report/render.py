@@ -97,7 +97,9 @@ def markdown_text(text: str) -> str:
     """Text on one line that Markdown shows as it is: no markup, no HTML, no link, no new cell of a table."""
     escaped = escape(visible(" ".join(text.split())), quote=False)
     escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", escaped)
-    escaped = re.sub(r"(?i)\b(https?|ftp|mailto|xmpp|www)([:.])", r"\1\\\2", escaped)  # links without brackets
+    escaped = re.sub(
+        r"(?i)(?<![a-z0-9])(https?|ftp|mailto|xmpp|www)([:.])", r"\1\\\2", escaped
+    )  # links without brackets
     return escaped
 
 

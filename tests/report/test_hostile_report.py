@@ -116,6 +116,7 @@ def test_models_and_suites_with_hostile_names(tmp_path: Path) -> None:
         ("![x](y)", "!\\[x\\](y)"),
         ("<b>&amp;</b>", "&lt;b&gt;&amp;amp;&lt;/b&gt;"),
         ("see https://x.y and WWW.x.y", "see https\\://x.y and WWW\\.x.y"),
+        ("_www.x.y (http://z)", "\\_www\\.x.y (http\\://z)"),
         ("two\n\n# lines\r\u2028end", "two \\# lines end"),
         ("~~no~~ *no* _no_ $no$ `no`", "\\~\\~no\\~\\~ \\*no\\* \\_no\\_ \\$no\\$ \\`no\\`"),
         ("\x1b[1m\x00\u202e", "\ufffd\\[1m\ufffd\ufffd"),
