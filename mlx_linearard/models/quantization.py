@@ -73,9 +73,8 @@ def scheme_of(settings: Mapping[str, Any], subject: str, default: str = "affine"
         raise UserError(f"{subject}: quantization of mode {mode!r} is not read; only {', '.join(MODES)} are")
     scheme = Scheme(settings.get("group_size", groups[0]), settings.get("bits", bits[0]), mode)
     if not _one_of(scheme.bits, bits) or not _one_of(scheme.group_size, groups):
-        raise UserError(
-            f"{subject}: quantization of {scheme.bits!r} bits, groups of {scheme.group_size!r}, mode {mode!r} is not read"
-        )
+        size = f"{scheme.bits!r} bits, groups of {scheme.group_size!r}, mode {mode!r}"
+        raise UserError(f"{subject}: quantization of {size[:200]} is not read")
     return scheme
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: every type that mlx's own reader knows, against that reader, weights un-permuted, tokenizers, refusals."""
+"""GGUF files: types against mlx's own reader, weights un-permuted, tokenizers, refusals."""
 
 import json
 import math
