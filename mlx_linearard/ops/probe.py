@@ -30,7 +30,7 @@ FILE = "attention.json"  # in the cache folder
 HEADS = 2  # query heads; they share one key head
 LENGTHS = {True: (1024, 4096), False: (256, 1024)}  # by whether the device is a GPU
 MOST_GROWTH = 1.5  # exponent of memory over length: 1 is linear, 2 quadratic; on a busy machine it varies by 0.3
-ERROR_RATIO = 4.0  # the kernel's error over ours; on CUDA in bfloat16 it is 2.5
+ERROR_RATIO = 6.0  # the largest ratio of the error of the kernel to ours; on CUDA in bfloat16 it was 2.5
 ERROR_FLOOR = 1e-6
 SETTINGS = ("MLX_ENABLE_TF32", "MLX_SDPA_VJP_BLOCK", "MLX_SDPA_VJP_FALLBACK")  # that steer mlx's kernels
 
