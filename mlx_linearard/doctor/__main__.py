@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cli import Parser, run_command
 from ..convert.default_model import default_model
+from ..errors import UserError
 from ..machine import measure_machine
 from . import benchmark
 from .checks import examine
@@ -44,11 +45,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="measure the loss and training steps, in about five minutes; print a Markdown table, write a JSON file",
     )
-    parser.add_argument("--out", metavar="FOLDER", default=".", help="folder of the benchmark's JSON file")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the benchmark's JSON file (default: this folder)")
     options = parser.parse_args(arguments)
+    if options.out is not None and not options.benchmark:
+        raise UserError("--out is the folder of a benchmark's file: give --benchmark as well")
     machine = measure_machine()
     if options.benchmark:
-        file = benchmark.file_of(machine, Path(options.out))
+        file = benchmark.file_of(machine, Path(options.out or "."))
         say = _silent if options.json else _print_now
         model = default_model(progress=say)
     report = examine(machine)
