@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -45,13 +46,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="measure the loss and training steps, in about five minutes; print a Markdown table, write a JSON file",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="folder of the benchmark's JSON file (default: this folder)")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=argparse.SUPPRESS,
+        help="folder of the benchmark's JSON file (default: the current folder)",
+    )
     options = parser.parse_args(arguments)
-    if options.out is not None and not options.benchmark:
+    if "out" in options and not options.benchmark:
         raise UserError("--out is the folder of a benchmark's file: give --benchmark as well")
     machine = measure_machine()
     if options.benchmark:
-        file = benchmark.file_of(machine, Path(options.out or "."))
+        file = benchmark.file_of(machine, Path(getattr(options, "out", ".")))
         say = _silent if options.json else _print_now
         model = default_model(progress=say)
     report = examine(machine)

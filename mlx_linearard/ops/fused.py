@@ -1,4 +1,4 @@
-"""mlx's own attention kernel: where it is known to hold no scores, and the choice that a probe made."""
+"""mlx's own attention kernel: on which devices and dtypes it holds no scores, and the choice of a probe."""
 
 from __future__ import annotations
 
