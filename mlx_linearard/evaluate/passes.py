@@ -24,6 +24,8 @@ SCORES_BYTES = 2 << 30  # of attention scores per pass at most, for devices that
 FLOAT32 = 4
 TRIED = ([3, 5, 7, 2, 9, 4, 6], [8, 1, 5])  # tokens of two sequences, read together and alone
 SAME = 0.1  # the largest difference, as a share of the largest logit: half precision is far below it
+ENOUGH = 0.25  # of a pass: a batch of this size fills the device nearly as well as a whole one
+PADDED = 1.2  # the length of a thing by the mean of its batch, from which on it begins another batch
 
 Tick = Callable[[int], None]  # called with the number of tokens done since the last call
 Tokens = Sequence[int] | np.ndarray
@@ -145,13 +147,20 @@ def size_of(caches: list[Any]) -> int:
 
 
 def packed(things: Iterable[Thing], length: Callable[[Thing], int], tokens: int, rows: int) -> Iterator[list[Thing]]:
-    """Batches of at most `rows` things of similar length, each padded to at most `tokens`; at least one thing each."""
+    """Batches of at most `rows` things of similar length, each padded to at most `tokens`; at least one thing each.
+
+    A batch that is large enough takes no thing that would be much longer than those in it.
+    """
     batch: list[Thing] = []
+    have = 0
     for thing in sorted(things, key=length):  # so the last of a batch is the longest
-        if batch and (len(batch) == rows or (len(batch) + 1) * length(thing) > tokens):
+        full = len(batch) == rows or (len(batch) + 1) * length(thing) > tokens
+        longer = have >= ENOUGH * tokens and length(thing) * len(batch) > PADDED * have
+        if batch and (full or longer):
             yield batch
-            batch = []
+            batch, have = [], 0
         batch.append(thing)
+        have += length(thing)
     if batch:
         yield batch
 

@@ -200,7 +200,9 @@ def test_a_batch_fits_its_memory(folder: Path) -> None:
 
 def test_things_are_packed_by_length() -> None:
     lengths = [5, 1, 9, 2, 2, 30, 3]
-    assert list(packed(lengths, int, 12, 3)) == [[1, 2, 2], [3, 5], [9], [30]]
+    assert list(packed(lengths, int, 12, 3)) == [[1, 2], [2, 3], [5], [9], [30]]  # 5 is much longer than 2 and 3
+    assert list(packed(lengths, int, 40, 9)) == [[1, 2, 2, 3, 5], [9], [30]]
+    assert list(packed([10, 11, 12, 13, 14], int, 40, 9)) == [[10, 11, 12], [13, 14]]
     assert [len(batch) for batch in packed([1] * 10, int, 1000, 4)] == [4, 4, 2]
 
 
