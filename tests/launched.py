@@ -43,11 +43,26 @@ class Launch:
     def __init__(self, size: int, arguments: Sequence[str], command: Sequence[str] = DISTILL):
         self.size, self.out, self.err = size, "", ""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, "-n", str(size), "--starting-port", str(free_ports(size)), "--",
-             sys.executable, *command, *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            [
+                sys.executable,
+                "-c",
+                LAUNCH,
+                "-n",
+                str(size),
+                "--starting-port",
+                str(free_ports(size)),
+                "--",
+                sys.executable,
+                *command,
+                *arguments,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
     def pids(self) -> dict[int, int]:
         """The process of each rank that is running; Linux only."""

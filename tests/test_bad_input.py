@@ -18,8 +18,24 @@ from tiny import PROSE, tiny_model
 
 from mlx_linearard.distill.__main__ import run as distil
 
-DISTILL = ["--model", "{}/model", "--data", "{}/text.txt", "--output", "{}/out", "--seq-len", "32", "--steps", "2",
-           "--grad-accum", "1", "--lora-rank", "4", "--eval-tokens", "64"]  # fmt: skip
+DISTILL = [
+    "--model",
+    "{}/model",
+    "--data",
+    "{}/text.txt",
+    "--output",
+    "{}/out",
+    "--seq-len",
+    "32",
+    "--steps",
+    "2",
+    "--grad-accum",
+    "1",
+    "--lora-rank",
+    "4",
+    "--eval-tokens",
+    "64",
+]
 EVALUATE = ["--model", "{}/model", "--suite", "ppl", "--data", "{}/text.txt", "--out", "{}/out.json"]
 
 
@@ -264,8 +280,13 @@ def tree(root: Path) -> dict[str, tuple[int, int] | None]:
 
 def test_there_are_many() -> None:
     assert len(CASES) >= 60 and {module for module, _ in CASES} == {
-        "distill", "convert", "export", "evaluate", "report", "doctor",
-    }  # fmt: skip
+        "distill",
+        "convert",
+        "export",
+        "evaluate",
+        "report",
+        "doctor",
+    }
 
 
 # A third of them, from all commands, in every run of the tests; the others with the slow ones.

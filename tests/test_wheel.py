@@ -48,8 +48,12 @@ def python(environment: Path, *arguments: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return subprocess.run(
         [str(environment / "bin" / "python"), *arguments],
-        check=True, capture_output=True, text=True, env=clean, cwd=environment,
-    ).stdout  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+        env=clean,
+        cwd=environment,
+    ).stdout
 
 
 def test_every_room_imports_from_the_wheel(environment: Path) -> None:
@@ -60,9 +64,10 @@ def test_every_room_imports_from_the_wheel(environment: Path) -> None:
     )
     names = [f"mlx_linearard.{room}" if room.startswith("convert.") else room for room in rooms]
     told = python(
-        environment, "-c",
+        environment,
+        "-c",
         f"import importlib\nfor name in {names}: print(importlib.import_module(name).__file__)",
-    )  # fmt: skip
+    )
     files = told.split()
     assert len(files) == len(names) > 20
     assert all(file.startswith(str(environment)) for file in files)

@@ -55,10 +55,12 @@ def _louder(model: Any) -> Any:
     """Weights large enough that attention is not uniform, so that relations differ."""
     from mlx.utils import tree_unflatten
 
-    return tree_unflatten([
-        (name, value * 3 if value.ndim == 2 and "embed" not in name else value)
-        for name, value in tree_flatten(model.parameters())
-    ])  # fmt: skip
+    return tree_unflatten(
+        [
+            (name, value * 3 if value.ndim == 2 and "embed" not in name else value)
+            for name, value in tree_flatten(model.parameters())
+        ]
+    )
 
 
 def tiny_tokenizer(folder: Path) -> None:

@@ -16,8 +16,13 @@ from mlx_linearard.distill.step import StepRecord
 def small(model: Path, text: Path, output: Path, **changes: Any) -> DistillConfig:
     """Eight steps of two blocks of 32 tokens, unless `changes` say otherwise."""
     options = {
-        "seq_len": 32, "grad_accum": 2, "steps": 8, "lora_rank": 4, "learning_rate": 2e-3, "eval_tokens": 128,
-    }  # fmt: skip
+        "seq_len": 32,
+        "grad_accum": 2,
+        "steps": 8,
+        "lora_rank": 4,
+        "learning_rate": 2e-3,
+        "eval_tokens": 128,
+    }
     return DistillConfig(model=str(model), data=str(text), output=str(output), **{**options, **changes})
 
 

@@ -56,11 +56,16 @@ def measure(subject: Subject, suite: Suite) -> dict[str, object]:
     prompts = time.perf_counter() - start
     length = f"@{items[0].cost}" if suite.name in ("passkey", "ruler") else ""
     return {
-        "suite": suite.name + length, "items": len(records), "tokens": sum(item.cost for item in items),
-        "batch_size": subject.batch_size or "auto", "seconds": round(seconds, 2),
-        "prompts_seconds": round(prompts, 2), "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
-        "metric": metric, "value": round(value["value"], 4),
-    }  # fmt: skip
+        "suite": suite.name + length,
+        "items": len(records),
+        "tokens": sum(item.cost for item in items),
+        "batch_size": subject.batch_size or "auto",
+        "seconds": round(seconds, 2),
+        "prompts_seconds": round(prompts, 2),
+        "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
+        "metric": metric,
+        "value": round(value["value"], 4),
+    }
 
 
 def main() -> None:

@@ -76,13 +76,25 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
     check_model_dir(smol)  # a mistake is reported before any file is made
     wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-246m", None), ("wide-4bit", 4)))
     short, long = options.lengths
-    chosen = [(smol, short, "last"), (smol, long, "last"), (smol, long, "all"),
-              (wide, long, "last"), (wide, short, "all"), (small, short, "last")]  # fmt: skip
+    chosen = [
+        (smol, short, "last"),
+        (smol, long, "last"),
+        (smol, long, "all"),
+        (wide, long, "last"),
+        (wide, short, "all"),
+        (small, short, "last"),
+    ]
     return [
-        {"path": str(path), "seq_len": length, "layers": layers, "dtype": options.dtype, "workspace": options.workspace,
-         "objective": options.objective}
+        {
+            "path": str(path),
+            "seq_len": length,
+            "layers": layers,
+            "dtype": options.dtype,
+            "workspace": options.workspace,
+            "objective": options.objective,
+        }
         for path, length, layers in chosen
-    ]  # fmt: skip
+    ]
 
 
 def random_model(folder: Path, tokenizer_from: Path, bits: int | None) -> Path:
@@ -110,8 +122,11 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
         [sys.executable, __file__, "--child", json.dumps(work)], stdout=subprocess.PIPE, text=True, check=True
     )
     row = json.loads(process.stdout.splitlines()[-1])
-    print(f"{row['model']:<24} T={row['length']:<6} {row['layers']:<5} planned {row['planned_mb']:>8.1f} MB, "
-          f"measured {row['measured_mb']:>8.1f} MB: {row['ratio']:.3f}  ({row['moment']})", flush=True)  # fmt: skip
+    print(
+        f"{row['model']:<24} T={row['length']:<6} {row['layers']:<5} planned {row['planned_mb']:>8.1f} MB, "
+        f"measured {row['measured_mb']:>8.1f} MB: {row['ratio']:.3f}  ({row['moment']})",
+        flush=True,
+    )
     return row
 
 
@@ -130,9 +145,13 @@ def child(work: dict[str, Any]) -> None:
     run = plan_run(config, inspect_model(config, path), Machine(describe(), on_gpu(), 1 << 40, 1.0))
     plan = run.memory
     pair = load_pair(
-        path, method=config.method, factor=config.factor, lora_rank=config.lora_rank, dtype=run.dtype,
+        path,
+        method=config.method,
+        factor=config.factor,
+        lora_rank=config.lora_rank,
+        dtype=run.dtype,
         adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
-    )  # fmt: skip
+    )
     objective = objective_of(config, pair.student)
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state = TrainState.start(pair, schedule)
@@ -142,13 +161,25 @@ def child(work: dict[str, Any]) -> None:
         mx.eval(tokens)
         peak = max(peak, train_step(pair, objective, schedule, state, [tokens]).peak_memory)
     parts = ("weights", "adapters", "optimizer", "activations", "workspace")
-    print(json.dumps({
-        "machine": describe(), "mlx": mx.__version__, "model": path.name, "dtype": run.dtype or "file's",
-        "objective": config.objective, "length": config.seq_len, "layers": config.layers,
-        "workspace_limit_mb": config.workspace, "planned_mb": round(plan.total / 1e6, 1),
-        "measured_mb": round(peak / 1e6, 1), "ratio": round(plan.total / peak, 4), "moment": plan.moment,
-        **{f"{name}_mb": round(getattr(plan, name) / 1e6, 1) for name in parts},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "machine": describe(),
+                "mlx": mx.__version__,
+                "model": path.name,
+                "dtype": run.dtype or "file's",
+                "objective": config.objective,
+                "length": config.seq_len,
+                "layers": config.layers,
+                "workspace_limit_mb": config.workspace,
+                "planned_mb": round(plan.total / 1e6, 1),
+                "measured_mb": round(peak / 1e6, 1),
+                "ratio": round(plan.total / peak, 4),
+                "moment": plan.moment,
+                **{f"{name}_mb": round(getattr(plan, name) / 1e6, 1) for name in parts},
+            }
+        )
+    )
 
 
 def report(rows: list[dict[str, Any]], folder: Path) -> int:

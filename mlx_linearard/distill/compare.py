@@ -35,7 +35,7 @@ from .run import Rows, execute, read_before
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedRuns:
     """What `compare_objectives` returns: the directory, the objectives in order, its results.json, and the time."""
 
     run: RunDir
@@ -44,7 +44,7 @@ class Comparison:
     seconds: float
 
 
-def compare_objectives(config: DistillConfig, listener: Listener | None = None) -> Comparison | None:
+def compare_objectives(config: DistillConfig, listener: Listener | None = None) -> ComparedRuns | None:
     """Train every objective of `config.compare` and compare the results; None after a dry run.
 
     With `resume`, finished objectives are not trained again, a stopped one is continued, and others may be added.
@@ -90,7 +90,7 @@ def compare_objectives(config: DistillConfig, listener: Listener | None = None) 
         assert manifest is not None
         write_config(place, manifest.with_sizes(config))
         results = gather(place, manifest, config, objectives)
-    return Comparison(place, objectives, results, time.perf_counter() - started)
+    return ComparedRuns(place, objectives, results, time.perf_counter() - started)
 
 
 def check_comparison_place(config: DistillConfig, place: RunDir) -> None:

@@ -98,9 +98,13 @@ def loss_rows(case: LossCase, lengths: Sequence[int], seconds: float) -> Iterato
     end, took, last = time.monotonic() + seconds, 0.0, 1
     for length in lengths:
         row: dict[str, Any] = {
-            "series": "loss", "length": length, "heads": case.heads, "head_dim": case.head_dim, "dtype": case.dtype,
+            "series": "loss",
+            "length": length,
+            "heads": case.heads,
+            "head_dim": case.head_dim,
+            "dtype": case.dtype,
             "workspace_mb": WORKSPACE >> 20,
-        }  # fmt: skip
+        }
         expected = took * (length / last) ** 2
         if time.monotonic() + expected > end:
             yield {**row, "note": f"skipped: it would take about {expected:.0f} s"}

@@ -56,8 +56,12 @@ class Work:
     def about(self, length: int) -> dict[str, Any]:
         """The columns that name a row."""
         return {
-            "machine": describe(), "mlx": version("mlx"), "model": self.name, "series": self.series, "length": length,
-        }  # fmt: skip
+            "machine": describe(),
+            "mlx": version("mlx"),
+            "model": self.name,
+            "series": self.series,
+            "length": length,
+        }
 
 
 def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
@@ -81,10 +85,13 @@ def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
         peak, speed = measure(length)
         took, last = time.monotonic() - start, length
         yield {
-            **work.about(length), "peak_mb": round(peak / 1e6, 1), "weights_mb": round(weights / 1e6, 1),
-            "tokens_per_second": round(speed, 1), "workspace_mb": work.workspace >> 20,
+            **work.about(length),
+            "peak_mb": round(peak / 1e6, 1),
+            "weights_mb": round(weights / 1e6, 1),
+            "tokens_per_second": round(speed, 1),
+            "workspace_mb": work.workspace >> 20,
             "memory_limit_mb": work.memory_limit or "",
-        }  # fmt: skip
+        }
 
 
 def own_step(work: Work) -> Measure:
@@ -132,9 +139,15 @@ def mlx_lm_step(work: Work) -> Measure:
         mx.reset_peak_memory()
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:  # noqa: PTH123
             args = TrainingArgs(
-                batch_size=1, iters=1 + max(1, work.steps), val_batches=0, steps_per_report=1, steps_per_eval=10**9,
-                steps_per_save=10**9, max_seq_length=length + 1, adapter_file=str(Path(folder) / "a.safetensors"),
-            )  # fmt: skip
+                batch_size=1,
+                iters=1 + max(1, work.steps),
+                val_batches=0,
+                steps_per_report=1,
+                steps_per_eval=10**9,
+                steps_per_save=10**9,
+                max_seq_length=length + 1,
+                adapter_file=str(Path(folder) / "a.safetensors"),
+            )
             with contextlib.redirect_stdout(nowhere):
                 train(model, optim.AdamW(learning_rate=1e-4), _Rows(tokens), None, args=args, training_callback=speed)
         return mx.get_peak_memory(), speed.value

@@ -14,7 +14,7 @@ NEXT: dict[str, Callable[[Path], str]] = {
     "mlx": lambda out: shell_command("mlx_lm.generate", "--model", path_word(out), "--prompt", "Hello"),
     "hf": lambda out: f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})",
     "peft": lambda out: (
-        f"peft.PeftModel.from_pretrained(model, {str(out)!r}), on the scaled base that adapter_config.json names"
+        f"peft.PeftModel.from_pretrained(model, {str(out)!r}), on the base that adapter_config.json names"
     ),
     "adapters": lambda out: shell_command(
         "mlx_lm.server", "--model", path_word(out / "base"), "--adapter-path", path_word(out / "adapters")

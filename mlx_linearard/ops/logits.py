@@ -49,7 +49,7 @@ def _nll_arrays(*, half: bool, gpu: bool) -> Arrays:
     return Arrays(3, 2.5, 1) if gpu and half else Arrays(8, 6, 2)
 
 
-class Comparison(NamedTuple):
+class LogitsDifference(NamedTuple):
     """The results of `compare_logits`, one per position, each (B, T)."""
 
     nll: mx.array | None  # float32
@@ -157,7 +157,7 @@ def compare_logits(
     targets: mx.array | None = None,
     *,
     workspace_bytes: int | None = None,
-) -> Comparison:
+) -> LogitsDifference:
     """Student against teacher at each position, without a gradient.
 
     Returns:
@@ -176,7 +176,7 @@ def compare_logits(
     dtypes = [mx.float32, mx.bool_] + ([] if targets is None else [mx.float32])
     positions = _Positions.of(student_hidden, student_head, _compared_arrays, workspace_bytes)
     kl, same, *nll = positions.each(of_chunk, dtypes, *inputs)
-    return Comparison(nll[0] if nll else None, kl, same)
+    return LogitsDifference(nll[0] if nll else None, kl, same)
 
 
 def peak_bytes(arrays: Arrays, positions: int, vocabulary: int, *, workspace: int) -> int:

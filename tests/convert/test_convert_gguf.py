@@ -350,10 +350,21 @@ ODD = {
     "a truth value": True,
     "an unknown type": packed(99, ""),
 }
-KEYS = ["general.architecture", "general.alignment", "llama.block_count", "llama.attention.head_count",
-        "llama.attention.scale", "llama.rope.freq_base", "llama.rope.scaling.type", "split.count",
-        "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.eos_token_id",
-        "tokenizer.chat_template"]  # fmt: skip
+KEYS = [
+    "general.architecture",
+    "general.alignment",
+    "llama.block_count",
+    "llama.attention.head_count",
+    "llama.attention.scale",
+    "llama.rope.freq_base",
+    "llama.rope.scaling.type",
+    "split.count",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.chat_template",
+]
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())

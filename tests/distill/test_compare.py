@@ -15,7 +15,7 @@ from mlx_linearard.cli import run_command
 from mlx_linearard.config import OBJECTIVES, DistillConfig
 from mlx_linearard.distill.__main__ import parse
 from mlx_linearard.distill.__main__ import run as command
-from mlx_linearard.distill.compare import Comparison, compare_objectives
+from mlx_linearard.distill.compare import ComparedRuns, compare_objectives
 from mlx_linearard.distill.listener import Listener
 from mlx_linearard.errors import UserError
 from mlx_linearard.evaluate.__main__ import run as evaluate
@@ -125,7 +125,7 @@ def test_a_stopped_comparison_goes_on_and_trains_nothing_twice(
     assert "Training loss, ce" in (broken / "report.html").read_text()
     second = Stop(0, 0)
     result = compare_objectives(parse(flags(model_dir, text_file, broken, *arguments, "--resume")), second)
-    assert isinstance(result, Comparison) and [step for _, step in second.seen] == [3, 4, 1, 2, 3, 4]
+    assert isinstance(result, ComparedRuns) and [step for _, step in second.seen] == [3, 4, 1, 2, 3, 4]
     for name in result.objectives:
         a, b = (mx.load(str(root / name / "adapters" / "adapters.safetensors")) for root in (whole, broken))
         assert a.keys() == b.keys() and all(mx.array_equal(a[key], b[key]).item() for key in a)
@@ -166,8 +166,14 @@ def test_overwrite_leaves_nothing_of_what_was_there(
     (root / "results.items").mkdir()
     assert command(flags(model_dir, text_file, root, "--overwrite", "--steps", "2", "--compare", "logits,ce")) == 0
     assert {path.name for path in root.iterdir()} == {
-        "logits", "ce", "comparison.json", "config.yaml", "results.json", "report.html", "report.md",
-    }  # fmt: skip
+        "logits",
+        "ce",
+        "comparison.json",
+        "config.yaml",
+        "results.json",
+        "report.html",
+        "report.md",
+    }
     assert [m["step"] for m in metrics(root / "ce")] == [1, 2]
 
 

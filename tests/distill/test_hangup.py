@@ -79,9 +79,17 @@ def test_a_closed_terminal_saves(model_dir: Path, text_file: Path, tmp_path: Pat
     run = tmp_path / "run"
     ours, theirs = os.openpty()
     process = start(
-        model_dir, text_file, run, "--steps", "5000",
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, before=_own_terminal,
-    )  # fmt: skip
+        model_dir,
+        text_file,
+        run,
+        "--steps",
+        "5000",
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        before=_own_terminal,
+    )
     os.close(theirs)
     wait_for_steps(process, run, 3)
     os.close(ours)

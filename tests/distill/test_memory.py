@@ -40,9 +40,14 @@ def peak(folder: Path, found: Plan, **options: object) -> int:
     """mlx's peak over the first three steps of a run; the third step needs as much memory as any later one."""
     config = DistillConfig(model=str(folder), lora_rank=8, **options)
     pair = load_pair(
-        folder, method="linear", factor=4.0, lora_rank=8, fine_tune_type=config.fine_tune_type, dtype=found.dtype,
+        folder,
+        method="linear",
+        factor=4.0,
+        lora_rank=8,
+        fine_tune_type=config.fine_tune_type,
+        dtype=found.dtype,
         adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
-    )  # fmt: skip
+    )
     schedule = Schedule(9, 1, found.sizing.grad_accum, 1e-4, 0, 0.0, 5.0, 0)
     objective, state, most = objective_of(config, pair.student), TrainState.start(pair, schedule), 0
     for _ in range(3):

@@ -98,9 +98,27 @@ def test_a_lock_holds_between_processes_and_ends_with_them(
     run = tmp_path / "run"
     with pytest.raises(Stopped):
         mlx_linearard.distill(small(model_dir, text_file, run, save_every=1), StopsAt(2))
-    arguments = ["--model", str(model_dir), "--data", str(text_file), "--output", str(run), "--seq-len", "32",
-                 "--grad-accum", "2", "--steps", "8", "--lora-rank", "4", "--learning-rate", "2e-3",
-                 "--eval-tokens", "128", "--resume"]  # fmt: skip
+    arguments = [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(text_file),
+        "--output",
+        str(run),
+        "--seq-len",
+        "32",
+        "--grad-accum",
+        "2",
+        "--steps",
+        "8",
+        "--lora-rank",
+        "4",
+        "--learning-rate",
+        "2e-3",
+        "--eval-tokens",
+        "128",
+        "--resume",
+    ]
     before = (run / "metrics.jsonl").read_text()
     with held_by_another_process(run) as process:
         assert run_command(lambda: command(arguments)) == 2
@@ -147,8 +165,14 @@ def test_a_run_stopped_after_overwrite_leaves_nothing_of_the_old_run(
     with pytest.raises(Stopped):
         mlx_linearard.distill(config, StopsAt(2))
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "base", "before.json", "held_out.json", "notes.txt",
-    }  # fmt: skip
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "base",
+        "before.json",
+        "held_out.json",
+        "notes.txt",
+    }
     assert '"rope_type": "yarn"' in (run / "base" / "config.json").read_text()
     with pytest.raises(UserError):
         mlx_linearard.export(run, tmp_path / "out")

@@ -108,8 +108,10 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
     assert command(flags(model_dir, text_file, whole, *more)) == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_linearard.distill", *flags(model_dir, text_file, broken, *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = broken / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         time.sleep(0.01)
@@ -188,10 +190,18 @@ def test_a_finished_run_goes_to_every_form(
 def test_the_main_path_is_a_function(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     result = mlx_linearard.distill(
         DistillConfig(
-            model=str(model_dir), data=str(text_file), output=str(tmp_path / "run"), seq_len=32, grad_accum=1, steps=2,
-            lora_rank=4, eval_tokens=64, objective="relation+logits", layers="all",
+            model=str(model_dir),
+            data=str(text_file),
+            output=str(tmp_path / "run"),
+            seq_len=32,
+            grad_accum=1,
+            steps=2,
+            lora_rank=4,
+            eval_tokens=64,
+            objective="relation+logits",
+            layers="all",
         )
-    )  # fmt: skip
+    )
     assert result.restored.kl < result.scaled.kl and result.run.model.is_dir()
 
 

@@ -159,13 +159,24 @@ def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint(model_dir: Path, text
     """The checkpoints after steps 0 and 2 fit on the disk, the next one does not."""
     place = tmp_path / "place"
     place.mkdir()
-    line = [sys.executable, "-c", LOADS, *flags(model_dir, text_file, place / "run", "--lora-rank", "64"),
-            "--steps", "6", "--save-every", "2"]  # fmt: skip
+    line = [
+        sys.executable,
+        "-c",
+        LOADS,
+        *flags(model_dir, text_file, place / "run", "--lora-rank", "64"),
+        "--steps",
+        "6",
+        "--save-every",
+        "2",
+    ]
     outside = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     done = subprocess.run(
         [*outside, "bash", "-c", FULL.replace("SIZE", "4m"), "bash", *line],
-        capture_output=True, text=True, check=False, env={**os.environ, "PLACE": str(place)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PLACE": str(place)},
+    )
     if "mount" in done.stderr and "permission" in done.stderr.lower():
         pytest.skip("this user may not mount")
     assert done.returncode == 2, done.stderr

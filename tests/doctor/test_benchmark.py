@@ -124,9 +124,7 @@ def quick(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_t
     own = benchmark.benchmark
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(command, "default_model", lambda progress: model_dir)
-    monkeypatch.setattr(
-        benchmark, "benchmark", lambda *a, **k: own(*a, **k, loss_lengths=(32,), step_lengths=(16,))
-    )  # fmt: skip
+    monkeypatch.setattr(benchmark, "benchmark", lambda *a, **k: own(*a, **k, loss_lengths=(32,), step_lengths=(16,)))
 
 
 def test_the_command_prints_the_table_and_writes_the_file(

@@ -53,10 +53,23 @@ def test_models_side_by_side(
     out = tmp_path / "results.json"
     out.write_text('{"native": {"kl": 0.0, "perplexity": {"64": 3.0}}, "kept": 1}')
     arguments = [
-        "--model", f"restored={other_dir}", "--against", f"native={model_dir}", "--suite", "ppl,fidelity,choice",
-        "--data", str(text_file), "--data", f"choice={items}", "--lengths", "60", "--tokens", "600",
-        "--out", str(out),
-    ]  # fmt: skip
+        "--model",
+        f"restored={other_dir}",
+        "--against",
+        f"native={model_dir}",
+        "--suite",
+        "ppl,fidelity,choice",
+        "--data",
+        str(text_file),
+        "--data",
+        f"choice={items}",
+        "--lengths",
+        "60",
+        "--tokens",
+        "600",
+        "--out",
+        str(out),
+    ]
     assert run(arguments) == 0
     printed = capsys.readouterr()
     assert (
@@ -75,8 +88,25 @@ def test_a_later_part_is_merged(model_dir: Path, text_file: Path, items: Path, t
     out = tmp_path / "results.json"
     for suite in ("ppl", "choice"):
         data = f"choice={items}" if suite == "choice" else str(text_file)
-        assert run(["--model", str(model_dir), "--suite", suite, "--data", data, "--lengths", "50", "--tokens", "100",
-                    "--out", str(out)]) == 0  # fmt: skip
+        assert (
+            run(
+                [
+                    "--model",
+                    str(model_dir),
+                    "--suite",
+                    suite,
+                    "--data",
+                    data,
+                    "--lengths",
+                    "50",
+                    "--tokens",
+                    "100",
+                    "--out",
+                    str(out),
+                ]
+            )
+            == 0
+        )
     row = json.loads(out.read_text())["tiny"]
     assert set(row) == {"ppl", "choice/few"} and row["choice/few"]["metrics"]["acc"]["n"] == 6
 
@@ -139,8 +169,23 @@ def test_a_finished_run_is_evaluated_into_its_own_results(
     shutil.copytree(other_dir, root / "model")
     shutil.copytree(other_dir, root / "base")
     (root / "config.yaml").write_text(f"model: {model_dir}\n")
-    assert run(["--run", str(root), "--suite", "fidelity", "--data", str(text_file), "--lengths", "50,100",
-                "--tokens", "200"]) == 0  # fmt: skip
+    assert (
+        run(
+            [
+                "--run",
+                str(root),
+                "--suite",
+                "fidelity",
+                "--data",
+                str(text_file),
+                "--lengths",
+                "50,100",
+                "--tokens",
+                "200",
+            ]
+        )
+        == 0
+    )
     results = json.loads((root / "results.json").read_text())
     assert {"native", "scaled", "restored", "comparisons"} <= set(results)
     assert results["native"]["fidelity"]["metrics"]["kl"]["value"] == 0
@@ -197,9 +242,20 @@ def test_directories_with_different_tokenizers_are_not_compared(model_dir: Path,
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     line = complaint(
-        ["--model", str(model_dir), "--against", str(other), "--suite", "ppl", "--data", "x", "--out",
-         str(tmp_path / "r.json")], capsys,
-    )  # fmt: skip
+        [
+            "--model",
+            str(model_dir),
+            "--against",
+            str(other),
+            "--suite",
+            "ppl",
+            "--data",
+            "x",
+            "--out",
+            str(tmp_path / "r.json"),
+        ],
+        capsys,
+    )
     assert "have different tokenizers" in line and str(other) in line
 
 
@@ -283,12 +339,19 @@ def test_rows_are_cut_as_the_harness_cuts_them(monkeypatch: pytest.MonkeyPatch) 
     )
     about = "The following are multiple choice questions (with answers) about high school physics."
     assert mmlu["query"] == f"{about}\n\nQ?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
-    row = {"activity_label": "Baking", "ctx_a": "[header] How to bake [title] Mix. [step]", "ctx_b": "", "label": "0",
-           "endings": [" it  is [substeps] done. ", "b", "c", "d"]}  # fmt: skip
+    row = {
+        "activity_label": "Baking",
+        "ctx_a": "[header] How to bake [title] Mix. [step]",
+        "ctx_b": "",
+        "label": "0",
+        "endings": [" it  is [substeps] done. ", "b", "c", "d"],
+    }
     swag = hub.SETS["hellaswag"].item(row)
     assert swag["query"] == "Baking: How to bake. Mix. " and swag["choices"][0] == "it is done."
-    options = {"a ) rs . 1 , 500 , b ) 2 , c ) 3 , d ) 4 , e ) rs . 5 , 000": ["rs . 1", "2", "3", "4", "rs . 5 , 000"],
-               "a)1, b)2, c)3, d)4, e)5": ["1", "2", "3", "4", "5"]}  # fmt: skip
+    options = {
+        "a ) rs . 1 , 500 , b ) 2 , c ) 3 , d ) 4 , e ) rs . 5 , 000": ["rs . 1", "2", "3", "4", "rs . 5 , 000"],
+        "a)1, b)2, c)3, d)4, e)5": ["1", "2", "3", "4", "5"],
+    }
     for text, choices in options.items():
         item = hub.SETS["mathqa"].item({"Problem": "P", "options": text, "correct": "e"})
         assert item == {"query": "Question: P\nAnswer:", "choices": choices, "gold": 4}

@@ -121,8 +121,17 @@ def test_as_a_function(folder: Path, texts: Path) -> None:
     ],
 )
 def test_mistakes(folder: Path, texts: Path, tmp_path: Path, options: list[str], says: str, capsys) -> None:
-    arguments = ["--model", str(folder / "scaled"), "--suite", "far", "--data", str(texts), "--out",
-                 str(tmp_path / "r.json"), *options]  # fmt: skip
+    arguments = [
+        "--model",
+        str(folder / "scaled"),
+        "--suite",
+        "far",
+        "--data",
+        str(texts),
+        "--out",
+        str(tmp_path / "r.json"),
+        *options,
+    ]
     assert run_command(lambda: run(arguments)) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "r.json").exists()
 

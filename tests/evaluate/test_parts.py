@@ -170,11 +170,29 @@ def test_each_suite_is_a_function(models: list[Path], text_file: Path, out: Path
     passages = tmp_path / "passages.jsonl"
     passages.write_text('{"text": "It was the best of times"}\n{"text": "the age of wisdom"}\n')
     found = go(
-        [f"a={models[0]}"], out, "--suite", "ppl,fidelity,choice,lambada,passkey,ruler", "--reference", str(models[1]),
-        "--tasks", "niah_single_1",
-        "--data", str(text_file), "--data", f"choice={items}", "--data", f"lambada={passages}", "--lengths", "700",
-        "--tokens", "1400", "--samples", "1", "--depths", "50",
-    )["a"]  # fmt: skip
+        [f"a={models[0]}"],
+        out,
+        "--suite",
+        "ppl,fidelity,choice,lambada,passkey,ruler",
+        "--reference",
+        str(models[1]),
+        "--tasks",
+        "niah_single_1",
+        "--data",
+        str(text_file),
+        "--data",
+        f"choice={items}",
+        "--data",
+        f"lambada={passages}",
+        "--lengths",
+        "700",
+        "--tokens",
+        "1400",
+        "--samples",
+        "1",
+        "--depths",
+        "50",
+    )["a"]
     text = {"lengths": (700,), "tokens": 1400}
     made = {
         "ppl": room.perplexity(subject, text_file, **text),
@@ -234,8 +252,18 @@ def test_a_model_that_overflows_is_named(models: list[Path], text_file: Path, tm
     for suite in ("ppl", "passkey", "choice"):
         items = tmp_path / "few.jsonl"
         items.write_text(json.dumps(ITEMS[0]) + "\n")
-        arguments = ["--model", str(broken), "--suite", suite, "--lengths", "500", "--data",
-                     str(items if suite == "choice" else text_file), "--out", str(tmp_path / "r.json")]  # fmt: skip
+        arguments = [
+            "--model",
+            str(broken),
+            "--suite",
+            suite,
+            "--lengths",
+            "500",
+            "--data",
+            str(items if suite == "choice" else text_file),
+            "--out",
+            str(tmp_path / "r.json"),
+        ]
         assert run_command(lambda given=arguments: run(given)) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert "logits that are not finite" in line and str(broken) in line

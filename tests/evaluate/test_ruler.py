@@ -94,8 +94,14 @@ def test_each_task_asks_for_as_many_answers_as_the_paper(ruler: Ruler, directory
 def test_needles_are_of_the_kinds_in_the_table(ruler: Ruler, directory: Directory) -> None:
     needle = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
     kinds = {"numbers": r"\d{7}", "uuids": r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"}
-    hidden = {"niah_single_1": (1, 1), "niah_single_2": (1, 1), "niah_single_3": (1, 1), "niah_multikey_1": (4, 4),
-              "niah_multivalue": (4, 1), "niah_multiquery": (4, 4)}  # fmt: skip
+    hidden = {
+        "niah_single_1": (1, 1),
+        "niah_single_2": (1, 1),
+        "niah_single_3": (1, 1),
+        "niah_multikey_1": (4, 4),
+        "niah_multivalue": (4, 1),
+        "niah_multiquery": (4, 4),
+    }
     for task in [t for t in TASKS if t.startswith("niah")]:
         sample = ruler.sample(directory, task, 4096, 1)
         found = needle.findall(sample.text)
@@ -224,8 +230,12 @@ def test_lines_of_uuids_fill_any_length(ruler: Ruler, directory: Directory, leng
 
 
 def test_a_question_that_cannot_be_asked_is_skipped(ruler: Ruler, directory: Directory) -> None:
-    documents = {0: {"text": "Yes is not here: the answer is Oak."}, 1: {"text": "Elm it was. " + novel(4000)},
-                 2: {"text": "It was Ash."}, 3: {"text": novel(3000)}}  # fmt: skip
+    documents = {
+        0: {"text": "Yes is not here: the answer is Oak."},
+        1: {"text": "Elm it was. " + novel(4000)},
+        2: {"text": "It was Ash."},
+        3: {"text": novel(3000)},
+    }
     questions = [
         {"query": "Is it?", "outputs": ["no"], "docs": [2]},
         {"query": "Which?", "outputs": ["Elm"], "docs": [1]},  # its own document does not fit

@@ -94,8 +94,20 @@ def test_a_damaged_line_is_measured_again(model_dir: Path, items: Path, tmp_path
 
 def test_a_record_of_another_suite_is_named(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "results.json"
-    arguments = ["--model", str(model_dir), "--suite", "ppl", "--data", str(text_file), "--lengths", "32", "--tokens",
-                 "64", "--out", str(out)]  # fmt: skip
+    arguments = [
+        "--model",
+        str(model_dir),
+        "--suite",
+        "ppl",
+        "--data",
+        str(text_file),
+        "--lengths",
+        "32",
+        "--tokens",
+        "64",
+        "--out",
+        str(out),
+    ]
     assert run(arguments) == 0
     log = next((tmp_path / "results.items").glob("*.jsonl"))
     record: dict[str, Any] = json.loads(log.read_text().splitlines()[0])
@@ -163,8 +175,19 @@ def test_a_model_is_measured_once_per_folder(model_dir: Path, items: Path, tmp_p
     first, second = tmp_path / "first.json", tmp_path / "second.json"
 
     def arguments(candidate: Path, out: Path, *more: str) -> list[str]:
-        return ["--model", f"c={candidate}", "--against", f"native={model_dir}", "--suite", "choice", "--data",
-                str(items), "--out", str(out), *more]  # fmt: skip
+        return [
+            "--model",
+            f"c={candidate}",
+            "--against",
+            f"native={model_dir}",
+            "--suite",
+            "choice",
+            "--data",
+            str(items),
+            "--out",
+            str(out),
+            *more,
+        ]
 
     both = measured_tokens(arguments(candidates[0], first), capsys)
     assert measured_tokens(arguments(candidates[1], second), capsys) == both // 2

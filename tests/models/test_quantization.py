@@ -18,8 +18,11 @@ from mlx_linearard.models.directory import check_model_dir
 from mlx_linearard.models.pair import load_pair
 from mlx_linearard.models.quantization import Scheme, quantization_of
 
-Q4, Q8, MXFP4 = ({"group_size": 32, "bits": 4}, {"group_size": 32, "bits": 8},
-                 {"group_size": 32, "bits": 4, "mode": "mxfp4"})  # fmt: skip
+Q4, Q8, MXFP4 = (
+    {"group_size": 32, "bits": 4},
+    {"group_size": 32, "bits": 8},
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+)
 NVFP4, MXFP8 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}, {"group_size": 32, "bits": 8, "mode": "mxfp8"}
 
 # the layers of the first settings, the first settings, the others, and the keys taken out of the config afterwards

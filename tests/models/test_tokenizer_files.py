@@ -126,8 +126,15 @@ def test_links_that_lead_out_are_refused(model, tmp_path, name):
 
 # -- copies --
 
-EXTRA = ("additional_chat_templates/tool_use.jinja", "chat_template.jinja", "vocab.txt", "spiece.model",
-         "tokenizer.tiktoken", "special_tokens_map.json", "tekken.json")  # fmt: skip
+EXTRA = (
+    "additional_chat_templates/tool_use.jinja",
+    "chat_template.jinja",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.tiktoken",
+    "special_tokens_map.json",
+    "tekken.json",
+)
 
 
 def with_everything(model, window=128):
@@ -136,8 +143,10 @@ def with_everything(model, window=128):
         (model / name).write_text("{}")
     (model / "tokenizer_helper.py").write_text("raise SystemExit")
     change(model / "tokenizer_config.json", model_max_length=window)
-    change(model / "tokenizer.json", truncation={"direction": "Right", "max_length": window, "strategy": "LongestFirst",
-                                                 "stride": 0})  # fmt: skip
+    change(
+        model / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": window, "strategy": "LongestFirst", "stride": 0},
+    )
     (model / "generation_config.json").write_text(json.dumps({"max_length": window, "eos_token_id": 257}))
 
 
@@ -179,8 +188,9 @@ def test_copies_lose_no_file_and_follow_the_window(model, tmp_path):
         assert tokenizer_of(made, {}).model_max_length == (512 if grown else 128), name
 
 
-@pytest.mark.parametrize(("limit", "then"), [(10**30, 10**30), (1e30, 1e30), (512, 512), (4096, 4096), (64, 64),
-                                             (300, 512)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("limit", "then"), [(10**30, 10**30), (1e30, 1e30), (512, 512), (4096, 4096), (64, 64), (300, 512)]
+)
 def test_only_limits_of_the_old_window_change(model, tmp_path, limit, then):
     change(model / "tokenizer_config.json", model_max_length=limit)
     made = scale(model, tmp_path / "scaled", method="linear", factor=4.0)
@@ -218,8 +228,9 @@ def test_a_tokenizer_that_panics_is_one_line(model, capfd, values):
     assert capfd.readouterr().err == "heard"  # no backtrace, and standard error is back
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[1]", b"{", b'{"a": NaN}', b"1" * 5000, b"[" * 100_000,
-                                     b'{"x": "\\ud800"}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"", b"[1]", b"{", b'{"a": NaN}', b"1" * 5000, b"[" * 100_000, b'{"x": "\\ud800"}']
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_damaged_json_is_one_line_with_its_name(model, name, content):
     (model / name).write_bytes(content)

@@ -12,11 +12,26 @@ from mlx_linearard.models.layers import FEED_FORWARD
 from mlx_linearard.ops.mlp import ALONE, ARRAYS, SMALLEST, chunk_size, in_chunks, peak_bytes, width_of
 
 WIDTH = 384
-DENSE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": WIDTH,
-         "num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 32}  # fmt: skip
-MIXTURE = {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": WIDTH // 2,
-           "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32, "num_local_experts": 4,
-           "num_experts_per_tok": 2}  # fmt: skip
+DENSE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "intermediate_size": WIDTH,
+    "num_attention_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32,
+}
+MIXTURE = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "intermediate_size": WIDTH // 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def part_of(config: dict) -> nn.Module:
