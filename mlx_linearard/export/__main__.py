@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..cli import Parser, integer, path_word, run_command, shell_command
 from ..config import DTYPES
+from ..files import RunDir, read_config
 from .formats import FORMATS, export
 
 NEXT: dict[str, Callable[[Path], str]] = {
@@ -43,9 +44,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--q-group-size", type=integer(1), default=64, help="weights per scale")
     parser.add_argument("--overwrite", action="store_true", help="replace the content of --to")
     given = vars(parser.parse_args(arguments))
-    out = export(Path(given.pop("run")), Path(given.pop("to")), progress=print, **given)
-    print(f"Written to {out}; next: {NEXT[given['format']](out)}")
+    run_dir = Path(given.pop("run"))
+    out = export(run_dir, Path(given.pop("to")), progress=print, **given)
+    print(f"Written to {out}; next: {_base_first(run_dir, given['format'])}{NEXT[given['format']](out)}")
     return 0
+
+
+def _base_first(run_dir: Path, format: str) -> str:
+    """What comes before loading PEFT adapters of a base that mlx quantized, which transformers cannot load."""
+    base = RunDir(run_dir).base
+    if format != "peft" or "quantization" not in read_config(base):
+        return ""
+    copied = shell_command("mlx_linearard.convert", "to-hf", path_word(base), "BASE")
+    return f"{copied} (transformers cannot load weights that mlx quantized) and load the model from BASE, then "
 
 
 def main() -> None:

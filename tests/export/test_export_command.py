@@ -35,3 +35,15 @@ def test_overwrite_never_deletes_the_run(tmp_path: Path, form: str, target: str)
     with pytest.raises(UserError, match="the source"):
         export(tmp_path / "run", tmp_path / target, format=form, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_peft_adapters_of_a_quantized_base_say_what_to_load_them_on(
+    tmp_path: Path, quantized: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "export", lambda run, out, **_: out)
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    config = '{"quantization": {"group_size": 64, "bits": 4}}' if quantized else "{}"
+    (tmp_path / "run" / "base" / "config.json").write_text(config)
+    command.run(["--run", str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "peft"])
+    assert ("mlx_linearard.convert to-hf" in capsys.readouterr().out) == quantized
