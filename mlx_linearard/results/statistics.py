@@ -25,16 +25,15 @@ class Metric:
     """How the samples of one metric become its value.
 
     kind: `decision` (samples 0 or 1, the value is their mean), `mean`, or `perplexity` (samples in nats, the
-    value is the exponential of their mean). ideal: the value of a perfect model, if there is one.
+    value is the exponential of their mean).
     """
 
     kind: str = MEAN
     higher_is_better: bool = True
-    ideal: float | None = None
 
 
 KL, AGREEMENT = "kl", "agreement"  # the metrics of held-out text, beside perplexity@LENGTH
-HELD_OUT_METRICS = {KL: Metric(higher_is_better=False, ideal=0.0), AGREEMENT: Metric(ideal=1.0)}
+HELD_OUT_METRICS = {KL: Metric(higher_is_better=False), AGREEMENT: Metric()}
 _PERPLEXITY = Metric(PERPLEXITY, higher_is_better=False)
 
 

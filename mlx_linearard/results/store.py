@@ -52,11 +52,6 @@ def update_results(path: Path, change: Callable[[Results], Results]) -> Results:
         return _replace(path, change(read_results(path)))
 
 
-def merge_results(path: Path, new: Results) -> Results:
-    """Put `new` into results.json; everything else in the file stays. Returns the new content."""
-    return update_results(path, lambda old: old.merged(new))
-
-
 class ItemLog:
     """The records of one suite of one model, in a JSONL file: an interrupted evaluation reads them back.
 

@@ -19,7 +19,7 @@ from mlx_linearard.evaluate.suites import hub
 from mlx_linearard.evaluate.suites.choice import Choice
 from mlx_linearard.results.fields import Field
 from mlx_linearard.results.rows import Results
-from mlx_linearard.results.store import ItemLog, merge_results
+from mlx_linearard.results.store import ItemLog, update_results
 
 ITEMS = [
     {"query": f"Question {i}:", "choices": ["the best of times", "the worst", f"number {i}"], "gold": i % 3}
@@ -156,8 +156,10 @@ def test_a_suite_is_replaced_and_everything_else_stays(tmp_path: Path) -> None:
         return Results.from_json(value, Field("new"))
 
     one = {"value": 1, "stderr": None}
-    merge_results(path, results({"a": {"ppl": {"metrics": {"x": one}, "grid": {"64": {"0": 1}}}, "kl": 2}}))
-    merged = merge_results(path, results({"a": {"ppl": {"metrics": {"y": one}}}, "b": {}}))
+    first = results({"a": {"ppl": {"metrics": {"x": one}, "grid": {"64": {"0": 1}}}, "kl": 2}})
+    second = results({"a": {"ppl": {"metrics": {"y": one}}}, "b": {}})
+    update_results(path, lambda old: old.merged(first))
+    merged = update_results(path, lambda old: old.merged(second))
     kept = {"a": {"ppl": {"metrics": {"y": one}}, "kl": 2}, "b": {}}
     assert merged.as_json() == json.loads(path.read_text()) == kept
 

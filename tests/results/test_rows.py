@@ -15,7 +15,7 @@ from mlx_linearard.results.info import ExportInfo, RunInfo
 from mlx_linearard.results.objectives import combine_runs
 from mlx_linearard.results.records import read_steps, training_of, write_pieces
 from mlx_linearard.results.rows import Results, Row, SuiteResult, Value
-from mlx_linearard.results.store import merge_results, read_results, update_results, write_results
+from mlx_linearard.results.store import read_results, update_results, write_results
 
 TEST = {
     "a": "restored",
@@ -109,7 +109,7 @@ def test_merging_replaces_a_suite_and_keeps_all_else(tmp_path: Path) -> None:
     expected = json.loads(json.dumps(FULL))
     expected["restored"]["ppl"] = {"metrics": {"x": {"value": 1.0, "stderr": None}}}
     expected["extra"] = {"perplexity": {"32": 5.0}, "kl": 0.5, "agreement": None}
-    assert merge_results(path, new).as_json() == expected == json.loads(path.read_text())
+    assert update_results(path, lambda old: old.merged(new)).as_json() == expected == json.loads(path.read_text())
     update_results(path, lambda old: old.without(["extra", "nothing"]))
     assert "extra" not in json.loads(path.read_text())
 
@@ -123,7 +123,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path, row: Row) -
     path.write_text(json.dumps(FULL))
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"results\.json: new\..* must be a finite number, not (nan|inf)"):
-        merge_results(path, Results({"new": row}))
+        update_results(path, lambda old: old.merged(Results({"new": row})))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 

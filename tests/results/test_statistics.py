@@ -22,8 +22,8 @@ from mlx_linearard.results.statistics import (
 )
 
 PPL = Metric(PERPLEXITY, higher_is_better=False)
-KL = Metric(higher_is_better=False, ideal=0.0)
-ACC = Metric(DECISION, ideal=1.0)
+KL = Metric(higher_is_better=False)
+ACC = Metric(DECISION)
 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:

@@ -71,7 +71,7 @@ class Choice:
         }
 
     def metric(self, name: str) -> Metric:
-        return Metric(DECISION, ideal=1.0)
+        return Metric(DECISION)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         return {}

@@ -87,7 +87,7 @@ class FidelityToReference:
 
     def metric(self, name: str) -> Metric:
         distance = name.partition("@")[0] == "kl"
-        return Metric(higher_is_better=not distance, ideal=0.0 if distance else 1.0)
+        return Metric(higher_is_better=not distance)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         return {}

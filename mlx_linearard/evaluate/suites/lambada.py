@@ -51,7 +51,7 @@ class LastWord:
             yield {"id": item.id, "samples": {"acc": float(first_choice), "perplexity": -score}}
 
     def metric(self, name: str) -> Metric:
-        return Metric(DECISION, ideal=1.0) if name == "acc" else Metric(PERPLEXITY, higher_is_better=False)
+        return Metric(DECISION) if name == "acc" else Metric(PERPLEXITY, higher_is_better=False)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         return {}

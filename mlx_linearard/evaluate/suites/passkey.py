@@ -109,7 +109,7 @@ class Passkey:
         }
 
     def metric(self, name: str) -> Metric:
-        return Metric(DECISION, ideal=1.0)
+        return Metric(DECISION)
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         cells: dict[int, dict[int, list[float]]] = {}

@@ -500,7 +500,7 @@ class Ruler:
         }
 
     def metric(self, name: str) -> Metric:
-        return Metric(ideal=100.0)
+        return Metric()
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         return {}
