@@ -46,6 +46,8 @@ def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, mi
         raise UserError(
             f"--output {root} already holds a {kind}: pass --resume to continue it, --overwrite to replace it"
         )
+    if config.overwrite and root.is_symlink():
+        raise UserError(f"--output {root} is a link, which --overwrite does not replace: name the directory itself")
     if root.is_dir() and not holds and any(path.name != LOCK for path in root.iterdir()):
         raise UserError(f"--output {root} exists and is not a {kind}: choose another directory")
     if not config.dry_run:

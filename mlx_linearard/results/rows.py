@@ -368,6 +368,11 @@ class Results:
             other_entries(entries, [*rows, *NOT_MODELS]),
         )
 
+    def is_foreign(self) -> bool:
+        """Whether a JSON object that was read as results holds something, but no measurement: it is another file."""
+        measured = any(row != Row(other=row.other) for row in self.rows.values())
+        return bool(self.rows or self.other) and not (measured or self.comparisons or self.export or self.run)
+
     def compared(self, suite: str, metric: str) -> Mapping[str, Compared]:
         """The comparison of all models in one metric, by label; empty if there is none."""
         return self.comparisons.get(suite, Comparison()).metrics.get(metric, {})

@@ -22,9 +22,14 @@ Record = dict[str, Any]  # one measured item: `id`, `samples` (metric -> number)
 def read_results(path: Path) -> Results:
     """The content of results.json; empty if there is no such file.
 
-    Raises UserError if the file cannot be read or a value in it is not what belongs there.
+    Raises UserError if the file cannot be read, a value in it is not what belongs there, or it is another JSON file.
     """
-    return Results.from_json(read_json(path), Field(path)) if exists(path) else Results()
+    if not exists(path):
+        return Results()
+    results = Results.from_json(read_json(path), Field(path))
+    if results.is_foreign():
+        raise UserError(f"{path} holds no results, but something else: choose another file")
+    return results
 
 
 def write_results(path: Path, results: Results) -> Results:

@@ -178,6 +178,18 @@ def test_a_run_stopped_after_overwrite_leaves_nothing_of_the_old_run(
         mlx_linearard.export(run, tmp_path / "out")
 
 
+def test_overwrite_does_not_follow_a_link_to_another_run(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    link.symlink_to(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="link is a link, which --overwrite does not replace"):
+        mlx_linearard.distill(small(model_dir, text_file, link, steps=1, overwrite=True))
+    assert link.is_symlink()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    mlx_linearard.distill(small(model_dir, text_file, link, steps=2, resume=True))  # which adds to the run
+
+
 @pytest.mark.parametrize("inside", ["model", "base"])
 def test_overwrite_keeps_the_model_that_it_reads(model_dir: Path, text_file: Path, tmp_path: Path, inside: str) -> None:
     run = tmp_path / "run"

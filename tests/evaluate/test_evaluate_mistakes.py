@@ -193,3 +193,16 @@ def test_text_in_every_damaged_form(model_dir: Path, tmp_path: Path, capfd: pyte
             ["--model", str(model_dir), "--suite", "ppl", "--data", str(tmp_path / name), "--lengths", "32"], capfd
         )
         assert says in line and name in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "other.json"])
+def test_another_json_file_is_not_taken_for_results(
+    model_dir: Path, text_file: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_dir, model := tmp_path / "model")
+    (model / "other.json").write_text('{"results": {"task": {"acc": 0.5}}}')
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    options = ["--suite", "ppl", "--data", str(text_file), "--lengths", "32", "--tokens", "64"]
+    line = one_line(["--model", str(model), *options, "--out", str(model / name)], capfd)
+    assert f"{name} holds no results, but something else" in line
+    assert before == {path.name: path.read_bytes() for path in model.iterdir()}
