@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 def cache_directory() -> Path:
     """The folder of converted default models: mlx-linearard in $XDG_CACHE_HOME or ~/.cache.
 
-    Raises UserError if neither is known.
+    Raises UserError if neither folder is known.
     """
     root = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -113,7 +113,7 @@ def _snapshot(say: Progress) -> Path:
     ]
     try:
         return Path(snapshot_download(REPOSITORY, allow_patterns=patterns, local_files_only=True))
-    except Exception:  # not in the hub's own cache
+    except Exception:  # the model is not in the hub's own cache
         HfApi().model_info(REPOSITORY, timeout=HUB_SECONDS)
     say(f"downloading {REPOSITORY} from the hub (270 MB)")
     return Path(snapshot_download(REPOSITORY, allow_patterns=patterns, etag_timeout=HUB_SECONDS))

@@ -1,7 +1,7 @@
 """Converts a llama GGUF file to an mlx-lm directory.
 
-What each metadata key means follows llama.cpp's loader of the llama architecture. A key of RoPE or attention that is
-not known here is refused by name, because ignoring it could change the logits.
+What each metadata key means follows llama.cpp's loader of the llama architecture. An unknown key of RoPE
+or attention is refused by name, because ignoring it could change the logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCHITECTURE = "llama"
 _NATURAL = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTIZED_DTYPE = "float16"
 
-# The keys of RoPE and attention that the conversion reads. Any other one is refused.
+# The keys of RoPE and attention that the conversion reads. Any other such key is refused.
 _READ = {
     "rope.freq_base",
     "rope.dimension_count",
@@ -79,7 +79,7 @@ def from_gguf(
 ) -> Path:
     """Convert the llama GGUF file `source` to an mlx-lm directory at `target`; return its path.
 
-    dtype is float32, float16 or bfloat16. By default the type of the file's matrices, and float16 if they are
+    dtype is float32, float16 or bfloat16. The default is the type of the file's matrices, or float16 if they are
     quantized, because their scales are float16. The tokenizer and the chat templates come from the metadata.
     Raises UserError that names the architecture, tensor type, key or tokenizer that is not converted, and for
     damaged files.
@@ -178,7 +178,7 @@ def _text(file: Gguf, key: str, default: str) -> str:
 
 
 def _refuse_unknown(file: Gguf) -> None:
-    """UserError that names the RoPE and attention keys not known here, and the keys with a value not expressible."""
+    """UserError that names the unknown RoPE and attention keys, or a key whose value mlx-lm cannot express."""
     unknown = [
         key
         for key in sorted(file.metadata)
@@ -239,7 +239,7 @@ def _scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """The Llama 3.1 scaling whose factors a file stores; UserError if they are other factors."""
+    """The Llama 3.1 scaling whose factors a file stores; UserError if the factors are different."""
     factors = file.read("rope_freqs.weight").astype(np.float64)
     largest = float(factors.max(initial=0))
     scaling = {

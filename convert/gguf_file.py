@@ -23,7 +23,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 MAX_NAME = 1024  # characters of a key or of a tensor; ggml allows 64 for a tensor
-STEP = 1 << 20  # values that are dequantized at once
+STEP = 1 << 20  # values that are dequantized in one step
 
 # Metadata value types: number -> struct format; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -44,7 +44,7 @@ _Declared = tuple[str, int, tuple[int, ...], int]  # name, type number, shape, o
 
 
 class Gguf:
-    """A GGUF file: `metadata` and `tensors` by name. A tensor's values are read when asked for.
+    """A GGUF file: `metadata` and `tensors` by name. A tensor's values are read on demand, by `read`.
 
     Raises UserError if the file cannot be read, is damaged or truncated, is one part of several, or holds tensors
     of a type that is not read.

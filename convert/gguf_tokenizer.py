@@ -46,7 +46,7 @@ class _Pre:
 
     split         how text is split before BPE
     skips_merges  whether a word that is in the vocabulary skips the merges
-    adds_bos      whether a text begins with the beginning token if the file does not say
+    adds_bos      whether texts begin with the beginning token, unless the file states it
     normalizer    changes the text before the split
     """
 
@@ -65,7 +65,7 @@ _PRE = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
     "qwen2": _Pre(lambda: _split(""), normalizer=normalizers.NFC),
 }
-# What llama.cpp takes for a special token of a sentencepiece vocabulary if the file does not say.
+# The special tokens that llama.cpp assumes for a sentencepiece vocabulary if the file does not name them.
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}
 # Control tokens with which a chat model ends its turn; llama.cpp finds them by name too.
 _END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")

@@ -46,7 +46,7 @@ def from_hf(
     mlx's affine groups of q_group_size at q_bits; layers that are quantized already stay as they are. Both config
     generations are normalised; a tokenizer.model without a tokenizer.json gets one. Tensors are read and written one
     at a time.
-    Raises UserError if the source is damaged, unknown, or would compute something else in mlx-lm.
+    Raises UserError if the source is damaged or unsupported, or if mlx-lm would compute different logits.
     """
     directory = resolve(source)
     checked = check_model_dir(directory)
@@ -84,7 +84,7 @@ def to_hf(
 ) -> Path:
     """Convert an mlx-lm directory to one that transformers' AutoModelForCausalLM loads; return its path.
 
-    Quantized layers are dequantized, to `dtype` or to the type of their scales. The config carries RoPE in
+    Quantized layers are dequantized: to `dtype`, or by default to the type of their scales. The config carries RoPE in
     both spellings. Raises UserError if the source is damaged or if mlx-lm and transformers would disagree.
     """
     directory = resolve(source)

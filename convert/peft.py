@@ -23,7 +23,7 @@ from ..models.weights import load_lazily, read_header, refuse
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Parts of a name that a training script's wrappers leave in it.
+# Parts that the wrappers of training scripts add to parameter names.
 WRAPPERS = ("_orig_mod.", "module.")
 
 _OURS = re.compile(r"(?P<path>.+)\.(?P<leaf>lora_a|lora_b|m)")
@@ -60,7 +60,7 @@ _REFUSED = {
     "kasa_config": "changes the base's weights",
     "monteclora_config": "draws weights at random",
 }
-# Initialisations that also change the base's weights, so the adapter alone is not the whole change.
+# Initialisations that also change the base's weights, so the adapter alone is not the complete change.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Modules = dict[str, dict[str, mx.array]]
@@ -78,7 +78,7 @@ def to_peft(
 
     base_model is the model that PEFT records, on which it loads the adapter: a directory or a repository, with the
     RoPE scaling of the training. A directory is recorded by its absolute path.
-    Raises UserError if the adapter is damaged, is not LoRA or DoRA, or would compute something else in PEFT.
+    Raises UserError if the adapter is damaged, is not LoRA or DoRA, or would compute something different in PEFT.
     """
     source = _directory(source)
     config = read_object(source / ADAPTER_CONFIG)
@@ -131,7 +131,7 @@ def from_peft(
 ) -> Path:
     """Convert a PEFT LoRA or DoRA directory to mlx-lm's adapter format; return its path.
 
-    Raises UserError if PEFT's settings mean more than a scaled product, and if the weights are pickled or damaged.
+    Raises UserError if PEFT's settings mean more than a scaled product, or if the weights are pickled or damaged.
     """
     source = _directory(source)
     config = read_object(source / ADAPTER_CONFIG)

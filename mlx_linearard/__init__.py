@@ -1,6 +1,6 @@
 """mlx-linearard: longer context windows for RoPE language models on Apple Silicon, restored by distillation.
 
-The main path as functions: `load_pair`, `distill`, `export`; the parts that stand alone: `relation_kl`,
+The main path as functions: `load_pair`, `distill`, `export`; the parts that are useful alone: `relation_kl`,
 `relation_kl_dense`, `attention`, `scale_rope`.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name is defined. A name is loaded when it is first asked for, so the import stays light.
+# Where each public name is defined. A name is loaded at its first use, so importing the package is fast.
 _HOMES = {
     "DistillConfig": "config",
     "attention": "ops.attention",

@@ -61,7 +61,7 @@ def _quoted(word: str) -> str:
 def _escaped_bytes(character: str) -> str:
     try:
         data = os.fsencode(character)
-    except UnicodeEncodeError:  # half of a surrogate pair, which is no byte of a file name
+    except UnicodeEncodeError:  # half of a surrogate pair that encodes no byte of a file name
         data = "\ufffd".encode()
     return "".join(f"\\x{byte:02x}" for byte in data)
 
@@ -69,8 +69,9 @@ def _escaped_bytes(character: str) -> str:
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and return its exit status.
 
-    0: done. 2: a user's mistake. 3: another process of this run was lost. 130: interrupted. Each but 0 prints one
-    line on standard error. Any other exception is a bug and keeps its traceback, after a hint if one is known.
+    0: done. 2: a user's mistake. 3: another process of this run was lost. 130: interrupted. Each status except 0
+    comes with one line on standard error. Any other exception is a bug and keeps its traceback,
+    after a hint if one is known.
 
     If standard output is closed or full, the command continues without it. Characters that a stream cannot encode
     are escaped.
@@ -109,7 +110,9 @@ def _lasting_streams() -> Iterator[None]:
     finally:
         out.flush()
         if out.failure and not isinstance(out.failure, BrokenPipeError):  # `... | head` is no failure
-            print(f"standard output could not be written ({out.failure}): its rest is lost", file=sys.stderr)
+            print(
+                f"standard output could not be written ({out.failure}): the rest of the output is lost", file=sys.stderr
+            )
         err.flush()
         sys.stdout, sys.stderr = before
 
@@ -166,7 +169,7 @@ class LastingStream:
             self._discard()
 
     def _discard(self) -> None:
-        """Send what is still buffered to the null device: Python writes it once more when it exits."""
+        """Send the buffered text to the null device, because Python writes the buffer again when it exits."""
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())

@@ -149,7 +149,7 @@ def _hub(name: str) -> Iterator[Iterable[str]]:
             yield [without_surrogates(row["text"])]
     except UserError:
         raise
-    except Exception as error:  # the hub's client raises many types, for a wrong name or no network
+    except Exception as error:  # the hub's client raises errors of many types for a wrong name or without a network
         raise UserError(f"{HUB_PREFIX}{name} cannot be loaded: {one_line(error)}") from None
 
 
@@ -170,7 +170,7 @@ def python_prose() -> Iterator[str]:
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer, *, limit: int) -> np.ndarray:
     """The first `limit` tokens of the documents, each followed by the end-of-text token if there is one; (N,) int32.
 
-    Documents are tokenized in pieces, with the tokens of the whole text (see `_pieces_of_tokens`).
+    Documents are tokenized in pieces; the tokens are those of the complete text (see `_pieces_of_tokens`).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[np.ndarray] = []
@@ -244,8 +244,8 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[in
 def first_token(tokenizer: Tokenizer, config: Mapping[str, Any] | None = None) -> int | None:
     """The token that a text must begin with; None if there is none.
 
-    That is the token which the tokenizer puts before a text when it adds special tokens. Gemma models have it in any
-    case, because they compute nonsense without it.
+    This is the token that the tokenizer puts before a text when it adds special tokens. Gemma models always have a
+    first token, because they compute nonsense without one.
     """
     plain, special = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
     if len(special) > len(plain) and special[1 : 1 + len(plain)] == plain:
@@ -265,17 +265,17 @@ def check_ids(ids: Sequence[int] | np.ndarray, config: Mapping[str, Any], name: 
         )
 
 
-# A cut in a document is safe if the tokens after it do not depend on the text before it, and the other way round.
+# A cut in a document is safe if the tokens on each side of it do not depend on the text on the other side.
 _OVERLAP = 2048  # characters that are tokenized twice to find a safe cut
 _SHIFTS = 16  # places that are tried: runs of one character or digit are tokenized in groups of up to this many
-_LONGEST = 1 << 24  # characters without a safe cut, after which a cut is made in any case
+_LONGEST = 1 << 24  # characters without a safe cut, after which a cut is made even if it is not safe
 
 
 def _pieces_of_tokens(document: Document, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """The tokens of a document, piece by piece.
 
     A piece ends where its tokens agree with those of a text that begins later. So the pieces are the tokens of the
-    whole document, for any tokenizer whose tokens depend on the text near them.
+    complete document, for any tokenizer whose tokens depend on the text near them.
     """
     text, skip, size = "", 0, PIECE  # the text that is left; the tokens of it that are done; when a cut is tried
     for part in _parts(document):
@@ -401,6 +401,6 @@ def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
 
 
 def split(tokens: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out): the last `held_out` tokens are held out, but never more than a fifth."""
+    """(training, held-out): the last `held_out` tokens are held out, but never more than a fifth of all tokens."""
     cut = len(tokens) - min(held_out, len(tokens) // 5)
     return tokens[:cut], tokens[cut:]

@@ -1,4 +1,4 @@
-"""The errors a user can cause or must know of, the exit statuses of commands, and remedies of known failures."""
+"""The errors that a user can cause or must see, the exit statuses of commands, and remedies of known failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WATCHDOG = (
 )
 _MEMORY = "out of memory: lower --seq-len, --batch-size or --workspace"
 
-# Part of a message of the platform -> what helps (from users' reports of mlx on Macs).
+# Part of an error message of the platform -> the remedy (from users' reports of mlx on Macs).
 REMEDIES: tuple[tuple[str, str], ...] = (
     ("Impacting Interactivity", _WATCHDOG),
     ("GPU Timeout", _WATCHDOG),

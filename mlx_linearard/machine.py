@@ -1,4 +1,4 @@
-"""What this machine is and how fast it is: sizes of a run depend on it, and results name it."""
+"""This machine and its speed: the sizes of a run depend on them, and results name the machine."""
 
 from __future__ import annotations
 

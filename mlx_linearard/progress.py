@@ -1,4 +1,4 @@
-"""What a long job prints while it runs."""
+"""The progress lines of a long job."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Progress:
     def update(self, job: str, text: str, done: int, total: int, *, before: int = 0) -> None:
         """Print `text` and the time left of a job that is at `done` of `total`.
 
-        before: how much of it was done before this process began. The time of a job counts from the last update of
-        another job, so that its first update has an estimate already.
+        before: the part of `done` that was done before this process began. The time of a job counts from the last
+        update of another job, so the first update already has an estimate.
         """
         now = time.monotonic()
         clock = self._clocks.get(job)

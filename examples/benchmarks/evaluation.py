@@ -1,9 +1,9 @@
-"""Time of the evaluation suites: multiple choice, last words, pass keys and RULER, whole or one sequence at a time.
+"""Time of the evaluation suites: multiple choice, last words, pass keys, RULER, in batches or one sequence at a time.
 
     python examples/benchmarks/evaluation.py --model DIR --items hellaswag.jsonl piqa.jsonl --text novels.jsonl
 
 Each line is one set of items, or one RULER task list at one length. Without --model it measures the default model.
-Lengths beyond the model's window are measured all the same: only the time counts. Writes a CSV named after the
+Lengths beyond the model's window are measured too, because only the time matters here. Writes a CSV named after the
 machine and the model.
 """
 
@@ -42,7 +42,7 @@ def suites(subject: Subject, given: argparse.Namespace) -> Iterator[Suite]:
 
 
 def measure(subject: Subject, suite: Suite) -> dict[str, object]:
-    """One line of the table. `prompts_seconds` is the time to make the prompts of passkey and ruler again, alone."""
+    """One line of the table. `prompts_seconds`: the time to make the prompts of passkey and ruler, alone."""
     mx.clear_cache()
     mx.reset_peak_memory()
     start = time.perf_counter()

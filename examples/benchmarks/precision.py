@@ -1,9 +1,9 @@
-"""How exact the relation loss and attention are: ours and the dense definitions against float64.
+"""How exact the relation loss and attention are: ours and the dense definitions, both compared with float64.
 
     python examples/benchmarks/precision.py --lengths 97 513 1000
 
 Errors are relative; the error of a gradient is that of its norm. CUDA and M5 compute float32 products as TF32
-unless MLX_ENABLE_TF32=0 is set before the start; the table names the setting.
+unless MLX_ENABLE_TF32=0 is set in the environment; the table names the setting.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time and peak memory of the relation loss and of attention, against the dense definitions.
+"""Time and peak memory of the relation loss and of attention, compared with the dense definitions.
 
     python examples/benchmarks/relation.py --lengths 512 1024 2048 --heads 2 --head-dim 64
 
@@ -167,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workspace", type=int, default=256, metavar="MIB", help="workspace in MiB")
     parser.add_argument("--longest-dense", type=int, default=8192, help="longest length for the dense rivals")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs up to 32768 tokens, one beyond; 0: the first"
+        "--repeats", type=int, default=3, help="timed runs up to 32768 tokens, one beyond; 0: only the first run"
     )
     parser.add_argument("--only", default="", help="measure only the functions with this text in their name")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -3,8 +3,8 @@
     python examples/study/study.py --model DIR --data train.jsonl.xz --valid-data valid.jsonl.xz --output study
 
 Each run is the command line's own: `distill --config examples/recipe.yaml` with the options of its row in study.yaml,
-then `evaluate --run` if suites are asked for. Runs that have ended are not repeated. `--parallel` runs several side by
-side on one device: the times of those say nothing.
+then `evaluate --run` if suites are asked for. Finished runs are not repeated. `--parallel` starts several runs at
+the same time on one device; their times are then not comparable.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def rows(names: list[str], output: Path) -> list[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity by length, KL, agreement, and every metric of every suite with its standard error."""
+    """Perplexity by length, KL, top-1 agreement, and every metric of every suite with its standard error."""
     found = {f"perplexity@{length}": value for length, value in row.get("perplexity", {}).items()}
     found |= {"kl": row.get("kl"), "agreement": row.get("agreement")}
     for suite, entry in row.items():
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--valid-data", required=True, help="held-out text")
     parser.add_argument("--output", required=True, help="a folder for the runs, their logs and study.csv")
     parser.add_argument("--study", default=str(HERE / "study.yaml"), help="the runs")
-    parser.add_argument("--only", help="some of the runs, with commas between them")
+    parser.add_argument("--only", help="names of the runs to make, separated by commas")
     parser.add_argument("--eval-lengths", default="2048,16384,32768")
     parser.add_argument("--suites", default="", help="suites of `evaluate` to run on every model, such as far,ruler")
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time")

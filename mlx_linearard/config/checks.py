@@ -1,4 +1,4 @@
-"""What the values of options must be. A check returns the complaint about a value, or None if it is right."""
+"""Checks of the values of options. A check returns the complaint about a value, or None if the value is valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST = 2**31 - 1  # of an integer option: mlx counts rows and columns in 32 b
 LARGEST_COUNT = 2**53  # of a number of tokens in a text, and of a seed
 LARGEST_FACTOR = 10**6
 
-Check = Callable[[Any], str | None]  # the complaint, or None if the value is right
+Check = Callable[[Any], str | None]  # the complaint, or None if the value is valid
 
 
 def positive(value: Any) -> str | None:
@@ -62,7 +62,7 @@ def relation_names(value: str) -> str | None:
 
 
 def objectives_of(compare: Any) -> tuple[str, ...]:
-    """The objectives of `--compare a,b`, or of that line of a config.yaml, in order; () if there is none."""
+    """The objectives of `--compare a,b`, or of `compare` in a config.yaml, in order; () if it is not set."""
     return tuple(filter(None, (part.strip() for part in str(compare or "").split(","))))
 
 
@@ -70,7 +70,7 @@ def several_objectives(value: str) -> str | None:
     names = [part.strip() for part in value.split(",")]
     if len(names) > 1 and len(set(names)) == len(names) and set(names) <= set(OBJECTIVES):
         return None
-    return f"must name two or more of {', '.join(OBJECTIVES)}, each once, with commas between them"
+    return f"must name two or more of {', '.join(OBJECTIVES)}, each once, separated by commas"
 
 
 def length_list(value: str) -> str | None:
@@ -88,7 +88,7 @@ def is_finite(value: Any) -> bool:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written to a file and name one."""
+    """Whether a text can be written to a file, and can be the name of a file."""
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:  # a byte of the command line that is not UTF-8

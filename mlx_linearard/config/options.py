@@ -62,7 +62,7 @@ def option(
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The options of `mlx_linearard.distill`. None means: chosen for the model, the data and the machine.
+    """The options of `mlx_linearard.distill`. None: the value is chosen for the model, the data and the machine.
 
     Raises UserError for a wrong value.
     """
@@ -157,7 +157,7 @@ class DistillConfig:
     )
     long_data: str | None = option(
         None,
-        "long text, in the forms of --data; by default --data, documents that are long enough first",
+        "long text, in the forms of --data; by default the text of --data, first the documents that are long enough",
         metavar="PATH_OR_DATASET",
         group="long text",
     )
@@ -212,7 +212,7 @@ class DistillConfig:
     save_every: int = option(50, "steps between checkpoints; 0 saves only the last", check=not_negative, metavar="N")
     eval_every: int = option(
         0,
-        "steps between evaluations on held-out text; 0 evaluates at the ends only",
+        "steps between evaluations on held-out text; 0 evaluates only at the start and at the end",
         check=not_negative,
         metavar="N",
     )
@@ -228,7 +228,9 @@ class DistillConfig:
         check=not_negative,
         metavar="N",
     )
-    keep_checkpoints: int = option(2, "how many checkpoints stay, besides the best one", check=positive, metavar="N")
+    keep_checkpoints: int = option(
+        2, "how many checkpoints are kept, besides the best one", check=positive, metavar="N"
+    )
     eval_tokens: int | None = option(
         None,
         "held-out tokens per length; by default at most 32768, so many that measuring takes about a quarter of the "
@@ -269,13 +271,13 @@ class DistillConfig:
             if (complaint := _complaint(item, value)) is not None:
                 raise UserError(f"--{flag(item.name)} {shortened(value)}: {complaint}")
         if self.steps is not None and self.tokens is not None:
-            raise UserError("--steps and --tokens say the same thing twice: give one of them")
+            raise UserError("--steps and --tokens both set the length of the training: give one of them")
         if self.patience and not self.eval_every:
             raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
         if self.compare and self.objective != "relation":
-            raise UserError("--compare and --objective both say what is distilled: give one of them")
+            raise UserError("--compare and --objective both choose the loss: give one of them")
         if not self.long_weight and (self.long_seq_len or self.long_data):
-            raise UserError("--long-seq-len and --long-data belong to the long part: give --long-weight as well")
+            raise UserError("--long-seq-len and --long-data need --long-weight: give it as well")
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 

@@ -1,4 +1,4 @@
-"""Options in a YAML file: read with checked names and types, and written so that they read back to the same."""
+"""Options in a YAML file: read with checked names and types, and written so that reading gives the same options."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _number(value: int | str) -> Any:
 
 
 def to_yaml(config: DistillConfig) -> str:
-    """The configuration as a YAML file that `--config` reads back to the same."""
+    """The configuration as a YAML file from which `--config` reads the same options."""
     body = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     for passing in ("resume", "overwrite", "dry_run", "force"):
         body.pop(passing)

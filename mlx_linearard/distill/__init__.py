@@ -1,4 +1,4 @@
-"""The main job: extend the window, train what that costs back, write the model. Also `mlx_linearard.distill(...)`."""
+"""The main job: extend the window, restore what that costs, write the model. Also `mlx_linearard.distill(...)`."""
 
 from ..lazy import make_callable
 

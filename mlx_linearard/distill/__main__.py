@@ -25,7 +25,7 @@ DESCRIPTION = (
     "Without any option it runs a real demonstration sized to this machine. Several processes share a run that "
     "mlx.launch starts: `mlx.launch -n 2 -- python -m mlx_linearard.distill ...` on one machine, or "
     "`mlx.launch --hostfile hosts.json -- ...` on several. Each process makes its part of every step's --grad-accum "
-    "times --batch-size blocks, the result is that of one process, and only the first process writes."
+    "times --batch-size blocks, the result is the same as with one process, and only the first process writes files."
 )
 
 # ---------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Printer(Listener):
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows of a results.json, by model, as the table that the README shows."""
+    """The rows of a results.json, by model, as a table of text, like the one in the README."""
     lengths = list(rows["scaled"]["perplexity"])
     heads = ["", *(f"perplexity @{n}" for n in lengths), "KL to native", "top-1 agreement"]
     cells = [heads]

@@ -1,4 +1,4 @@
-"""Which state of a run is the best one, by its evaluations on held-out text."""
+"""Finds the best state of a run, by its evaluations on held-out text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .step import Best, TrainState
 def reference_length(lengths: Iterable[int], native_window: int) -> int:
     """The length, in tokens, at which states are compared: the longest within the native window, else the shortest.
 
-    Beyond its native window the teacher is no reference.
+    Beyond its native window the teacher is not a valid reference.
     """
     ordered = sorted(lengths)
     return max((n for n in ordered if n <= native_window), default=ordered[0])
@@ -28,7 +28,7 @@ def score(row: Fidelity, objective: str, length: int) -> float:
 
 
 def judge(state: TrainState, value: float, text: str) -> bool:
-    """Record the score of the present state; whether it is the best so far.
+    """Record the score of the present state; return whether it is the best so far.
 
     Args:
         value: the score; lower is better.

@@ -67,10 +67,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: TrainState, identity: dict[str, Any], kept: int = KEPT) -> Path:
-    """Write the checkpoint of `state` into `folder`; the newest `kept` checkpoints and the best one stay.
+    """Write the checkpoint of `state` into `folder`; the newest `kept` checkpoints and the best one are kept.
 
     Args:
-        identity: what the run is (model, data, options); `load` refuses a checkpoint of another run.
+        identity: the facts that identify the run (model, data, options); `load` refuses a checkpoint of another run.
     Returns:
         The checkpoint's directory.
     Raises:
@@ -143,7 +143,7 @@ def load_newest(folder: Path, state: TrainState, identity: dict[str, Any]) -> li
     if damaged:
         newest = next(iter(damaged.values()))
         raise UserError(
-            f"--resume: no checkpoint in {folder} is undamaged ({newest}): restore one from a copy, or start again "
+            f"--resume: every checkpoint in {folder} is damaged ({newest}): restore one from a copy, or start again "
             "with --overwrite"
         )
     return []
@@ -162,7 +162,7 @@ def load(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
 
     Raises:
         DamagedCheckpoint: a file is missing, unreadable or changed.
-        UserError: it belongs to another run; the message names the differences.
+        UserError: the checkpoint belongs to another run; the message names the differences.
     """
     facts = read_facts(path)
     saved = facts["identity"]
@@ -277,7 +277,7 @@ def _from(arrays: Any, like: Any, name: str) -> Any:
 
 
 def send_state(state: TrainState, ranks: Ranks) -> None:
-    """Make the state of every rank equal to the first one's, bit for bit; the best evaluation stays with the first."""
+    """Make the state of every rank equal to the first rank's, bit for bit, but only it has the best evaluation."""
     two = state.good.parameters is not state.parameters
     facts: dict[str, Any] = ranks.from_first({"step": state.step, "guard": state.guard.as_json(), "two": two})
     one = {"parameters": state.parameters, "optimizer": state.optimizer.state}

@@ -206,7 +206,7 @@ class Manifest:
 
 
 def read_manifest(place: RunDir, config: DistillConfig) -> Manifest:
-    """The manifest of the comparison in `place`; UserError if `config` asks for another comparison."""
+    """The manifest of the comparison in `place`; UserError if the options of `config` do not fit it."""
     manifest = Manifest.read(place.comparison)
     options = dataclasses.asdict(manifest.with_sizes(config))
     manifest.check({name: options[name] for name in options.keys() - FREE_ON_RESUME - {"objective"}})
@@ -243,7 +243,7 @@ def new_comparison(config: DistillConfig, place: RunDir, manifest: Manifest) -> 
 
 
 def write_config(place: RunDir, config: DistillConfig, model: str | None = None) -> None:
-    """config.yaml: the options with all sizes, and the model's path (by default the one that is there)."""
+    """Write config.yaml: the options with all sizes, and the model's path (by default the path in the file)."""
     if model is None and place.config.exists():
         model = read_yaml(place.config).get("model")
     write_text(place.config, to_yaml(dataclasses.replace(config, model=model)))

@@ -1,11 +1,11 @@
-"""The guard: which updates are not made, how far the learning rate is lowered, and when a run has to stop.
+"""The guard: decides which updates are skipped, how far the learning rate is lowered, and when a run stops.
 
 A step is bad if its loss or gradient is not finite, or its loss is above the bound:
 
     bound = RATIO x the lowest median so far of the last RECENT good losses
 
 The median ignores single outliers. Its lowest value detects a slow climb, which the median alone would follow.
-(Of 60 steps of a single block of 128 tokens, the noisiest kind, none was above 2.0 times that value.)
+(Of 60 steps of a single block of 128 tokens, the noisiest kind, none was above 2.0 times this lowest median.)
 
 A bad step makes no update, and it multiplies the learning rate by BACKOFF. A loss above the bound means that the
 weights are bad already, and so does a second bad step in a row: the weights and the optimizer then return to
@@ -32,7 +32,7 @@ LIMIT = 8
 
 @dataclass
 class Guard:
-    """The guard's memory. Checkpoints contain it, so a resumed run decides as an uninterrupted one."""
+    """The state of the guard. Checkpoints contain it, so a resumed run decides like an uninterrupted one."""
 
     recent: list[float] = field(default_factory=list)  # good losses in nats, the newest last
     lowest: float = 0.0  # the lowest median so far; without meaning before the first good loss
@@ -71,7 +71,7 @@ class Guard:
             self.lowered, self.quiet = self.lowered - 1, 0
 
     def reject(self, loss: float) -> bool:
-        """Record the loss of a bad step; whether the weights have to return to those of the last good loss."""
+        """Record the loss of a bad step; return whether the weights must return to those of the last good loss."""
         back = self.suspect or (math.isfinite(loss) and loss > self.bound)
         self.exhausted = self.lowered >= LIMIT
         self.lowered = min(LIMIT, self.lowered + 1)

@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP as a request to stop between two steps; a second one stops at once.
 
 SIGHUP comes when a terminal is closed or an ssh connection is lost. A process that was started with `nohup` ignores
-it, and continues to do so.
+SIGHUP, and this module does not change that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The long part of a step: next-token cross-entropy on text that is longer than the native window.
 
 Short text restores what scaling cost within the native window; it does not teach the student to use the new one.
-One block of long text in the same optimizer step does. The teacher does not read it: it has no reference there.
+One block of long text in the same optimizer step does. The teacher does not read this block, because its
+predictions beyond its native window are no reference.
 """
 
 from __future__ import annotations

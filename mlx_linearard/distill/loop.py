@@ -20,9 +20,9 @@ from .step import StepRecord, TrainState, train
 
 
 def train_run(job: Job, state: TrainState, scaled: Fidelity | None, listener: Listener) -> None:
-    """Train until the last step; `state` is then the last one, and checkpoints hold it and the best one.
+    """Train until the last step. Then `state` is the last state, and checkpoints hold the last and the best state.
 
-    All ranks train. Only the first one logs, evaluates and saves, so only it needs `scaled`, the row of the start.
+    All ranks train. Only the first rank logs, evaluates and saves, and needs `scaled`, the row of the start.
 
     Raises:
         KeyboardInterrupt: a signal asked a rank to stop; the state is saved.
@@ -134,7 +134,7 @@ def _is_multiple(step: int, every: int) -> bool:
 
 
 def ensure_best(job: Job, state: TrainState, scaled: Fidelity | None) -> None:
-    """Make sure that there is a best state on the present held-out text: at first the state as it is."""
+    """If there is no best state on the present held-out text, make the present state the best one."""
     if state.best is None or state.best.text != job.compared_on:
         state.best = None
         assert scaled is not None
@@ -142,7 +142,7 @@ def ensure_best(job: Job, state: TrainState, scaled: Fidelity | None) -> None:
 
 
 def evaluate_if_due(job: Job, state: TrainState, listener: Listener) -> bool:
-    """Evaluate the state if --eval-every asks for it, and log the row. Whether it is the best state so far."""
+    """Evaluate the state if --eval-every asks for it, and log the row; return whether the state is the best so far."""
     assert state.best is not None
     if not _is_multiple(state.step, job.config.eval_every) or state.best.evaluated == state.step:
         return False
@@ -166,7 +166,7 @@ def save_if_due(job: Job, state: TrainState, *, improved: bool) -> None:
 
 
 def out_of_patience(job: Job, state: TrainState, listener: Listener) -> bool:
-    """Whether --patience ends the run here; only the first rank knows, and reports it."""
+    """Whether --patience ends the run here; the first rank decides, and reports it."""
     if not job.ranks.leads or not job.config.patience:
         return False
     assert state.best is not None

@@ -51,7 +51,7 @@ class Step:
     grad_accum: int
     workspace: int  # bytes
     gpu: bool
-    fused: bool | None = None  # whether mlx's attention runs under a gradient; None: what is known without a probe
+    fused: bool | None = None  # whether mlx's attention runs under a gradient; None: the default, without a probe
 
     @property
     def tokens(self) -> int:
@@ -112,7 +112,7 @@ def _backward(step: Step) -> Iterator[MemoryPlan]:
     """The moments before the update.
 
     Gradients appear from the last layer to the first, while hidden states are released: the larger of the two
-    counts. The adapters exist twice (now, and before the last update, to which the guard may return), and so do the
+    is counted. The adapters exist twice (now, and before the last update, to which the guard may return), and so do the
     optimizer's moments. With gradient accumulation the running sum is another copy.
     """
     kept = step.layers * step.tokens * step.shape.width + step.supervised * step.tokens * step.related

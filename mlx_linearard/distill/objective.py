@@ -40,7 +40,7 @@ class Objective:
     logits_weight: float = 0.0
     ce_weight: float = 0.0
     workspace_bytes: int = 256 << 20
-    attention: Choice | None = None  # which attention runs under a gradient; None: what is known without a probe
+    attention: Choice | None = None  # which attention runs under a gradient; None: the default, without a probe
 
     @property
     def needs_logits(self) -> bool:
@@ -190,14 +190,14 @@ class _PairedLayer:
         if not self.supervised:
             return [next_t, next_s, mx.array(0.0)]
         losses, gradients = self._relations(qkv_s, qkv_t, scale_t)
-        if self.stops:  # all outputs of a custom function are evaluated, so none may cost unused work
+        if self.stops:  # all outputs of a custom function are evaluated, so no output may need work that nobody uses
             next_t, next_s = hidden_t, hidden_s
         return [next_t, next_s, losses, *gradients]
 
     def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
         losses, gradients = list[mx.array](), list[mx.array]()
         for student, teacher in zip(qkv_s, qkv_t, strict=True):
-            # One relation after the other, or their tiles would be in memory at once.
+            # One relation after another: otherwise their tiles would be in memory at the same time.
             student, teacher = in_order([student, teacher], [*losses[-1:], *gradients[-1:]])
             loss, gradient = relation_kl_with_grad(
                 student,
@@ -274,7 +274,7 @@ class _PairedLayer:
         hidden_t, hidden_s, *leaves = primals
         _, ct_hidden, ct_losses, *_ = cotangents
         ct_qkv = [g * ct_losses[i].astype(g.dtype) for i, g in enumerate(outputs[3:])]
-        # Recompute only when the gradient has arrived, or the recomputed layers would all be in memory at once.
+        # Recompute only when the gradient has arrived: otherwise all recomputed layers would be in memory at once.
         hidden_s, *leaves = mx.depends([hidden_s, *leaves], [ct_hidden, *ct_qkv])
         half: Callable[..., list[mx.array]] = partial(self._student, names)
         if self.stops:  # the loss does not depend on anything after q, k, v

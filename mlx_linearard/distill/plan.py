@@ -96,14 +96,14 @@ class Sizing:
 def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ranks: Ranks = ALONE) -> Sizing:
     """Choose the sizes that the configuration leaves open, and check the others against the native window.
 
-    `ranks` share the steps; only the first of them evaluates.
+    `ranks` share the steps; only the first rank evaluates.
     """
     native_window = rope.native_window(native)
     demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
     seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
     if seq_len > native_window:
         raise UserError(
-            f"--seq-len {seq_len} is above the native window of {native_window} tokens, where the teacher is "
+            f"--seq-len {seq_len} is above the native window of {native_window} tokens, beyond which the teacher is "
             f"no reference: give at most {native_window}"
         )
     accum = config.grad_accum or (demo.grad_accum if demo else max(1, STEP_TOKENS // (seq_len * config.batch_size)))
@@ -179,8 +179,8 @@ class Plan:
     machine: Machine
     sizing: Sizing
     step: Step  # the sizes of a step that decide its memory, for one rank
-    long_step: Step | None  # the same of its long part, if it has one
-    attention: Choice | None = None  # which attention runs under a gradient; None: what is known without a probe
+    long_step: Step | None  # the same sizes of the long part of a step; None without a long part
+    attention: Choice | None = None  # which attention runs under a gradient; None: the default, without a probe
 
     @property
     def run(self) -> RunDir:
@@ -207,7 +207,7 @@ class Plan:
         raise UserError(
             f"this run needs about {self.memory.total / 1e9:.2f} GB and this machine has "
             f"{self.machine.usable / 1e9:.2f}: {advice or 'no flag makes it fit, use a smaller model'} "
-            "(--force runs it nevertheless)"
+            "(--force runs it anyway)"
         )
 
     def _advice(self) -> Iterator[str]:
@@ -290,7 +290,7 @@ def plan_run(
     """The plan of a run on `machine`. With several `ranks`, the memory is one rank's: its share of a step.
 
     Args:
-        attention: which attention runs under a gradient; None: what is known without a probe.
+        attention: which attention runs under a gradient; None: the default, without a probe.
     """
     dtype = working_dtype(config)
     sizing = size_run(config, inspected.checked.config, machine, ranks)

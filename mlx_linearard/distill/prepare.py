@@ -104,7 +104,7 @@ class Job:
     schedule: Schedule
     text: Text
     blocks: Blocks
-    identity: dict[str, Any]  # what a checkpoint must agree on
+    identity: dict[str, Any]  # the facts that a checkpoint must have in common with this run
     ranks: Ranks = ALONE
     long: LongPart | None = None
     _saving: threading.Lock = field(default_factory=threading.Lock)
@@ -124,7 +124,7 @@ class Job:
 
     @property
     def measured_on(self) -> str:
-        """A hash of the weights, the scaling and the held-out windows: rows of another one are not comparable."""
+        """A hash of the weights, the scaling and the held-out windows: rows of different hashes are not comparable."""
         scaling = [self.identity[name] for name in ("model", "method", "factor", "yarn_beta_fast", "yarn_beta_slow")]
         return f"{hash_of(*self.text.held_out.values())}-{hashlib.sha256(repr(scaling).encode()).hexdigest()[:16]}"
 
@@ -134,7 +134,7 @@ class Job:
         return hash_of(self.text.held_out[self.reference])
 
     def score(self, row: Fidelity) -> float:
-        """One number for a student's row; lower is better."""
+        """The score of a student's row, in nats; lower is better (see `best.score`)."""
         return score(row, self.config.objective, self.reference)
 
     def measure(self, state: TrainState) -> Fidelity:
@@ -158,7 +158,7 @@ class Job:
         return checkpoint.path_of(self.run.checkpoints, step).exists()
 
     def how_to_continue(self) -> str:
-        """How a user continues this run after a process of it is lost."""
+        """How a user continues this run after one of its processes is lost."""
         again = "continue with the same command and --resume"
         if saved := checkpoint.list_checkpoints(self.run.checkpoints):
             return f"the state after step {checkpoint.step_of(saved[-1])} is in {saved[-1]}: {again}"
@@ -252,7 +252,7 @@ def load(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = ALONE, 
         text: the tokens of an earlier job with the same options, which saves reading them again.
 
     Raises:
-        UserError: the weights or the text are wrong, or this rank would train something else than the first.
+        UserError: the weights or the text are wrong, or this rank would not train the same as the first rank.
     """
     listener = listener or Listener()
     with ranks.meeting():
@@ -281,7 +281,7 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
     share = ranks.share(sizing.grad_accum, sizing.batch_size)
     if share.parts > 1:
         if config.long_weight and config.lora_dropout:
-            raise UserError("--long-weight with --lora-dropout needs whole batches per process: raise --grad-accum")
+            raise UserError("--long-weight with --lora-dropout needs complete batches per process: raise --grad-accum")
         drop_rows(pair.student, share.part, share.parts)
     text = text or read_text(plan, pair.tokenizer, listener)
     return Job(
@@ -313,17 +313,17 @@ def _schedule(config: DistillConfig, sizing: Sizing) -> Schedule:
 
 
 def _check_identity(job: Job, first: dict[str, Any]) -> None:
-    """UserError if this rank would train something else than the first."""
+    """UserError if this rank would not train the same as the first rank."""
     own = json.loads(json.dumps(job.identity))
     if different := checkpoint.differences(first, own, first.keys() | own.keys()):
         raise UserError(
-            f"process {job.ranks.rank} would train something else than the first one: {different}; give all "
+            f"process {job.ranks.rank} would not train the same as the first process: {different}; give all "
             "processes the same files"
         )
 
 
 def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> dict[str, Any]:
-    """The facts that a checkpoint must agree on to be resumed by this run."""
+    """The facts that a checkpoint must have in common with this run, so that the run can resume from it."""
     fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
     return {
         **fixed,

@@ -48,8 +48,8 @@ class Result:
     export: Verified
     seconds: float
     exported_step: int  # the step whose state is `restored`; 0 is the start
-    steps: int  # that were made
-    skipped: int  # of them, by the guard
+    steps: int  # finished steps, skipped ones included
+    skipped: int  # steps for which the guard made no update
 
 
 def distill(config: DistillConfig, listener: Listener | None = None, ranks: Ranks | None = None) -> Result | None:
@@ -121,7 +121,7 @@ def open_run(job: Job) -> Iterator[None]:
 
 
 def resume(job: Job, state: TrainState, listener: Listener) -> None:
-    """With --resume, load the newest undamaged checkpoint; a run that was stopped before its first starts again."""
+    """With --resume, load the newest undamaged checkpoint; a run without a checkpoint starts again."""
     sweep(job.run.checkpoints)
     if not job.config.resume or not checkpoint.list_checkpoints(job.run.checkpoints):
         return
@@ -140,7 +140,7 @@ def clear(job: Job, state: TrainState) -> None:
             file.write_text(to_yaml(_resolved(job)), encoding="utf-8")
         run.checkpoints.mkdir(exist_ok=True)
         sweep(run.root)
-        if read_before(job.run, job.measured_on) is None:  # their rows are of other weights or another text
+        if read_before(job.run, job.measured_on) is None:  # the rows belong to other weights or to another text
             for file in (run.evaluations, run.results, run.report, run.report_markdown):
                 file.unlink(missing_ok=True)
         for lines in (run.metrics, run.evaluations):
@@ -149,7 +149,7 @@ def clear(job: Job, state: TrainState) -> None:
 
 
 def remove_run(run: RunDir) -> None:
-    """Remove what an earlier run wrote, by name, its models first: they must not look like the new run's."""
+    """Remove the files of an earlier run, by name, its models first: they must not look like the new run's models."""
     for folder in (run.model, run.adapters, run.base, run.items, *checkpoint.list_all(run.checkpoints)):
         if folder.is_symlink():
             folder.unlink()
@@ -201,7 +201,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
 def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
     """The rows of native and scaled before training (the adapters add nothing yet).
 
-    A resumed run reads them from its files if they are of the same weights and held-out text.
+    A resumed run reads the rows from its files if the weights and the held-out text are the same.
 
     Raises:
         UserError: a number is not finite.
@@ -295,7 +295,7 @@ def measure_restored(job: Job, listener: Listener) -> Fidelity:
 
 
 def export(job: Job, listener: Listener) -> Verified:
-    """Write adapters and fused model, then load the model as mlx-lm does and compare; a difference is only noted."""
+    """Write adapters and fused model, then load the model as mlx-lm does and compare; return how far they differ."""
     run, pair = job.run, job.pair
     listener.say("exporting")
     sample = next(iter(job.text.held_out.values()))[0][:VERIFY_TOKENS]

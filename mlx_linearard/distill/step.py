@@ -30,7 +30,7 @@ _LONG_SEEDS = 1 << 31  # the dropout of long blocks draws from seeds that no sho
 
 @dataclass(frozen=True)
 class Schedule:
-    """Sizes and rates: everything that a step needs beside the models, the loss and the data."""
+    """Sizes and rates: everything that a step needs, except the models, the loss and the data."""
 
     steps: int
     batch_size: int
@@ -61,9 +61,9 @@ class Snapshot:
 class Best:
     """The best evaluation so far."""
 
-    step: int  # after which it was made
+    step: int  # the step after which it was made
     score: float  # lower is better
-    misses: int  # evaluations since then, none of which was better
+    misses: int  # evaluations since this step, none of which was better
     evaluated: int  # the step of the last evaluation: a resumed run repeats none
     text: str  # a hash of the windows that were evaluated
 
@@ -126,10 +126,13 @@ class StepRecord:
     seconds: float
     peak_memory: int  # bytes, of mlx
     skipped: str | None = None  # the guard's reason for making no update
-    rate_factor: float = 1.0  # by which the guard multiplies the learning rate of the next step
+    rate_factor: float = 1.0  # the guard's factor of the learning rate of the next step
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON object. Numbers that are not finite are null; `skipped` and `rate_factor` appear if needed."""
+        """A JSON object. Numbers that are not finite are null.
+
+        `skipped` and `rate_factor` are present only if the guard skipped the step or keeps the rate lowered.
+        """
         numbers = {"loss": self.loss, **self.parts, "grad_norm": self.grad_norm}
         guarded = {"skipped": self.skipped} if self.skipped else {}
         return {
@@ -167,7 +170,7 @@ def train_step(
         LostProcess: another rank has ended; the state is unchanged.
     """
     started = time.perf_counter()
-    pair.set_parameters(state.parameters)  # or the arrays that they were loaded with would stay in memory
+    pair.set_parameters(state.parameters)  # otherwise the arrays from loading would stay in memory
     mx.reset_peak_memory()
     sums = _accumulate(pair, objective, schedule, state, batches, share)
     if long:

@@ -1,4 +1,4 @@
-"""The time of a run before it starts, and how much held-out text is worth measuring in that time.
+"""Estimates the time of a run before it starts, and chooses how much held-out text is measured in that time.
 
 The unit of work is one pass of a token through the model. Its time follows from the counts of multiplications and,
 on a CPU, exponentials, and from the machine's measured speed. Estimates are within a factor of two on an idle
@@ -86,8 +86,9 @@ class Clock:
     def measuring(self, tokens: int, lengths: Sequence[int], reference: int, evaluations: int) -> float:
         """Seconds of all measurements of `tokens` held-out tokens per length.
 
-        At the start both models read every length. At the end the student does, and the teacher reads the windows of
-        `reference` tokens, on which the two are compared. So do `evaluations` in between.
+        At the start both models read every length. At the end the student reads every length again, and the teacher
+        reads the windows of `reference` tokens, on which the two are compared. In each of the `evaluations` in between
+        both read these windows.
         """
 
         def one_pass(length: int) -> float:
@@ -121,11 +122,11 @@ def held_out_windows(tokens: int, length: int) -> int:
 def choose_eval_tokens(training: float, measuring: Callable[[int], float], window: int) -> int:
     """The held-out tokens per length, a multiple of `window` tokens, that suit `training` seconds.
 
-    Measuring takes at most MEASURING_SHARE of the training time. FEWEST_WINDOWS windows are measured if that is not
-    longer than training, and always one.
+    Measuring takes at most MEASURING_SHARE of the training time. FEWEST_WINDOWS windows are measured even if this
+    takes a larger share, as long as it is not longer than training. At least one window is always measured.
 
     Args:
-        measuring: the seconds of all measurements of so many tokens per length.
+        measuring: a function from held-out tokens per length to the seconds of all measurements.
         window: the length of the windows on which the models are compared, in tokens.
     """
 

@@ -1,4 +1,4 @@
-"""The processes that share a run, and what they exchange. A run of one process exchanges nothing.
+"""The processes that share a run, and the messages that they exchange. A run of one process exchanges nothing.
 
 `mlx.launch` starts the same command several times; each process is a rank of one group. The ranks divide the
 blocks of a step and average their gradients and losses, so every rank makes the same update of the same state.
@@ -88,7 +88,7 @@ class Ranks:
         return self.size if mx.cuda.is_available() else len(set(self.hosts))
 
     def share(self, grad_accum: int, batch_size: int) -> Share:
-        """This rank's part of a step: whole forward passes if they divide evenly, else also rows of a batch.
+        """This rank's part of a step: complete forward passes if they divide evenly, else also some rows of batches.
 
         All parts are equal in size, so the mean over a step is the mean of the ranks' means.
 
@@ -192,7 +192,7 @@ class Ranks:
 
         Raises:
             UserError, SystemExit: `error`, if this is the first rank that has one.
-            EndedByAnother: an earlier rank has an error, or another one has and this one has none.
+            EndedByAnother: an earlier rank has an error, or a later rank has one and this rank has none.
         """
         mine = {"value": value} if error is None else {"status": _status(error)}
         messages = [json.loads(text) for text in self._gather_texts(json.dumps(mine))]
@@ -223,7 +223,7 @@ class Ranks:
     def on_loss(self, advice: Callable[[], str], save: Callable[[], object] = lambda: None) -> Iterator[None]:
         """While the block runs: if a rank is lost, `save` saves the run, and `advice` says how to continue it.
 
-        Another thread calls both, while this one may be anywhere in the block.
+        Another thread calls both functions, while this thread may be at any place in the block.
         """
         if self.watch is None:
             yield
@@ -277,7 +277,7 @@ def _launched_rank() -> int | None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The group of processes that a launcher started, ALONE without one; the block's end leaves the group.
+    """The group of processes that a launcher started, or ALONE; this process leaves the group when the block ends.
 
     Inside the block only the first rank's standard output is printed. SIGTERM, which mlx.launch sends when a rank
     has ended, ends this process in less than half a minute. The block's exceptions pass through, except that an

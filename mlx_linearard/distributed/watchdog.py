@@ -25,7 +25,7 @@ from ..errors import INTERRUPTED_STATUS, LOST_STATUS, LostProcess, error_line
 GRACE = 10.0  # for the main thread to leave after SIGTERM
 SAVING = 8.0  # for the save after the loss of a process
 PATIENCE = 12.0  # for the first rank of a machine to report, before another one does
-LAST = 26  # from the end of the work until SIGALRM ends the process
+LAST = 26  # from the end of the work to SIGALRM, which ends the process
 SECOND_CTRL_C = 2.0  # from a second Ctrl-C until the process ends
 TICK = 0.1  # between two looks at the witness
 
@@ -69,7 +69,7 @@ class Witness:
             Path(self.path).unlink(missing_ok=True)
 
     def claim_report(self) -> bool:
-        """Whether this rank has to print the reason: the first rank does, or another one if the first is gone."""
+        """Whether this rank has to print the reason: the first rank does, or another one if the first has ended."""
         if self.handle is None:
             return True
         end = time.monotonic() + PATIENCE
@@ -114,7 +114,7 @@ class Watch:
 
     @contextlib.contextmanager
     def rescuing(self, rescue: Rescue) -> Iterator[None]:
-        """Use this rescue while the block runs; if the block ends with LostProcess, carry it out."""
+        """Use this rescue while the block runs; if the block ends with LostProcess, run the rescue."""
         before, self._rescue = self._rescue, rescue
         try:
             yield
@@ -127,14 +127,14 @@ class Watch:
             self._rescue = before
 
     def rescue(self) -> str:
-        """Save the run, for at most SAVING seconds; returns how to continue it."""
+        """Save the run, for at most SAVING seconds; return how to continue it."""
         saver = threading.Thread(target=self._save, daemon=True)
         saver.start()
         saver.join(SAVING)
         return self._rescue.advice()
 
     def _save(self) -> None:
-        with contextlib.suppress(Exception):  # the advice then names the checkpoint before
+        with contextlib.suppress(Exception):  # the advice then names the previous checkpoint
             self._rescue.save()
 
     def leave(self) -> None:

@@ -1,4 +1,4 @@
-"""Command: prints what this machine is, how fast it is, and whether the loss is exact on it; or a benchmark of it."""
+"""Command: prints what this machine is, how fast it is, and whether the loss is exact on it; or runs a benchmark."""
 
 from __future__ import annotations
 

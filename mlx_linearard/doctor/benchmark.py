@@ -1,7 +1,7 @@
 """The benchmark of a machine: the relation loss and the training step, in about five minutes.
 
-The loss is measured with the sizes that docs/measured.md has for other machines. The step trains the model of the
-demonstration. What would take too long on this machine is skipped, and a note says so.
+The loss is measured with the same sizes as for the other machines in docs/measured.md. The step trains the model of the
+demonstration. A measurement that would take too long on this machine is skipped, with a note.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def benchmark(
     Args:
         facts: what `examine` returns, for the file.
         model: the directory of the demonstration's model.
-        say: gets a line per figure.
+        say: called with one line per figure.
     """
     start = time.monotonic()
     loss = _said(loss_rows(LossCase.of(machine.gpu), loss_lengths, LOSS_SHARE * seconds), say)
@@ -85,7 +85,7 @@ def benchmark(
 
 
 def _said(rows: Iterator[dict[str, Any]], say: Say) -> list[dict[str, Any]]:
-    """The rows as a list; each is reported when it is there."""
+    """The rows as a list; each is reported as soon as it is measured."""
     found = []
     for row in rows:
         found.append(row)

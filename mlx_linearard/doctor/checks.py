@@ -46,7 +46,7 @@ def examine(machine: Machine) -> dict[str, Any]:
 
 
 def _cache() -> Path | UserError:
-    """The cache folder, or why there is none."""
+    """The cache folder, or the error if there is none."""
     try:
         return cache_directory()
     except UserError as error:

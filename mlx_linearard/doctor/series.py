@@ -1,9 +1,9 @@
 """Speed and peak memory of a training step against length, beside mlx-lm's own LoRA training.
 
 `last` and `all` match the relations of the last layer or of all layers; `logits`, `relation+logits` and `ce` are
-the other objectives. `mlx-lm` is the training loop of mlx_lm.lora with
---grad-checkpoint: the same adapters, model, length and optimizer, on the next-token loss. Each series runs in a
-process of its own, so that none sees another's memory and a slow one can be ended.
+the other objectives. `mlx-lm` is the training loop of mlx_lm.lora with --grad-checkpoint: the same adapters, model,
+length and optimizer, on the next-token loss. Each series runs in its own process, so that no series counts the
+memory of another, and a slow series can be ended.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Measure = Callable[[int], tuple[int, float]]  # length -> (peak bytes, tokens pe
 
 @dataclass(frozen=True)
 class Work:
-    """What one series measures."""
+    """The settings of one series."""
 
     series: str
     model: str  # a model directory

@@ -45,7 +45,7 @@ data:
   Text is a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME.
   --data FILE is for every suite without data of its own; --data choice=FILE.jsonl is for one suite. Both may be
   given several times. choice and lambada also take named sets, such as hf:hellaswag (extra `datasets`).
-  A model whose tokenizer begins a text with a first token (<s>, <bos>) reads it before each window and prompt.
+  If a model's tokenizer puts a first token (<s>, <bos>) before a text, each window and prompt begins with it.
   --data qa_1=QUESTIONS.jsonl,DOCUMENTS.jsonl: questions {query, outputs, doc or docs}, documents {doc, text}.
 
 examples:
@@ -54,8 +54,8 @@ examples:
 
 A stopped evaluation resumes when run again with the same options. Further lengths, depths, samples and tasks add to
 the earlier ones. Models that are measured one at a time, on the same text and into the same results file, are
-compared too. What another results file in the same folder has of a model is not measured again, if text, options and
-dtype are the same. lm-evaluation-harness runs on any of these directories as well:
+compared too. Items of a model that another results file in the same folder already has are not measured again, if
+text, options and dtype are the same. lm-evaluation-harness runs on any of these directories as well:
 mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 

@@ -1,9 +1,9 @@
-"""The suites as functions of a model and data, and what makes a suite from data.
+"""The suites as functions of a model and data, and the functions that make a suite from data.
 
 Each function returns the suite's entry of results.json. `model` is a directory, a hub repository, or a loaded
 `Subject`. `data` is text in any form that `--data` takes, one source or several; items are objects or a source of
-them. All functions raise UserError for a user's mistake: missing data, an item without `gold`, a length that does not
-fit.
+objects. All functions raise UserError for a user's mistake: missing data, an item without `gold`, a length that does
+not fit.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def perplexity_suite(
 def fidelity_suite(
     reference: Subject, directory: Directory, data: Sources, *, lengths: Sequence[int] = (), tokens: int = TOKENS
 ) -> FidelityToReference:
-    """Suite `fidelity`, at those of `lengths` that fit the window of `reference`."""
+    """Suite `fidelity` at `lengths`, without the lengths that exceed the window of `reference`."""
     window = reference.directory.window
     asked = _lengths(lengths, reference.directory, SHORT)
     fitting = tuple(length for length in asked if length <= window) or asked[:1]

@@ -83,7 +83,7 @@ def _answers(passes: Passes, batch: list[Prompt], cache: list[Any], ends: set[in
             if not answers[row].finished:
                 answers[row].add(token, ends)
         open_rows = [i for i, row in enumerate(rows) if not answers[row].finished]
-        if 0 < len(open_rows) <= len(rows) // 2:  # finished ones are computed along until they are half of the batch
+        if 0 < len(open_rows) <= len(rows) // 2:  # finished answers stay in the batch until they are half of it
             for layer in cache:
                 layer.filter(open_rows)
             rows, last = [rows[i] for i in open_rows], [last[i] for i in open_rows]

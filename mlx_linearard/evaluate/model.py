@@ -37,7 +37,7 @@ CHUNK, GPU_CHUNK = 512, 4096  # tokens per forward pass: enough to fill the devi
 ROWS, GPU_ROWS = 64, 256  # sequences measured together at most
 BATCH, GPU_BATCH = 8192, 1 << 20  # tokens of prompts that are read together: what an interruption loses on a CPU
 CACHE_SHARE = 0.25  # of the machine's memory, for the KV caches of prompts that are read together
-PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # shows that two tokenizers differ
+PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # tokenizers are compared on this text
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Directory:
         return [*self.before(ids := self.encode_plain(text)), *ids]
 
     def encode_plain(self, text: str) -> list[int]:
-        """The tokens of `text` alone; UserError if the model has no embedding of one."""
+        """The tokens of `text` alone; UserError if the model has no embedding for a token."""
         ids = encode(self.tokenizer, text)
         check_ids(ids, self.config, self.path)
         return ids
@@ -105,7 +105,7 @@ class Directory:
         return [] if self.first is None or (len(ids) and ids[0] == self.first) else [self.first]
 
     def stream(self, documents: Iterable[Document], limit: int) -> np.ndarray:
-        """The first `limit` tokens of documents, without the first token; UserError if there is no embedding of one."""
+        """The first `limit` tokens of documents, without the first token; UserError if one has no embedding."""
         tokens = tokenize(documents, self.tokenizer, limit=limit)
         check_ids(tokens, self.config, self.path)
         return tokens
@@ -207,7 +207,7 @@ class Subject:
     def logits(
         self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None, skip: int = 0
     ) -> Iterator[tuple[int, mx.array]]:
-        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order, but of the first `skip`.
+        """(start, logits (1, C, V)) of each chunk of `tokens` (T,), in order, without the first `skip` positions.
 
         The model reads its first token before them, if it has one.
         """
@@ -228,7 +228,7 @@ class Subject:
     def nll(self, tokens: Sequence[int] | np.ndarray, tick: Tick | None = None, last: int | None = None) -> np.ndarray:
         """Negative log-likelihood of tokens[1:], each given all before it (see `logits`), in nats; (T + 1,) -> (T,).
 
-        last: only of as many tokens at the end; the result has their length.
+        last: score only this many tokens at the end; the result has this length.
         """
         tokens = np.asarray(tokens, np.int32)
         parts = []

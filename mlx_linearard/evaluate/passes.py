@@ -24,8 +24,8 @@ SCORES_BYTES = 2 << 30  # of attention scores per pass at most, for devices that
 FLOAT32 = 4
 TRIED = ([3, 5, 7, 2, 9, 4, 6], [8, 1, 5])  # tokens of two sequences, read together and alone
 SAME = 0.1  # the largest difference, as a share of the largest logit: half precision is far below it
-ENOUGH = 0.25  # of a pass: a batch of this size fills the device nearly as well as a whole one
-PADDED = 1.2  # the length of a thing by the mean of its batch, from which on it begins another batch
+ENOUGH = 0.25  # of a pass: a batch of this size uses the device nearly as well as a full pass
+PADDED = 1.2  # a sequence longer than this many times the mean of the batch begins another batch
 
 Tick = Callable[[int], None]  # called with the number of tokens done since the last call
 Tokens = Sequence[int] | np.ndarray
@@ -54,7 +54,7 @@ class Passes:
 
     @functools.cached_property
     def batches(self) -> bool:
-        """Whether the model reads two short sequences together as it reads each alone, which is tried once.
+        """Whether the model reads two short sequences together as it reads each alone; measured once.
 
         Some caches have no form for several sequences, and some of mlx-lm's families fail on it or ignore it.
         """
@@ -70,7 +70,7 @@ class Passes:
             together = self.model(mx.array([row[-1:] for row in TRIED]), cache=cache)[:, -1]
             error = mx.abs(together - mx.concatenate(alone)).max() / mx.abs(together).max()
             return bool((error < SAME).item())
-        except Exception:  # whatever a family raises: its sequences are read one at a time
+        except Exception:  # a family may raise any error; its sequences are then read one at a time
             return False
 
     def prefill(self, cache: list[Any], tokens: Tokens, tick: Tick | None = None) -> None:

@@ -29,7 +29,7 @@ def run_suite(
 ) -> tuple[dict[str, Any], list[Record]]:
     """One suite on one loaded model: (its entry in results.json, the records of its items).
 
-    Items in `log` are not measured again, nor those in another log with its key (see `ItemLog.elsewhere`). `window` is
+    Items in `log`, or in another log with the same key (see `ItemLog.elsewhere`), are not measured again. `window` is
     the longest allowed context, by default the model's own.
     Raises UserError if data or lengths do not fit.
     """
@@ -47,7 +47,7 @@ def run_suite(
 
 
 def _records_of(items: Sequence[Item], log: ItemLog) -> dict[str, Record]:
-    """The records of a log, after those that other logs with its key have of `items` were added to it."""
+    """The records of a log, after the records of `items` in other logs with the same key were added to it."""
     done, elsewhere = log.read(), log.elsewhere()
     for item in left(items, done):
         if item.id in elsewhere:
@@ -136,7 +136,7 @@ class Evaluation:
 
     @property
     def window(self) -> int:
-        """The longest window of the directories. Shorter ones are measured beyond their window on purpose."""
+        """The longest window of the directories. Models with a shorter window are measured beyond it on purpose."""
         return max(directory.window for directory in self.directories)
 
 
@@ -146,8 +146,8 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
     A suite's numbers are merged into `job.out` when the suite ends, and each item is written to a log beside it when
     the item is measured. So a stopped evaluation resumes when run again, and a part measured later (further lengths
     or tasks) adds to the earlier ones. An item that another results file of the folder has, of the same model, text,
-    options and dtype, is not measured again. `comparisons` has all models that were measured on the same items, now
-    or before.
+    options and dtype, is not measured again. `comparisons` contains all models that were measured on the same items,
+    now or earlier.
     """
     check(job)
     reference = _load(job, job.reference) if job.reference else None

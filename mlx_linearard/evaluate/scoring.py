@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations, several sequences per forward pass.
 
-The common beginning of an item's sequences is computed once, for several items in one pass; their endings follow
-behind it, many in one pass. Logits exist only at the positions that count.
+The common beginning of an item's sequences is computed once, for several items in one pass; their endings are then
+read after it, many in one pass. Logits are computed only at the positions that are scored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Row:
 def score(passes: Passes, items: Sequence[Continuations], wanted: Sequence[bool]) -> Iterator[list[Score]]:
     """The scores of the sequences of each wanted item, in the order of the items.
 
-    An item is scored together with the same others, wanted or not, so that its numbers do not depend on them.
+    An item is always in the same batch, whichever items are wanted, so its numbers do not depend on `wanted`.
 
     Raises UserError if the model computes logits that are not finite.
     """

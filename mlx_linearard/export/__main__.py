@@ -51,7 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _base_first(run_dir: Path, format: str) -> str:
-    """What comes before loading PEFT adapters of a base that mlx quantized, which transformers cannot load."""
+    """The steps before PEFT adapters can be loaded, if mlx quantized their base: transformers cannot load that."""
     base = RunDir(run_dir).base
     if format != "peft" or "quantization" not in read_config(base):
         return ""

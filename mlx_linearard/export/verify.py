@@ -1,10 +1,11 @@
-"""The check of a written model: stock mlx-lm loads it, and its logits are those of the student in memory.
+"""Checks a written model: stock mlx-lm loads it, and its logits must be those of the student in memory.
 
-Two things can make a right export look wrong. A result of one computation can be wrong by itself. So the student's
+Two things can make a right export look wrong. A single computation can give a wrong result. So the student's
 logits are computed twice, and if the loaded model differs, it is loaded and computed again before anything is
 reported. And in half precision the rounding of the fused weights can change a single position by much: among 300
 exports of SmolLM2 in bfloat16 one early position differed by more than 0.5 nats, while both sides gave the same
-logits each time and the written weights were right bit for bit. So a sixteenth of the positions does not count.
+logits each time and the written weights were right bit for bit. So the sixteenth of the positions with the largest KL
+does not count.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Logits:
     """The logits of one side on the sample, (T, V) float32."""
 
     values: np.ndarray
-    stable: bool = True  # False: computed again, they were not the same
+    stable: bool = True  # False: the logits were different when computed again
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Verified:
     max_difference: float  # of the logits, over all positions
     kl: float  # nats per token, mean of the positions that count
     tokens: int
-    tolerance: float  # of the KL
+    tolerance: float  # the largest allowed `kl`
     unstable: tuple[str, ...] = ()  # the sides whose logits changed when they were computed again
 
     @property

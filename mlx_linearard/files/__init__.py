@@ -2,9 +2,9 @@
 
 Every failure of reading, parsing or writing a named file becomes a UserError that names the file:
 
-- `read_text`, `read_json`, `read_object`, `read_config`, `read_json_lines` and `read_yaml` read a whole file;
+- `read_text`, `read_json`, `read_object`, `read_config`, `read_json_lines` and `read_yaml` read a complete file;
 - `parse_json` parses text that was read another way, and `reading` guards any other code that reads a file;
-- `locked` holds a file or directory for one process;
+- `locked` keeps other processes out of a file or directory;
 - `write_text`, `write_json`, `new_file` and `new_directory` write, and `disk_errors` guards any other code that writes.
 """
 

@@ -42,7 +42,7 @@ def locked(path: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while the lock is held: nobody else removes a lock that is not theirs
+        lock.unlink(missing_ok=True)  # removed while the lock is held, because only its holder may remove it
         os.close(handle)
 
 

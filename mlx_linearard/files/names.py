@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# A model directory, as transformers and mlx-lm name its files.
+# The files of a model directory, with the names that transformers and mlx-lm use.
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"

@@ -70,7 +70,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, name: str, *, replace_surrogates: bool = False) -> Any:
-    """The JSON value of `text`; UserError that begins with `name` (a file, or a file and a line) if it is not one.
+    """The JSON value of `text`; UserError that begins with `name` (a file, or a file and a line) if `text` is not JSON.
 
     Refused beside bad syntax: NaN, infinity, integers of more than 100 digits, more than 100 levels, and half of
     a surrogate pair. With `replace_surrogates` each half becomes U+FFFD instead.
@@ -181,7 +181,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML without anchors, whose numbers are finite and of a bearable length."""
+    """Plain YAML without anchors, whose numbers are finite and not too long."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -44,7 +44,7 @@ def disk_errors(target: str | Path, need: int | None = None) -> Iterator[None]:
             raise UserError(
                 f"cannot write {shown(target)}: {error.strerror}; raise the limit (ulimit -f) or write elsewhere"
             ) from None
-        if not _about(error, Path(target)) and error.errno in (*_REFUSED, *_IMPOSSIBLE):  # a file that was being read
+        if not _about(error, Path(target)) and error.errno in (*_REFUSED, *_IMPOSSIBLE):  # another file, being read
             raise UserError(f"{shown(error.filename)}: {error.strerror}") from None
         if error.errno in _REFUSED:
             raise UserError(f"cannot write {shown(target)}: {error.strerror}; choose another place") from None
@@ -141,7 +141,7 @@ def new_directory(
     lists the other files in it.
 
     Args:
-        sources: the files and directories that are read, which an overwritten target may not touch.
+        sources: the files and directories that are read; `check_overwrite` refuses a target that overlaps them.
         need: the number of bytes that will be written, if known: UserError if the disk has fewer.
         marker: whether to write and demand the marker; not for parts of a directory that only this tool uses.
     """

@@ -1,1 +1,1 @@
-"""Model directories: found, checked, loaded and written; their layers, adapters, and the pair of both models."""
+"""Model directories: found, checked, loaded and written; their layers and adapters; the pair of teacher and student."""

@@ -68,7 +68,7 @@ def adapt(student: Any, adapter: Adapter) -> None:
 
 
 def drop_rows(student: Any, part: int, parts: int) -> None:
-    """Let dropout on part number `part` of a batch draw what it would draw on the complete batch.
+    """Make dropout on part number `part` of a batch draw the same random numbers as on the complete batch.
 
     A batch of a distributed run is divided by rows into `parts` equal parts, one per rank.
     """

@@ -55,7 +55,7 @@ def resolve(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=PATTERNS, ignore_patterns=VARIANTS))
     except Exception as error:  # no network, no such repository, a gated one: each library has its own
         raise UserError(
-            f"{source} is neither a local directory nor a repository that the hub gives us "
+            f"{source} is neither a local directory nor a repository that the hub can provide "
             f"({type(error).__name__}): check the name and the connection"
         ) from None
 
@@ -218,7 +218,7 @@ def _assemble(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Check
     where = directory / CONFIG
     unneeded = copied_head(config, stored)
     heads = [name for name in stored if name.startswith(HEAD) and name not in unneeded]
-    if heads or config.get("tie_word_embeddings") is None:  # the libraries assume different things if it is missing
+    if heads or config.get("tie_word_embeddings") is None:  # the libraries have different defaults for it
         config["tie_word_embeddings"] = not heads
     model = build(config, len(stored), where)
     used = {name: tensor for name, tensor in stored.items() if name not in unneeded}
@@ -232,7 +232,7 @@ def _assemble(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Check
     if lost := [name for name in heads if name not in wanted]:
         raise UserError(
             f"{directory}: {lost[0]} differs from the embedding, and mlx-lm's {config['model_type']} has no output "
-            "head of its own: it would compute other logits"
+            "head of its own: it would compute different logits"
         )
     check_tensors(wanted, arrays, directory)
     return model, Checked(directory, config, arrays, stored, quantized)

@@ -131,7 +131,7 @@ def hidden_at(
         logits = model(tokens, cache=cache)
     else:
         with _stand_ins(model, run):
-            logits = model(tokens, cache=cache)  # a graph: its head is not computed if nobody reads it
+            logits = model(tokens, cache=cache)  # a lazy graph: the head is not computed unless its result is used
     if len(found) == 1:
         return found[0], head(model)
     return logits.reshape(1, size, -1)[:, positions], lambda hidden: hidden

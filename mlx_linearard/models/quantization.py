@@ -48,7 +48,7 @@ class Quantization:
         """How the layer at `path` is quantized, None if it is not.
 
         `module` is the layer before it is quantized. A layer that the config does not name is quantized if the
-        weights hold scales for it, as their shapes tell.
+        weights hold scales for it; the shapes then give its bits and group size.
         """
         own = self.layers.get(path)
         if isinstance(own, Scheme) or own is False:
@@ -83,7 +83,7 @@ def _one_of(value: Any, allowed: tuple[int, ...]) -> bool:
 
 
 def quantization_of(config: Mapping[str, Any], where: Path) -> Quantization | None:
-    """The quantization by mlx that a config states, None if there is none; UserError for one that is not read."""
+    """The quantization by mlx that a config states; None if it states none; UserError if it is not supported."""
     settings = config.get("quantization")
     if settings is None:
         method = config.get("quantization_config")

@@ -17,7 +17,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int  # width of the widest feed-forward part; in a mixture of experts, of the chosen experts together
+    ffn: int  # width of the widest feed-forward part; in a mixture of experts, the widths of the chosen experts added
     vocabulary: int
     tied: bool
 

@@ -51,7 +51,8 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory.
 
     These are the files that the index names; without an index model.safetensors; without either the numbered
-    shards. UserError if one is missing, and if there is any other model*.safetensors: mlx-lm would load it too.
+    shards. UserError if one is missing, or if there is any other model*.safetensors, because mlx-lm would load it
+    too.
     """
     with reading(directory):
         names = sorted(path.name for path in directory.iterdir())
@@ -120,7 +121,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     covered without gap or overlap.
     """
     check_file(path)
-    with reading(path), path.open("rb") as stream:  # opened first: safe_open says of any failure that nothing is there
+    with reading(path), path.open("rb") as stream:  # safe_open calls every failure a missing file
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}

@@ -42,7 +42,7 @@ def attention(
         values: (B, Hkv, Tk, Dv).
         scale: the factor of the scores.
         mask: None, "causal" (the last query sees every key), or an array that broadcasts to (B, Hq, Tq, Tk):
-            bool (True = may see) or added to the scores. It is read tile by tile.
+            bool (True: the query sees the key), or numbers that are added to the scores. It is read tile by tile.
         window: with mask="causal", how many keys a query sees, its own included; None for all.
         workspace_bytes: the most memory for tiles, beyond inputs, outputs and gradients; None for 256 MiB.
 
@@ -79,7 +79,8 @@ def attention_no_grad(
 
     On a GPU mlx's fused kernel is used if possible: for half precision on CUDA in one call, else in float32 for
     some rows at a time. mlx falls back to unfused operations for some head sizes, and on Metal whenever a gradient
-    is traced around this call. In float32 and for some rows that is exact and stays within the workspace, too.
+    is traced around this call. In float32 and for some rows at a time these are exact, too, and stay within the
+    workspace.
     """
     workspace = check_workspace(workspace_bytes)
     call = _Attention.of(queries, keys, values, float(scale), mask, window, workspace)
@@ -103,7 +104,7 @@ def attention_in_training(
 ) -> mx.array:
     """`attention`, or mlx's fused kernel if it holds no scores in the backward pass either.
 
-    `choice` is what a probe found on this machine (ops/probe.py). Without one the kernel is used on CUDA in half
+    `choice` is what a probe found on this machine (ops/probe.py). Without a choice the kernel is used on CUDA in half
     precision: there its gradient is about as exact as the dtype (an error of 0.5 % in bfloat16, against 0.2 % of
     `attention`), and many times faster.
     """
@@ -225,7 +226,7 @@ class _Attention:
         return self._unstack(d_q * self.scale, rows)
 
     def fused_rows(self, queries: mx.array, keys: mx.array, values: mx.array, workspace: int) -> mx.array:
-        """The output of mlx's own attention in float32, for as many rows at a time as the scores leave room for."""
+        """The output of mlx's own attention in float32, for as many rows at a time as the workspace has room for."""
         heads = self.batch * self.heads * self.group
         tile = max(1, min(self.rows, int(workspace / (4 * FLOAT32 * heads * self.columns))))
         outputs: list[mx.array] = []

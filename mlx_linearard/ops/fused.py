@@ -24,7 +24,7 @@ class Choice:
 
 
 def trains_fused(queries: mx.array, values: mx.array, choice: Choice | None) -> bool:
-    """Whether mlx's kernel runs under a gradient: as `choice` says, else by what is known of it."""
+    """Whether mlx's kernel runs under a gradient: as `choice` says; without a choice, as `is_linear` says."""
     if choice is not None and choice.covers(queries, values):
         return choice.fused
     return on_gpu() and is_linear(queries, values)

@@ -187,7 +187,7 @@ def peak_bytes(arrays: Arrays, positions: int, vocabulary: int, *, workspace: in
 
 
 def _chunk_size(workspace: int, arrays: float, vocabulary: int, positions: int) -> int:
-    """Positions per chunk: so many that `arrays` float32 arrays over the vocabulary fit, in chunks of equal length."""
+    """Positions per chunk: as many as `arrays` float32 arrays over the vocabulary allow, in equal chunks."""
     most = max(1, int(workspace / (arrays * vocabulary * FLOAT32)))
     return ceil_div(positions, ceil_div(positions, most))
 
@@ -284,7 +284,7 @@ def _by_lse(logits_s: mx.array, logits_t: mx.array) -> bool:
 
 
 def _tempered(logits: mx.array, temperature: float, by_lse: bool) -> mx.array:
-    """logits / temperature, float32 where a stage does not convert by itself."""
+    """logits / temperature, in float32 if the next stage does not convert by itself."""
     if by_lse and temperature == 1:
         return logits
     logits = logits.astype(mx.float32)

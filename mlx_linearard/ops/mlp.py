@@ -1,6 +1,6 @@
 """The feed-forward part of a layer, some positions at a time, so that few of its wide activations exist at once.
 
-A feed-forward part, or a mixture of experts, computes each position on its own. Its activations are the widest of
+A feed-forward part, or a mixture of experts, computes each position independently. Its activations are the widest of
 a layer, and a gradient holds eight of them at once, so they decide how much memory a step takes. The forward pass
 runs chunk by chunk. The backward pass runs each chunk forward again and then back, before the next chunk begins.
 """

@@ -39,7 +39,7 @@ Attend = Callable[..., mx.array]  # with the arguments of mx.fast.scaled_dot_pro
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of mlx's attention under a gradient. An attention that fails has infinite growth."""
+    """The measurements of mlx's attention under a gradient. An attention that fails has infinite growth."""
 
     growth: float  # exponent of peak memory over length
     error: float  # relative error of the gradient, the larger one of the two lengths
@@ -177,7 +177,7 @@ def _number(value: Any) -> float:
 
 
 def _record(dtype: mx.Dtype, dim: int, folder: Path | None, found: Probe) -> None:
-    """Add a probe to the file, which is replaced if it is damaged. A folder that cannot be written keeps nothing."""
+    """Add a probe to the file, which is replaced if it is damaged. If the folder cannot be written, nothing is kept."""
     if folder is None:
         return
     fields = dataclasses.asdict(found).items()

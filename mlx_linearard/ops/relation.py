@@ -53,7 +53,7 @@ def relation_kl_dense(
 ) -> mx.array:
     """The definition itself, with the (B, H, T, T) relations in memory. The arguments are those of `relation_kl`.
 
-    `workspace_bytes` is accepted and ignored: the definition needs the memory that it needs.
+    `workspace_bytes` is accepted and ignored.
     """
     call = _Relation.of(student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes)
     x, y = student.astype(mx.float32), mx.stop_gradient(teacher).astype(mx.float32)
@@ -305,8 +305,8 @@ def _gpu_arrays(half: bool, kernel: bool) -> float:
     """How many arrays as large as a tile a GPU holds.
 
     These are two tiles, one running and one being launched, and arrays that are not yet released. A tile is S, R and
-    E, without the CUDA kernel also the KL terms (9.3 arrays together were measured), and in float32 also S - R. Of
-    the kernel's tiles mlx runs further ahead: on an H100 7 to 15 arrays were measured at 4096 to 65536 tokens.
+    E, without the CUDA kernel also the KL terms (9.3 arrays together were measured), and in float32 also S - R. With
+    the kernel mlx runs further ahead: on an H100 7 to 15 arrays were measured at 4096 to 65536 tokens.
     """
     return 12 if kernel or not half else 9.5
 

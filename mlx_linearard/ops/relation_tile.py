@@ -19,7 +19,7 @@ from .tiling import MASKED, in_order
 
 @dataclass(frozen=True)
 class Settings:
-    """What all tiles of one call share."""
+    """The values that all tiles of one call share."""
 
     scale_student: float
     scale_teacher: float

@@ -2,7 +2,7 @@
 
 mlx is lazy: a loop over tiles only builds a graph, and its evaluation may hold every tile at once. `in_order`
 prevents that: the inputs of a tile depend on the outputs of the tile before. A GPU still accepts work, and so
-memory, ahead of the work that is done: up to ten batches of operations. On Metal a batch reads some 50 MB. On a
+memory, ahead of the work that is done: up to ten batches of operations. On Metal a batch reads about 50 MB. On a
 large CUDA card mlx's default is 1000 MB, so it is lowered here. Measured on an H200, a step of 32768 tokens:
 14.3 GB by default, 4.1 GB with 50 MB, and faster. On an H100 the relation loss at 4096 tokens took 1039 MiB with
 20 MB and 704 MiB with 5 MB, and was faster too.

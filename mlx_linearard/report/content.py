@@ -90,7 +90,7 @@ def heading(facts: RunFacts) -> tuple[str, str]:
 
 
 def notes(facts: RunFacts) -> list[Note]:
-    """What is below the verdict: a failed export, what may be chance or scaling alone, what was not measured."""
+    """The notes below the verdict: a failed export, results that may be chance or come from scaling alone, gaps."""
     result = []
     if (export := facts.results.export) and export.failed:
         result.append(Note(_failed(export)))
@@ -107,7 +107,7 @@ def notes(facts: RunFacts) -> list[Note]:
 
 def _failed(export: ExportInfo) -> str:
     kl = "not a finite number" if export.kl is None else f"{export.kl:.2g} nats per token"
-    unstable = f"; {' and '.join(export.unstable)} gave other logits when computed again" if export.unstable else ""
+    unstable = f"; {' and '.join(export.unstable)} gave different logits when computed again" if export.unstable else ""
     return (
         f"The exported model does not compute what was trained: its KL to the trained model is {kl}, at most "
         f"{export.tolerance:.2g} is allowed{unstable}. Export again with the same command and --resume."
@@ -257,7 +257,7 @@ def _took(cost: Training | None) -> list[str]:
 
 
 def _suite_table(facts: RunFacts, suite: str, *, explained: bool) -> Table:
-    """Values with standard errors; of the restored model also what is kept, what is won back, and the tests."""
+    """Values with standard errors; for the restored model also the parts of native and won back, and the tests."""
     entries = {name: facts.row(name).suites[suite].metrics for name in facts.models if suite in facts.row(name).suites}
     metrics = list(dict.fromkeys(metric for values in entries.values() for metric in values))
     metrics = [metric for metric in metrics if not _is_shown_twice(metric, metrics)]
@@ -277,7 +277,7 @@ def _suite_table(facts: RunFacts, suite: str, *, explained: bool) -> Table:
 
 
 def _is_shown_twice(metric: str, metrics: Sequence[str]) -> bool:
-    """Whether a metric over all lengths is that of the only length there is."""
+    """Whether a metric over all lengths repeats the metric of the only length."""
     return sum(other.startswith(f"{metric}@") for other in metrics) == 1
 
 

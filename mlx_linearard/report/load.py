@@ -69,7 +69,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _objectives(path: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The objectives of a comparison. Each names a folder, so no other names are taken."""
+    """The objectives of a comparison. Each is the name of a folder, so other names are refused."""
     objectives = objectives_of(config.get("compare"))
     for name in objectives:
         if name not in OBJECTIVES:

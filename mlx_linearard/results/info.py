@@ -1,4 +1,4 @@
-"""What results.json keeps of a run itself: how it was made, and how far the export is from what was trained."""
+"""The entries of results.json about the run itself: how it was made, and how far the export is from the student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fields import Field, Json, optional, other_entries, present
 
 @dataclass(frozen=True)
 class RunInfo:
-    """How a run was made; every entry may be missing. `other` has what is only kept for the reader."""
+    """How a run was made; every entry may be missing. `other` has entries that are only kept for the reader."""
 
     method: str | None = None
     factor: float | None = None
@@ -60,7 +60,7 @@ class ExportInfo:
     """How far the exported model is from the trained one, on one sample of `tokens` tokens.
 
     max_difference: of the logits. kl: in nats per token, at most `tolerance`. Both are None if they are not finite.
-    unstable: the sides that gave other logits when computed again. `other` is only kept for the reader.
+    unstable: the sides that gave different logits when computed again. `other` is only kept for the reader.
     """
 
     max_difference: float | None = None

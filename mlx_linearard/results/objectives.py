@@ -1,4 +1,4 @@
-"""Several objectives: one results.json from their runs, and what it says of each against the others."""
+"""Several objectives: one results.json from their runs, and their comparison in sentences."""
 
 from __future__ import annotations
 

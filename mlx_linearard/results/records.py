@@ -28,7 +28,7 @@ class Step:
 
 
 def read_steps(path: Path) -> list[Step]:
-    """metrics.jsonl; [] if there is no such file. A last line without its end is still being written: left out."""
+    """metrics.jsonl; [] if there is no such file. A last line without a line break is incomplete and left out."""
     if not exists(path):
         return []
     lines = read_text(path).split("\n")[:-1]

@@ -1,4 +1,4 @@
-"""The schema of results.json as types: what a run and its evaluations keep of each model.
+"""The schema of results.json as types: the entries of a run and its evaluations about each model.
 
 Every type writes itself (`as_json`) and reads itself (`from_json`), so the file has one definition. Reading checks
 every value and raises a one-line UserError that names the file and the field. Keys that this version does not know
@@ -125,7 +125,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the same items: metric -> label -> numbers. `against` is the model that others are held against.
+    """Models on the same items: metric -> label -> numbers. `against` is the model that the others are compared with.
 
     best: of a comparison of objectives, metric -> the best objective.
     """
@@ -191,11 +191,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What one suite measured of one model.
+    """The results of one suite for one model.
 
     by_length: perplexity by length. by_position: perplexity by position in the longest windows.
     grid: length -> depth in per cent -> fraction of the keys that were found.
-    options: what the numbers depend on beside the model; items: the file name of the item log.
+    options: everything, except the model, on which the numbers depend; items: the file name of the item log.
     """
 
     metrics: Mapping[str, Value]
@@ -243,7 +243,7 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Training:
-    """What the training of a model took."""
+    """The cost of training a model."""
 
     tokens: int
     seconds: float
@@ -349,7 +349,7 @@ class Results:
 
     @classmethod
     def from_json(cls, value: Any, at: Field) -> Results:
-        """The results in a JSON object. Raises UserError if a value is not what belongs there."""
+        """The results in a JSON object. Raises UserError if a value is not valid."""
         entries = at.mapping(value)
         comparisons = (at / COMPARISONS).mapping(entries.get(COMPARISONS, {}))
         rows = {

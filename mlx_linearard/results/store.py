@@ -14,15 +14,15 @@ from ..files import disk_errors, locked, read_json, reading, write_json, write_t
 from .fields import Field, exists
 from .rows import Results
 
-LOCK_SECONDS = 60.0  # a process waits so long for others that change the same results
+LOCK_SECONDS = 60.0  # how long a process waits for others that change the same results
 
-Record = dict[str, Any]  # one measured item: `id`, `samples` (metric -> number), and what a reader may want to see
+Record = dict[str, Any]  # one measured item: `id`, `samples` (metric -> number), and details for the reader
 
 
 def read_results(path: Path) -> Results:
     """The content of results.json; empty if there is no such file.
 
-    Raises UserError if the file cannot be read, a value in it is not what belongs there, or it is another JSON file.
+    Raises UserError if the file cannot be read, a value in it is not valid, or it is another JSON file.
     """
     if not exists(path):
         return Results()

@@ -1,4 +1,4 @@
-"""What the suites of an evaluation say: what a model lost, what scaling alone does as well, what was not measured."""
+"""Conclusions from the suites: what a model lost, what scaling alone does equally well, what was not measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows = Mapping[str, Row]
 
 @dataclass(frozen=True)
 class KeyMetric:
-    """The metric of a suite that the verdict speaks of; more is better. `length` is in tokens, None without one."""
+    """The metric of a suite that the verdict uses; higher is better. `length` is in tokens, None without one."""
 
     suite: str
     metric: str
@@ -33,7 +33,7 @@ class KeyMetric:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """A key metric that is below what counts as restored.
+    """A key metric below `KEPT`, the fraction of native at which a model counts as restored.
 
     certain: by more than chance. fraction: of native. beyond: the length is beyond the native window.
     """
@@ -149,7 +149,7 @@ def no_better_than_scaled(results: Results, name: str) -> list[KeyMetric]:
 
 
 def unmeasured(rows: Rows, names: Sequence[str], window: int | None, run: Path) -> Iterator[Note]:
-    """What a user would want to know of a finished run and what was not measured, with the command that measures it."""
+    """Measurements that a finished run lacks and a user needs, each with the command that makes it."""
     command = ("mlx_linearard.evaluate", "--run", path_word(run))
     everywhere = set.intersection(*(_kinds(rows.get(name, Row())) for name in (NATIVE, *names)))
     if not everywhere & set(COPYING):

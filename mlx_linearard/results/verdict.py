@@ -1,4 +1,4 @@
-"""What the numbers of a run mean, in plain sentences."""
+"""The meaning of a run's numbers, in plain sentences."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Measured:
 
     @property
     def window(self) -> int | None:
-        """The native window in tokens, if the run says it."""
+        """The native window in tokens, if the run states it."""
         return (self.results.run or RunInfo()).native_window
 
     @cached_property
@@ -100,7 +100,7 @@ def headline(measured: Measured) -> list[str]:
 
 
 def notes_on_suites(measured: Measured) -> Iterator[Note]:
-    """What may be chance, and what scaling alone does as well, of each finished model."""
+    """For each finished model: results that may be chance, and results that scaling alone reaches as well."""
     for name in finished(measured):
         if uncertain := [one.text for one in worst_of_each(_shortfalls(measured, name, certain=False))]:
             yield Note(f"Lower in {name}, on too few samples to rule out chance: {'; '.join(uncertain)}.")
@@ -120,7 +120,7 @@ def finished(measured: Measured) -> list[str]:
 
 
 def _outcome(measured: Measured, scaled: float, restored: float) -> str:
-    """What the KL says, and what the suites say against it."""
+    """The conclusion from the KL, and the suites that contradict it."""
     change = f"KL to the native model: {scaled:.3g} nats per token scaled, {restored:.3g} restored"
     won = 1 - restored / scaled if scaled else 0.0
     lost = [one.text for one in worst_of_each(_shortfalls(measured, RESTORED, certain=True))]

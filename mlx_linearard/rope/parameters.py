@@ -34,7 +34,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     state_defaults(result)
     _state_full_attention(result)
     if "moe" in str(config.get("model_type")) and "num_local_experts" in result:
-        result.setdefault("num_experts", result["num_local_experts"])  # transformers 5 writes only the former
+        result.setdefault("num_experts", result["num_local_experts"])  # transformers 5 writes only num_local_experts
     return result
 
 

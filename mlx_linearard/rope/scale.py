@@ -1,4 +1,4 @@
-"""Scale the RoPE of a config, and say why stock mlx-lm and transformers would compute different things."""
+"""Scales the RoPE of a config, and finds why stock mlx-lm and transformers would compute different things."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_a_dry_run_plans_each_and_writes_nothing(model_dir: Path, text_file: Pat
         (["--compare", "relation"], "--compare relation: must name two or more of relation, logits"),
         (["--compare", "relation,relation"], "each once"),
         (["--compare", "relation,kl"], "must name two or more"),
-        (["--compare", "relation,ce", "--objective", "ce"], "--compare and --objective both say"),
+        (["--compare", "relation,ce", "--objective", "ce"], "--compare and --objective both choose"),
         (["--compare", "relation,ce"], "already holds a comparison: pass --resume"),
         (["--compare", "relation,ce", "--resume", "--lora-rank", "8"], "lora_rank was 4 and is 8"),
         (["--compare", "relation,ce", "--resume", "--seq-len", "16"], "seq_len was 32 and is 16"),

@@ -454,7 +454,10 @@ def test_a_mistake_of_one_rank_is_told_by_it(model_dir: Path, text_file: Path, t
     """The text of the second process is missing, or differs."""
     other = tmp_path / "other.txt"
     other.write_text("Another text, of which there is enough. " * 200)
-    for name, complaint in (("/nowhere", "/nowhere does not exist"), (str(other), "process 1 would train something")):
+    for name, complaint in (
+        ("/nowhere", "/nowhere does not exist"),
+        (str(other), "process 1 would not train the same"),
+    ):
         elsewhere = f"""
     import os
     from mlx_linearard.distill import prepare

@@ -125,7 +125,7 @@ def test_a_failed_export_is_said_first(tmp_path: Path) -> None:
     """Results and report are written whatever the verification of the export finds."""
     bad = {"kl": 0.15, "max_difference": 46.0, "tokens": 64, "tolerance": 0.01, "unstable": ["the export"]}
     for export, part in (
-        (bad, "is 0.15 nats per token, at most 0.01 is allowed; the export gave other logits when computed again"),
+        (bad, "is 0.15 nats per token, at most 0.01 is allowed; the export gave different logits when computed again"),
         ({**bad, "kl": None, "unstable": []}, "is not a finite number, at most 0.01 is allowed. Export again"),
     ):
         root = a_run(tmp_path / "run", export=export)

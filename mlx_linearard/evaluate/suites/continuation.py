@@ -23,9 +23,9 @@ class Request:
 def split_tokens(directory: Directory, context: str, continuation: str) -> tuple[list[int], int]:
     """(tokens of context and continuation, how many are the continuation's), as lm-evaluation-harness splits them.
 
-    Spaces at the end of the context belong to the continuation. The tokens are those of the context alone, and then
-    those of the joined text after as many tokens. So if a token of the joined text spans context and continuation,
-    it does not count. An empty context is one first token.
+    Spaces at the end of the context belong to the continuation. The tokens are those of the context alone (n tokens),
+    followed by those of the joined text after its first n. So a token of the joined text that spans context and
+    continuation does not count. An empty context is one first token.
     """
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare

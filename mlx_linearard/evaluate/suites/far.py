@@ -53,7 +53,7 @@ class FarContext:
     def items(self, directory: Directory, window: int) -> list[Item]:
         """Texts of length + 1 tokens; UserError if a length exceeds `window` or no document is long enough."""
         if self.last >= self.near:
-            raise UserError(f"--near {self.near}: the last {self.last} tokens are scored: give more than these")
+            raise UserError(f"--near {self.near}: the last {self.last} tokens are scored: give a larger --near")
         items = []
         for length in self.lengths:
             check_length(length, window)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ...data import Document
 from ...errors import UserError
 
-KEPT = 8  # texts of which the search for a size remembers the tokens
+KEPT = 8  # number of texts whose tokens the search for a size keeps
 FIRST = 0.1  # the search begins with this share of the size that has one token per word
 CLOSE = 0.995  # the search stops at this share of the budget
 WORD = 32  # characters; a longer word (of a language without spaces, of a table of digits) is cut into several

@@ -124,7 +124,7 @@ def load_set(name: str, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def _rows(datasets: Any, where: HubSet) -> Any:
-    """The rows of a set. If the set is a script, which `datasets` does not run, the rows that the hub converted."""
+    """The rows of a set. If the set is a script, which `datasets` does not run: the rows that the hub converted."""
     try:
         return datasets.load_dataset(where.repository, where.config, split=where.split)
     except RuntimeError as error:

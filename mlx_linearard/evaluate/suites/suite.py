@@ -31,7 +31,7 @@ def left(items: Sequence[Item], done: Done) -> list[Item]:
 class Suite(Protocol):
     """A suite.
 
-    options: what its numbers depend on beside the model; a resumed evaluation must have the same.
+    options: everything, except the model, on which its numbers depend; a resumed evaluation must have the same.
     parts: the names of those options that only choose which items are measured. Items of the same id are the same for
     all values of these options, so evaluations of several parts add up.
     """
@@ -51,9 +51,9 @@ class Suite(Protocol):
     def measure(self, subject: Subject, items: Sequence[Item], done: Done, tick: Tick) -> Iterator[Record]:
         """The record of each item of `left(items, done)`, in order, as soon as it is known, in JSON values.
 
-        `items` are all of the suite, so that an item is in the same batch whether or not others are measured already,
-        and its numbers are the same to the last digit. `tick` counts the tokens of the items in order; it need not
-        count those of an item that is measured at once.
+        `items` are all items of the suite. So an item is in the same batch whether or not other items are measured
+        already, and its numbers are the same to the last digit. `tick` counts the tokens of the items in order; it
+        need not count the tokens of an item that is measured in one pass.
         """
 
     def metric(self, name: str) -> Metric:
