@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProcess, UserError, error_line, remedy
 
-LARGEST = 2**31 - 1  # of an integer option: sizes and counts are 32-bit numbers in mlx
+LARGEST = 2**31 - 1  # the largest integer option: sizes and counts are 32-bit numbers in mlx
 
 
 class Parser(argparse.ArgumentParser):

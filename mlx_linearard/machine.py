@@ -23,7 +23,7 @@ class Machine:
     name: str
     gpu: bool
     memory: int  # bytes
-    gflops: float  # of a square matrix product in the working dtype
+    gflops: float  # speed of a square matrix product in the working dtype
     limit: int = 0  # bytes that a run may take; 0: all of `memory`
 
     @property

@@ -23,7 +23,7 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._open = False  # the changing line has no end yet
         self._clocks: dict[str, _Clock] = {}
-        self._seen = self._printed = time.monotonic()  # of the last update; of the last line
+        self._seen = self._printed = time.monotonic()  # times of the last update and the last line
 
     def say(self, text: str) -> None:
         """Print a line of its own."""

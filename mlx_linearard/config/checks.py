@@ -12,8 +12,8 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 NORMALIZATIONS = ("heads", "paper-code")
 KEEPS = ("best", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LARGEST = 2**31 - 1  # of an integer option: mlx counts rows and columns in 32 bits
-LARGEST_COUNT = 2**53  # of a number of tokens in a text, and of a seed
+LARGEST = 2**31 - 1  # the largest integer option: mlx counts rows and columns in 32 bits
+LARGEST_COUNT = 2**53  # the largest number of tokens in a text, and the largest seed
 LARGEST_FACTOR = 10**6
 
 Check = Callable[[Any], str | None]  # the complaint, or None if the value is valid
@@ -83,7 +83,7 @@ def is_finite(value: Any) -> bool:
     """Whether a number is finite and not above the largest float."""
     try:
         return math.isfinite(value)
-    except OverflowError:  # of an integer
+    except OverflowError:  # the integer is too large for a float
         return False
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it works. A command prints it; a function call may ignore it."""
+"""The events that a run reports. A command prints them; a function call may ignore them."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class _PairedLayer:
     call_t: Call
     call_s: Call
     supervised: bool
-    stops: bool  # nothing after this layer's q, k, v is needed
+    stops: bool  # True: nothing after this layer's q, k, v is needed
     dropout_seed: int | None
 
     def __call__(

@@ -68,7 +68,7 @@ class Sizing:
     times: Times  # estimated
     model: str
     window: tuple[int, int]  # native, extended
-    processes: int = 1  # that share the blocks of a step
+    processes: int = 1  # number of processes that share the blocks of a step
     long_seq_len: int = 0  # tokens of the block of long text in every step; 0 without a long part
 
     @property
@@ -175,7 +175,7 @@ class Plan:
     config: DistillConfig
     path: Path  # the model directory
     native: dict[str, Any]  # its config.json
-    dtype: str | None  # of the frozen weights in memory; None keeps the file's own
+    dtype: str | None  # dtype of the frozen weights in memory; None keeps the dtype of the files
     machine: Machine
     sizing: Sizing
     step: Step  # the sizes of a step that decide its memory, for one rank

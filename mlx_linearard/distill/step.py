@@ -122,7 +122,7 @@ class StepRecord:
     parts: dict[str, float]
     grad_norm: float  # before clipping
     learning_rate: float
-    tokens: int  # of this step, long text included
+    tokens: int  # the tokens of this step, long text included
     seconds: float
     peak_memory: int  # bytes, of mlx
     skipped: str | None = None  # the guard's reason for making no update

@@ -21,12 +21,12 @@ GPU_EFFICIENCY = 0.35  # fraction of the matrix speed that a step reached on one
 CPU_EFFICIENCY = 0.6
 CPU_EXP_SECONDS = 1e-8  # per exponential on one core; a GPU hides this time
 SOFTMAX_EXPONENTIALS = 2  # per logit
-PASSES = 4  # of a training token through the blocks: teacher, student, recomputation, gradient
+PASSES = 4  # passes of a training token through the layers: teacher, student, recomputation, gradient
 RELATION_PRODUCTS = 4  # matrix products of a relation: both scores, and the gradient E X + E^T X
 DISK_BYTES_PER_SECOND = 2e8  # written and read again
 
-MEASURING_SHARE = 0.25  # of the training time, for all measurements together
-FEWEST_WINDOWS = 4  # even if they take a larger share, but never longer than training
+MEASURING_SHARE = 0.25  # the part of the training time for all measurements together
+FEWEST_WINDOWS = 4  # measured even if they take a larger share, but never longer than training
 MOST_TOKENS = 32768  # per length
 
 

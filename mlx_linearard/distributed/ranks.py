@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 # The variables in which launchers give a process its rank: mlx.launch, Open MPI, MPICH and its relatives.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-BUFFER_BYTES = 32 << 20  # of arrays that travel together
+BUFFER_BYTES = 32 << 20  # bytes of arrays that are sent together
 MESSAGE_BYTES = 1024  # a longer message needs a second exchange
 
 

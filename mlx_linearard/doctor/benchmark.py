@@ -25,8 +25,8 @@ from ..models.shape import Shape
 from .measuring import fastest, file_name, relation_loss, student_and_teacher
 from .series import Work, in_own_process
 
-SECONDS = 300.0  # for everything
-LOSS_SHARE = 0.2  # of this time, for the loss
+SECONDS = 300.0  # for the complete benchmark
+LOSS_SHARE = 0.2  # the part of this time for the loss
 LOSS_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 STEP_LENGTHS = (1024, 4096)
 STEP_SERIES = {"last": "last", "logits": "logits", "mlx-lm": "mlx_lm.lora"}  # and how the table names them

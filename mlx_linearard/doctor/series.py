@@ -34,7 +34,7 @@ from ..rope import normalise, scale_rope
 
 SERIES = ("last", "all", "logits", "relation+logits", "ce", "mlx-lm")
 RANK, SCALE, FACTOR = 64, 2.0, 4.0
-LARGEST_ID = 250  # of the random tokens; every model has these
+LARGEST_ID = 250  # random token ids are below this number; every model has them
 GROWTH = 2.0  # the time of a step grows at most as length to this power
 
 Measure = Callable[[int], tuple[int, float]]  # length -> (peak bytes, tokens per second)
@@ -46,11 +46,11 @@ class Work:
 
     series: str
     model: str  # a model directory
-    name: str  # of the model, for results
+    name: str  # the model's name in results
     lengths: tuple[int, ...]
     steps: int = 3  # timed, after one that warms up; 0 times the first one
     workspace: int = 256 << 20  # bytes
-    dtype: str | None = None  # of the weights in memory; None keeps the file's own
+    dtype: str | None = None  # dtype of the weights in memory; None keeps the dtype of the files
     memory_limit: int | None = None  # MB
 
     def about(self, length: int) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from .suites.ruler import QA_TASKS, SEED, TASKS, QuestionSet, Ruler
 from .suites.suite import Suite
 
 SHORT, LONG = 2048, 4096  # default lengths of ppl and fidelity, and of passkey and ruler
-TOKENS = 32768  # of text per length
-FAR_TEXTS = 32  # of the length of the window: how much text the suite far reads
+TOKENS = 32768  # default tokens of text per length
+FAR_TEXTS = 32  # texts of the window's length: how much text the suite far reads
 # Prompts per task, length and depth. With 32, an average of five tasks has a standard error below 4 points, because
 # 50 / sqrt(5 * 32) = 3.95. On a CPU that would take hours.
 SAMPLES, GPU_SAMPLES = 3, 32

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .passes import Passes, Tick, merge, size_of
 
-SIMILAR = 0.9  # prompts of a batch have at least this share of its first one's length: shorter ones would be padded
+SIMILAR = 0.9  # prompts of a batch have at least this share of the length of its first prompt; else much is padding
 
 
 @dataclass(frozen=True)

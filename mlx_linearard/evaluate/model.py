@@ -36,7 +36,7 @@ from .scoring import LOGITS_BYTES, Continuations, Score, score
 CHUNK, GPU_CHUNK = 512, 4096  # tokens per forward pass: enough to fill the device
 ROWS, GPU_ROWS = 64, 256  # sequences measured together at most
 BATCH, GPU_BATCH = 8192, 1 << 20  # tokens of prompts that are read together: what an interruption loses on a CPU
-CACHE_SHARE = 0.25  # of the machine's memory, for the KV caches of prompts that are read together
+CACHE_SHARE = 0.25  # the part of memory for the KV caches of prompts that are read together
 PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # tokenizers are compared on this text
 
 

@@ -20,11 +20,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import UserError
 
-SCORES_BYTES = 2 << 30  # of attention scores per pass at most, for devices that hold them: long prompts, short chunks
+SCORES_BYTES = 2 << 30  # most bytes of attention scores per pass, if a device holds them: long prompts, short chunks
 FLOAT32 = 4
 TRIED = ([3, 5, 7, 2, 9, 4, 6], [8, 1, 5])  # tokens of two sequences, read together and alone
 SAME = 0.1  # the largest difference, as a share of the largest logit: half precision is far below it
-ENOUGH = 0.25  # of a pass: a batch of this size uses the device nearly as well as a full pass
+ENOUGH = 0.25  # part of a pass: a batch of this size uses the device nearly as well as a full pass
 PADDED = 1.2  # a sequence longer than this many times the mean of the batch begins another batch
 
 Tick = Callable[[int], None]  # called with the number of tokens done since the last call

@@ -19,7 +19,7 @@ from .passes import FLOAT32, Passes, packed, padded, take
 
 GROUP = 4  # passes: items of about as many tokens are sorted by length and scored together
 LEAST_SHARED = 8  # tokens: a shorter common beginning is computed again for each sequence
-LOGITS_BYTES = 128 << 20  # of one chunk's float32 logits at most: a large vocabulary makes chunks shorter
+LOGITS_BYTES = 128 << 20  # most bytes of a chunk's float32 logits: a large vocabulary makes chunks shorter
 
 Score = tuple[float, bool]  # log-likelihood in nats; whether all tokens are the model's first choice
 

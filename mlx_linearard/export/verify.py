@@ -46,7 +46,7 @@ class Logits:
 class Verified:
     """How far the loaded export is from the student in memory, on one sample."""
 
-    max_difference: float  # of the logits, over all positions
+    max_difference: float  # the largest difference of two logits, over all positions
     kl: float  # nats per token, mean of the positions that count
     tokens: int
     tolerance: float  # the largest allowed `kl`

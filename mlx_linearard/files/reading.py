@@ -19,8 +19,8 @@ from ..errors import UserError, one_line
 from .names import CONFIG
 
 MAX_TEXT = 1 << 30  # bytes of a JSON, YAML or template file; the largest tokenizer.json files have 40 MB
-MAX_DEPTH = 100  # of nested lists and objects
-MAX_DIGITS = 100  # of an integer; transformers writes 31 digits for "no limit"
+MAX_DEPTH = 100  # levels of nested lists and objects
+MAX_DIGITS = 100  # digits of an integer; transformers writes 31 for "no limit"
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise UserError(f"{shown(path)} cannot be read: {reason}") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{shown(path)} is damaged: {one_line(error)}") from None
-    except UnicodeEncodeError:  # of the path itself
+    except UnicodeEncodeError:  # the path itself cannot be encoded
         raise UserError(f"{shown(path)} is not a file name that this system can hold") from None
     except UnicodeDecodeError as error:
         raise UserError(

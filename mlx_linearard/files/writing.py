@@ -17,7 +17,7 @@ from ..errors import UserError, one_line
 from .names import MARKER
 from .reading import read_object, shown, without_surrogates
 
-_WRITTEN_BY = "mlx-linearard"  # in the marker
+_WRITTEN_BY = "mlx-linearard"  # this tool's name in the marker
 
 # The names that tempfile makes below: .NAME.new-xxxxxxxx, for files with their suffix, and .NAME.old-xxxxxxxx.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-[a-z0-9_]{8}(\.\w+)?")

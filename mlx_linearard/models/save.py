@@ -24,7 +24,7 @@ from .dtypes import DTYPE_NAMES
 from .tokenizer_files import copy_tokenizer
 from .weights import is_finite, load_lazily, stored_tensors, weight_files
 
-SHARD_BYTES = 5 << 30  # as mlx-lm
+SHARD_BYTES = 5 << 30  # the shard size of mlx-lm
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import reduce
 
 import mlx.core as mx
 
-Blocks = list[mx.array]  # of the same rows, (..., rows, columns) each
+Blocks = list[mx.array]  # blocks of columns of the same rows, (..., rows, columns) each
 HALF = (mx.float16, mx.bfloat16)
 
 

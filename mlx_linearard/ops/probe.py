@@ -32,7 +32,7 @@ LENGTHS = {True: (1024, 4096), False: (256, 1024)}  # by whether the device is a
 MOST_GROWTH = 1.5  # exponent of memory over length: 1 is linear, 2 quadratic; on a busy machine it varies by 0.3
 ERROR_RATIO = 6.0  # the largest ratio of the error of the kernel to ours; on CUDA in bfloat16 it was 2.5
 ERROR_FLOOR = 1e-6
-SETTINGS = ("MLX_ENABLE_TF32", "MLX_SDPA_VJP_BLOCK", "MLX_SDPA_VJP_FALLBACK")  # that steer mlx's kernels
+SETTINGS = ("MLX_ENABLE_TF32", "MLX_SDPA_VJP_BLOCK", "MLX_SDPA_VJP_FALLBACK")  # these change mlx's kernels
 
 Attend = Callable[..., mx.array]  # with the arguments of mx.fast.scaled_dot_product_attention
 
@@ -43,7 +43,7 @@ class Probe:
 
     growth: float  # exponent of peak memory over length
     error: float  # relative error of the gradient, the larger one of the two lengths
-    own_error: float  # the same of ops/attention.py, at the shorter length
+    own_error: float  # the same error of ops/attention.py, at the shorter length
     peak: int  # bytes at the longer length, gradients included
     own_peak: int
 

@@ -15,9 +15,9 @@ import mlx.core as mx
 from ..machine import on_gpu
 from .tiling import MASKED
 
-VECTOR_BYTES = 16  # per load
-THREADS = 256  # per row
-TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2  # of the self-check, relative to the largest number
+VECTOR_BYTES = 16  # bytes per load
+THREADS = 256  # threads per row
+TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2  # largest errors in the self-check, relative to the largest number
 
 # A block of threads works on one row: a running maximum and sum per thread (online softmax, arXiv 1805.02867), one
 # reduction over the block, then the terms and E. Row i of n rows and m columns sees j <= m - n + i if CAUSAL.

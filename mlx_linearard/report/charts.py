@@ -12,7 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 236
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
-SMALLEST = 1e-300  # of a range or a value that an axis shows
+SMALLEST = 1e-300  # the smallest range or value that an axis shows
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

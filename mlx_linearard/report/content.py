@@ -38,7 +38,7 @@ TESTS = (
 STYLES = {"relation": "one", "logits": "two", "relation+logits": "three", "ce": "four"}  # CSS classes
 WIDE = 8.0  # ratio of the largest to the smallest value; above it an axis is logarithmic
 MISSING = "–"
-MAX_FACTOR = 1e6  # of a window that the heading shows
+MAX_FACTOR = 1e6  # the largest factor of a window that the heading shows
 
 
 @dataclass(frozen=True)

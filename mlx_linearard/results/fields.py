@@ -15,7 +15,7 @@ from ..files import reading
 Json = dict[str, Any]
 T = TypeVar("T")
 
-LARGEST, SMALLEST = 1e306, 1e-300  # of numbers that the statistics and the charts can work with
+LARGEST, SMALLEST = 1e306, 1e-300  # limits of the numbers that statistics and charts accept
 LONGEST = 15  # digits of a length, a position or a count
 SHOWN = 60  # characters of a wrong value in a message
 

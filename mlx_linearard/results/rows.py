@@ -17,7 +17,7 @@ from .info import ExportInfo, RunInfo
 NATIVE, SCALED, RESTORED = "native", "scaled", "restored"  # the rows of every run
 COMPARISONS, EXPORT, RUN = "comparisons", "export", "run"
 HELD_OUT = "held-out"  # the comparison of objectives on held-out text, among the comparisons
-OUTCOMES = ("better", "worse", "equal", "inside the noise", "too few samples")  # of a paired test
+OUTCOMES = ("better", "worse", "equal", "inside the noise", "too few samples")  # outcomes of a paired test
 NOT_MODELS = (COMPARISONS, EXPORT, RUN)  # the keys of results.json that are not the row of a model
 
 # ---------------------------------------------------------------------------------------------------

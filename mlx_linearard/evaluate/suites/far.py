@@ -17,7 +17,7 @@ from .ppl import check_length
 from .suite import Done, Item, left
 
 LAST = 1000  # tokens at the end of a text
-PARTS = 10  # of these tokens: `gain_by_position` has their means
+PARTS = 10  # parts of these tokens: `gain_by_position` has their means
 
 
 @dataclass(frozen=True)

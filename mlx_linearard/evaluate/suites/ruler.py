@@ -33,10 +33,10 @@ from .words import ADJECTIVES, NOUNS, compound, compounds
 SEED = 42
 DEPTHS = tuple(100 * i / 39 for i in range(40))  # per cent, the possible places of needles in an essay
 EXAMPLE_TOKENS = 500  # the largest number of tokens of the solved example of variable tracking
-EXAMPLE_ROUNDS = 3  # of the filler in that example
+EXAMPLE_ROUNDS = 3  # most repetitions of the filler in that example
 HOPS = 4
 COMMON = 10  # common words
-SHORT = 4096  # tokens; shorter prompts have smaller lists of common words
+SHORT = 4096  # tokens; prompts below this length have smaller lists of common words
 NEAR = 0.98  # a prompt must have this share of the asked length
 
 
