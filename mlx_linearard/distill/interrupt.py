@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request to stop between two steps; a second one stops at once.
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop between two steps; a second signal stops immediately.
 
 SIGHUP comes when a terminal is closed or an ssh connection is lost. A process that was started with `nohup` ignores
 SIGHUP, and this module does not change that.

@@ -92,7 +92,7 @@ class MemoryPlan:
 
 
 def plan_memory(step: Step) -> MemoryPlan:
-    """The fullest moment of `step`, within some 10 % of mlx's own peak. Run-time libraries are not counted."""
+    """The fullest moment of `step`, within about 10 % of mlx's own peak. Run-time libraries are not counted."""
     return max([*_backward(step), _update(step)], key=lambda plan: plan.total)
 
 

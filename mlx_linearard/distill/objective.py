@@ -274,7 +274,7 @@ class _PairedLayer:
         hidden_t, hidden_s, *leaves = primals
         _, ct_hidden, ct_losses, *_ = cotangents
         ct_qkv = [g * ct_losses[i].astype(g.dtype) for i, g in enumerate(outputs[3:])]
-        # Recompute only when the gradient has arrived: otherwise all recomputed layers would be in memory at once.
+        # Recompute only when the gradient has arrived: otherwise all recomputed layers would be in memory.
         hidden_s, *leaves = mx.depends([hidden_s, *leaves], [ct_hidden, *ct_qkv])
         half: Callable[..., list[mx.array]] = partial(self._student, names)
         if self.stops:  # the loss does not depend on anything after q, k, v

@@ -92,7 +92,7 @@ class Witness:
 
 
 def hang_up() -> None:
-    """Close all connections of this process, so that all ranks of a ring notice the loss at once."""
+    """Close all connections of this process, so that all ranks of a ring notice the loss immediately."""
     for handle in range(3, HANDLES):
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.fstat(handle).st_mode):
@@ -104,7 +104,7 @@ class Watch:
     """Handles signals in a separate thread, because a main thread that waits in a collective cannot.
 
     After SIGTERM the main thread has GRACE seconds to leave. Then the watching thread saves the run, prints how to
-    continue it, and ends the process. A second Ctrl-C ends the process at once.
+    continue it, and ends the process. A second Ctrl-C ends the process immediately.
     """
 
     def __init__(self) -> None:

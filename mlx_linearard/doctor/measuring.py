@@ -32,7 +32,7 @@ def fastest(function: Callable, inputs: list[mx.array], repeats: int, held: int)
 
 
 def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
-    """Normal numbers, (B, H, T, D), made head by head: at once they would need many times their own memory."""
+    """Normal numbers, (B, H, T, D), made head by head: together they would need many times their own memory."""
     batch, heads, length, dim = shape
     parts = []
     for key in mx.random.split(mx.random.key(seed), heads):

@@ -178,7 +178,8 @@ def link_model_files(source: Path, target: Path, *, window: int | None = None) -
 
     `window` is the window of the model in `target`, if it is another one (see `copy_tokenizer`).
 
-    Weights are written anew if they repeat the embedding as an output head, which mlx-lm refuses for some families.
+    If the weights repeat the embedding as an output head, which mlx-lm refuses for some families, they are written
+    again without this head.
     """
     stored = stored_tensors(source)
     if unneeded := copied_head(read_config(source), stored):

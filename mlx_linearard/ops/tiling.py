@@ -1,6 +1,6 @@
 """Tiles of the quadratic computations: their sizes, and the order in which they run.
 
-mlx is lazy: a loop over tiles only builds a graph, and its evaluation may hold every tile at once. `in_order`
+mlx is lazy: a loop over tiles only builds a graph, and its evaluation may hold all tiles at the same time. `in_order`
 prevents that: the inputs of a tile depend on the outputs of the tile before. A GPU still accepts work, and so
 memory, ahead of the work that is done: up to ten batches of operations. On Metal a batch reads about 50 MB. On a
 large CUDA card mlx's default is 1000 MB, so it is lowered here. Measured on an H200, a step of 32768 tokens:
