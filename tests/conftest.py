@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent / "convert"))  # converter_models
 sys.path.insert(0, str(Path(__file__).parent))
 
+from forked import Commands
 from tiny import PROSE, tiny_model
+
+# `nohup`, and some schedulers, start programs that ignore a closed terminal; so would the runs of the tests.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +34,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text("".join(f"{i}. {PROSE}" for i in range(200)))
     return path
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Commands in processes of their own that share one import."""
+    server = Commands()
+    yield server
+    server.close()

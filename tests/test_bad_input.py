@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,13 +37,6 @@ DISTILL = [
     "64",
 ]
 EVALUATE = ["--model", "{}/model", "--suite", "ppl", "--data", "{}/text.txt", "--out", "{}/out.json"]
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    server = Commands()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
+from forked import Commands
 from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 from tiny import tiny_model
@@ -33,12 +34,6 @@ FLAGS = [
 
 def flags(model_dir: Path, text_file: Path, output: Path, *more: str) -> list[str]:
     return ["--model", str(model_dir), "--data", str(text_file), "--output", str(output), *FLAGS, *more]
-
-
-def shell(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_linearard.distill", *arguments], capture_output=True, text=True, **options
-    )
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -99,7 +94,9 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"]
+)
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
     model_dir: Path, text_file: Path, tmp_path: Path, asked: signal.Signals
 ) -> None:
@@ -123,11 +120,14 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
 
 
-def test_a_checkpoint_of_another_run_is_refused(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    model_dir: Path, text_file: Path, tmp_path: Path, commands: Commands
+) -> None:
     run = tmp_path / "run"
     assert command(flags(model_dir, text_file, run)) == 0
-    outcome = shell(*flags(model_dir, text_file, run, "--resume", "--lora-scale", "3"))
-    assert outcome.returncode == 2 and "lora_scale was 2.0 and is 3.0" in outcome.stderr
+    words = flags(model_dir, text_file, run, "--resume", "--lora-scale", "3")
+    status, errors = commands.run("distill", words, tmp_path)
+    assert status == 2 and "lora_scale was 2.0 and is 3.0" in errors
 
 
 def test_a_dry_run_writes_nothing(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
@@ -242,14 +242,14 @@ def broken(tmp_path: Path, model_dir: Path) -> Path:
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(
-    broken: Path, model_dir: Path, text_file: Path, changes: dict, says: str
+    broken: Path, model_dir: Path, text_file: Path, commands: Commands, changes: dict, says: str
 ) -> None:
     before = sorted(broken.rglob("*"))
     arguments = flags(model_dir, text_file, broken / "run")
     for name, value in changes.items():
         arguments += [name] if value is None else [name, value.format(broken)]
-    outcome = shell(*arguments, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert outcome.returncode == 2, outcome.stderr
-    assert len(outcome.stderr.strip().splitlines()) == 1
-    assert re.search(says, outcome.stderr)
+    status, errors = commands.run("distill", arguments, broken)
+    assert status == 2, errors
+    assert len(errors.strip().splitlines()) == 1
+    assert re.search(says, errors)
     assert sorted(broken.rglob("*")) == before

@@ -124,7 +124,9 @@ def test_a_log_holds_any_text(tmp_path: Path) -> None:
         assert list(log.read().values()) == records and log.path.read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_stopped_process_measures_nothing_twice(
     models: list[Path], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
