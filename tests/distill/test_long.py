@@ -152,7 +152,7 @@ def test_another_long_part_is_another_run(model_dir: Path, text_file: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"long_seq_len": 200}, "give --long-weight as well"),
+        ({"long_seq_len": 200}, "need --long-weight"),
         ({"long_weight": 0.2, "long_seq_len": 1000}, "at most 512"),
         ({"long_weight": -1.0}, "negative"),
         ({"long_weight": 0.2, "long_data": "nowhere.txt"}, "nowhere.txt does not exist"),
