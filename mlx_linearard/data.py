@@ -45,6 +45,11 @@ class Tokenizer(Protocol):
 # Text: to add a form, give its suffix a reader in `_file`.
 
 
+def read_documents(source: str) -> Iterator[str]:
+    """The documents of `source` as complete texts; see `read_pieces`."""
+    return map("".join, read_pieces(source))
+
+
 def read_pieces(source: str) -> Iterator[Iterable[str]]:
     """The documents of `source`, each as its pieces, which must be read before the next document.
 
