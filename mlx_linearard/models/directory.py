@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
-from ..rope import FAMILIES, family, ignored_setting, normalise
+from ..rope import FAMILIES, family, ignored_setting, native_window, normalise
 from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer
 from .tokenizer_files import MORE_TEMPLATES
@@ -97,11 +97,23 @@ def check_config(directory: Path) -> dict[str, Any]:
     try:
         family(config)
         config = normalise(config)
+        _check_values(config)
         if reason := ignored_setting(config):
             raise ValueError(reason)
         return config
     except ValueError as error:
         raise UserError(f"{directory / CONFIG}: {one_line(error)}") from None
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """ValueError if the window or a token id that the config states is of the wrong type."""
+    if config.get("max_position_embeddings") is not None:
+        native_window(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(token) is int for token in ids):
+            raise ValueError(f"{name} must be a token id, not {value!r}")
 
 
 def check_links(directory: Path) -> None:

@@ -331,3 +331,18 @@ def _root(factory, name):
     root = factory.getbasetemp() / name
     root.mkdir(exist_ok=True)
     return root
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bos_token_id", "x"), ("bos_token_id", [1]), ("bos_token_id", True), ("eos_token_id", {}),
+        ("eos_token_id", [1, "x"]), ("pad_token_id", 1.5), ("max_position_embeddings", 0),
+        ("max_position_embeddings", -1), ("max_position_embeddings", "8"), ("max_position_embeddings", {}),
+    ],
+)  # fmt: skip
+def test_windows_and_token_ids_of_a_wrong_type_are_refused_by_name(source, key, value):
+    file = source / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(UserError, match=f"config.json: .*{key} must be"):
+        check_model_dir(source)
