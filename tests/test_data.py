@@ -22,6 +22,7 @@ from mlx_linearard.data import (
     encode,
     first_token,
     python_prose,
+    read_documents,
     read_pieces,
     split,
     tokenize,
@@ -52,9 +53,9 @@ def test_every_form_reads_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     for name in ("folder", "a.jsonl", "a.jsonl.gz", "a.jsonl.xz"):
-        assert [*map("".join, read_pieces(str(tmp_path / name)))] == DOCUMENTS, name
+        assert list(read_documents(str(tmp_path / name))) == DOCUMENTS, name
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(DOCUMENTS[1].encode()))
-    assert [*map("".join, read_pieces(str(tmp_path / "b.txt.xz")))] == DOCUMENTS[1:]
+    assert list(read_documents(str(tmp_path / "b.txt.xz"))) == DOCUMENTS[1:]
 
 
 @pytest.mark.parametrize(
@@ -85,15 +86,15 @@ def test_every_form_reads_the_same(tmp_path: Path) -> None:
 def test_bad_text_is_refused_by_name(tmp_path: Path, name: str, body: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(body)
     with pytest.raises(UserError, match=says) as error:
-        [*map("".join, read_pieces(str(tmp_path / name)))]
+        list(read_documents(str(tmp_path / name)))
     assert name in str(error.value)
 
 
 def test_missing_text_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        [*map("".join, read_pieces(str(tmp_path / "nowhere.txt")))]
+        list(read_documents(str(tmp_path / "nowhere.txt")))
     with pytest.raises(UserError, match=r"holds no \.txt"):
-        [*map("".join, read_pieces(str(tmp_path)))]
+        list(read_documents(str(tmp_path)))
 
 
 def test_names_that_are_no_text_files_are_refused(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_names_that_are_no_text_files_are_refused(tmp_path: Path) -> None:
         ("null\0.txt", "is not a file name"),
     ):
         with pytest.raises(UserError, match=says):
-            [*map("".join, read_pieces(str(tmp_path / name)))]
+            list(read_documents(str(tmp_path / name)))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -122,7 +123,7 @@ def test_folders_without_permission_are_refused(tmp_path: Path) -> None:
     try:
         for source in (folder, folder / "a.txt"):
             with pytest.raises(UserError, match="cannot be read: Permission denied"):
-                [*map("".join, read_pieces(str(source)))]
+                list(read_documents(str(source)))
     finally:
         folder.chmod(0o755)
 
@@ -131,14 +132,14 @@ def test_marks_and_halves_of_characters_are_read_as_text(tmp_path: Path) -> None
     """A byte order mark is not part of the text; half of a surrogate pair becomes U+FFFD."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfZw\xc3\xb6lf")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a \\ud83d b \\ude00 c \\ud83d\\ude00"}\n')
-    assert [*map("".join, read_pieces(str(tmp_path / "a.txt")))] == ["Zwölf"]
-    assert [*map("".join, read_pieces(str(tmp_path / "b.jsonl")))] == ["a \ufffd b \ufffd c \U0001f600"]
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["Zwölf"]
+    assert list(read_documents(str(tmp_path / "b.jsonl"))) == ["a \ufffd b \ufffd c \U0001f600"]
     assert encode(Bytes(), "a\ud83d") == list("a\ufffd".encode())
 
 
 def test_a_hub_dataset_without_the_extra_names_it() -> None:
     with pytest.raises(UserError, match="hf:"):
-        next(read_pieces("hf:some/name"))
+        next(read_documents("hf:some/name"))
 
 
 def test_each_document_has_an_end_token_and_the_limit_holds() -> None:
@@ -260,7 +261,7 @@ def test_pieces_of_a_file_have_the_tokens_of_the_complete_file(small_pieces: Non
     whole = [*tokenizer.encode(sample_prose(), add_special_tokens=False), 1]
     both = [*whole, *tokenizer.encode("second", add_special_tokens=False), 1]
     assert tokenize(read_pieces(str(tmp_path)), tokenizer, limit=10**9).tolist() == both
-    assert tokenize(map("".join, read_pieces(str(tmp_path))), tokenizer, limit=10**9).tolist() == both
+    assert tokenize(read_documents(str(tmp_path)), tokenizer, limit=10**9).tolist() == both
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -280,7 +281,7 @@ def test_a_line_of_json_has_a_largest_length(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(data, "MAX_LINE", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + json.dumps({"text": "x" * 2000}))
     with pytest.raises(UserError, match=r"a\.jsonl line 2 has more than 1000 characters"):
-        [*map("".join, read_pieces(str(tmp_path / "a.jsonl")))]
+        list(read_documents(str(tmp_path / "a.jsonl")))
 
 
 def test_a_text_without_any_cut_is_cut_in_the_end(small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,3 +414,11 @@ def test_windows_spread_and_held_out_text_is_not_trained_on() -> None:
 def test_this_python_has_prose() -> None:
     text = "".join(python_prose())
     assert len(text) > 300_000 and "The following" in text
+
+
+def test_documents_are_joined_from_their_pieces(tmp_path: Path) -> None:
+    """A text of several pieces is one document; a folder has one document per file, in order of name."""
+    long = "A sentence of some words. " * 10_000
+    (tmp_path / "a.txt").write_text(long)
+    (tmp_path / "b.txt").write_text("short")
+    assert list(read_documents(str(tmp_path))) == [long, "short"]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tiny import PROSE, tiny_model
 
 from mlx_linearard.config import DistillConfig, read_yaml, to_yaml
-from mlx_linearard.data import read_pieces
+from mlx_linearard.data import read_documents
 from mlx_linearard.distill import checkpoint
 from mlx_linearard.distill.plan import inspect_model, plan_run
 from mlx_linearard.distill.step import Best, Schedule, TrainState
@@ -160,7 +160,7 @@ def test_jsonl(sound: Path, mutation: Any) -> None:
         body = "".join(json.dumps(item) + "\n" for item in lines).encode()
     file = sound / "mutant" / name
     file.write_bytes(body)
-    only_our_error(lambda: [*map("".join, read_pieces(str(file)))])
+    only_our_error(lambda: list(read_documents(str(file))))
     only_our_error(lambda: [check_choice(item, where) for where, item in read_items(str(file))])
 
 

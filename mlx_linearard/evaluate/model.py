@@ -28,10 +28,11 @@ from ..models.shape import Shape
 from ..models.tokenizer import check_tokenizer, tokenizer_of
 from ..models.weights import hash_of_model, weight_files
 from ..ops.logits import token_nll
+from ..ops.tiling import FLOAT32
 from ..rope import native_window, normalise
 from .generation import Prompt, generate
-from .passes import FLOAT32, Passes, Tick
-from .scoring import LOGITS_BYTES, Continuations, Score, score
+from .passes import LOGITS_BYTES, Passes, Tick, itself
+from .scoring import Continuations, Score, score
 
 CHUNK, GPU_CHUNK = 512, 4096  # tokens per forward pass: enough to fill the device
 ROWS, GPU_ROWS = 64, 256  # sequences measured together at most
@@ -289,11 +290,6 @@ def load_subject(
     model = load_frozen(directory.path, config, dtype or None)
     model.eval()
     return Subject(directory, model, chunk, batch_size)
-
-
-def itself(logits: mx.array) -> mx.array:
-    """The head of a model whose hidden states are logits already."""
-    return logits
 
 
 @dataclass(frozen=True)

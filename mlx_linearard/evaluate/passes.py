@@ -19,9 +19,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import UserError
+from ..ops.tiling import FLOAT32
 
 SCORES_BYTES = 2 << 30  # most bytes of attention scores per pass, if a device holds them: long prompts, short chunks
-FLOAT32 = 4
+LOGITS_BYTES = 128 << 20  # most bytes of a chunk's float32 logits: a large vocabulary makes chunks shorter
 TRIED = ([3, 5, 7, 2, 9, 4, 6], [8, 1, 5])  # tokens of two sequences, read together and alone
 SAME = 0.1  # the largest difference, as a share of the largest logit: half precision is far below it
 ENOUGH = 0.25  # part of a pass: a batch of this size uses the device nearly as well as a full pass
@@ -112,6 +113,11 @@ class Passes:
                 f"{self.path} computes logits that are not finite: its weights are damaged, or need a "
                 "wider type, such as --dtype float32"
             )
+
+
+def itself(logits: mx.array) -> mx.array:
+    """The head of a model whose hidden states are logits already."""
+    return logits
 
 
 def padded(rows: Sequence[Sequence[int]]) -> mx.array:

@@ -15,11 +15,11 @@ import numpy as np
 
 from ..models.layers import hidden_at
 from ..ops.logits import token_nll
-from .passes import FLOAT32, Passes, packed, padded, take
+from ..ops.tiling import FLOAT32
+from .passes import LOGITS_BYTES, Passes, itself, packed, padded, take
 
 GROUP = 4  # passes: items of about as many tokens are sorted by length and scored together
 LEAST_SHARED = 8  # tokens: a shorter common beginning is computed again for each sequence
-LOGITS_BYTES = 128 << 20  # most bytes of a chunk's float32 logits: a large vocabulary makes chunks shorter
 
 Score = tuple[float, bool]  # log-likelihood in nats; whether all tokens are the model's first choice
 
@@ -143,6 +143,6 @@ def _nll_and_first(passes: Passes, hidden: mx.array, head: Any, targets: mx.arra
     for start in range(0, hidden.shape[1], size):
         logits, own = head(hidden[:, start : start + size]), targets[:, start : start + size]
         passes.check_finite(logits)
-        nll.append(np.array(token_nll(logits, lambda same: same, own, workspace_bytes=4 * LOGITS_BYTES))[0])
+        nll.append(np.array(token_nll(logits, itself, own, workspace_bytes=4 * LOGITS_BYTES))[0])
         first.append(np.array(mx.argmax(logits, axis=-1) == own)[0])
     return np.concatenate(nll), np.concatenate(first)

@@ -23,7 +23,7 @@ from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
 from ..rope import FAMILIES, family, ignored_setting, native_window, normalise
 from .quantization import Scheme, quantize_structure
-from .tokenizer import check_tokenizer
+from .tokenizer import check_tokenizer, token_ids
 from .tokenizer_files import MORE_TEMPLATES
 from .weights import Stored, check_finite, load_lazily, refuse, same_values, stored_tensors
 
@@ -110,10 +110,7 @@ def _check_values(config: Mapping[str, Any]) -> None:
     if config.get("max_position_embeddings") is not None:
         native_window(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(name)
-        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        if value is not None and not all(type(token) is int for token in ids):
-            raise ValueError(f"{name} must be a token id, not {value!r}")
+        token_ids(name, config.get(name))
 
 
 def check_links(directory: Path) -> None:

@@ -101,9 +101,18 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
         generation = read_object(directory / GENERATION_CONFIG).get("eos_token_id")
         if generation is not None:
             source, ends = directory / GENERATION_CONFIG, generation
-    ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise UserError(f"{source}: eos_token_id must be a token id or a list of token ids")
+    try:
+        return token_ids("eos_token_id", ends)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def token_ids(name: str, value: Any) -> list[int]:
+    """The token ids of a setting: none, one, or for eos_token_id a list; ValueError for any other value."""
+    ids = [] if value is None else value if isinstance(value, list) and name == "eos_token_id" else [value]
+    if not all(type(token) is int for token in ids):
+        several = " or a list of token ids" if name == "eos_token_id" else ""
+        raise ValueError(f"{name} must be a token id{several}")
     return ids
 
 

@@ -14,7 +14,8 @@ from ...errors import UserError
 from ...ops.logits import compare_logits
 from ...results.statistics import Metric
 from ...results.store import Record
-from ..model import LOGITS_BYTES, Directory, Subject, Tick, digest, itself
+from ..model import Directory, Subject, Tick, digest
+from ..passes import LOGITS_BYTES, itself
 from .suite import Done, Item, left
 
 TOP = 5
