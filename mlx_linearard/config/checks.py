@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 OBJECTIVES = ("relation", "logits", "relation+logits", "ce")
+LONG_OBJECTIVES = ("ce", "longce", "recall", "ce+recall", "longce+recall")
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 NORMALIZATIONS = ("heads", "paper-code")
 KEEPS = ("best", "last")

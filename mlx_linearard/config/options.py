@@ -18,6 +18,7 @@ from .checks import (
     KEEPS,
     LARGEST,
     LARGEST_COUNT,
+    LONG_OBJECTIVES,
     NORMALIZATIONS,
     OBJECTIVES,
     Check,
@@ -141,10 +142,33 @@ class DistillConfig:
     )
     long_weight: float = option(
         0.0,
-        "weight of the long part of every step: next-token cross-entropy on one block of long text, which teaches the "
-        "student to use its new window; 0 leaves it out",
+        "weight of the long part of every step: one block of long text, which teaches the student to use its new "
+        "window; 0 leaves it out",
         check=not_negative,
         metavar="W",
+        group="long text",
+    )
+    long_objective: str = option(
+        "ce",
+        "what the long part teaches. ce: predict every next token (cross-entropy). longce: the same, with more weight "
+        "on tokens that distant text makes more likely. recall: continue a passage that stands far above as the native "
+        "model continues one that it has just read; + uses two of them",
+        choices=LONG_OBJECTIVES,
+        group="long text",
+    )
+    recall_weight: float = option(
+        1.0,
+        "weight of recall beside ce or longce, within the long part",
+        check=positive,
+        metavar="W",
+        group="long text",
+    )
+    recall_passage: int | None = option(
+        None,
+        "recall: tokens of a passage, of which an eighth of the block is made; by default 256, or a quarter of the "
+        "native window if that is less",
+        check=positive,
+        metavar="N",
         group="long text",
     )
     long_seq_len: int | None = option(
@@ -276,10 +300,28 @@ class DistillConfig:
             raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
         if self.compare and self.objective != "relation":
             raise UserError("--compare and --objective both choose the loss: give one of them")
-        if not self.long_weight and (self.long_seq_len or self.long_data):
-            raise UserError("--long-seq-len and --long-data need --long-weight: give it as well")
+        self._check_long_part()
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
+
+    def _check_long_part(self) -> None:
+        given = {
+            "long-seq-len": self.long_seq_len,
+            "long-data": self.long_data,
+            "long-objective": self.long_objective != "ce",
+            "recall-passage": self.recall_passage,
+            "recall-weight": self.recall_weight != 1.0,
+        }
+        names = [f"--{name}" for name, value in given.items() if value]
+        if names and not self.long_weight:
+            raise UserError(f"{' and '.join(names)} belong to the long part: give --long-weight as well")
+        if self.recall_passage and "recall" not in self.long_objective:
+            raise UserError(f"--recall-passage needs recall in --long-objective, not {self.long_objective}")
+        if self.recall_weight != 1.0 and not self.long_objective.endswith("+recall"):
+            raise UserError(
+                f"--recall-weight weighs recall against ce or longce, and --long-objective is {self.long_objective}: "
+                "give ce+recall or longce+recall, or use --long-weight alone"
+            )
 
 
 def _complaint(item: dataclasses.Field[Any], value: Any) -> str | None:

@@ -18,12 +18,15 @@ not yet released.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
+from ..config import DistillConfig
 from ..models.shape import Shape
 from ..ops import attention, logits, mlp, relation
 from ..ops.tiling import FLOAT32
@@ -31,6 +34,9 @@ from ..ops.tiling import FLOAT32
 # CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, and the
 # results of these are not yet released. ops/tiling.py makes a batch as small as one operation on large activations.
 CUDA_AHEAD = 10
+
+SHORTEST = 64  # tokens: no shorter sequence is suggested
+QUANTIZED = 4.5 / 8  # bytes per weight in 4 bits, with one scale and one bias per 64 weights
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Step:
     grad_accum: int
     workspace: int  # bytes
     gpu: bool
+    recalled: int = 0  # positions of a long block whose logits are compared with the teacher's, beside `logits`
     fused: bool | None = None  # whether mlx's attention runs under a gradient; None: the default, without a probe
 
     @property
@@ -144,7 +151,7 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
         heads = set(shape.heads_of(step.relations))  # one relation is finished before the next begins
         tiles = max(relation.peak_bytes(step.batch, n, step.seq_len, *sizes) for n in heads)
         yield "relations", live, tiles
-    if step.logits or step.layers > 1:
+    if step.logits or step.recalled or step.layers > 1:
         # The residual stream and its norms; q, k, v before and after RoPE, and the output of attention.
         held = 7 * shape.width + 7 * q + 4 * k + arriving
         wide = mlp.peak_bytes(tokens, shape.ffn, step.size, workspace=step.workspace)
@@ -165,8 +172,37 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
     # The gradient of the input, added up from three projections and three adapters.
     held = 9 * shape.width + 6 * (q + 2 * k) + arriving
     yield "projections", tokens * held * step.size + 7 * adapted, 0
-    if step.logits:
-        arrays = {"kl": logits.kl_arrays, "ce": logits.cross_entropy_arrays}[step.logits]
-        in_chunk = arrays(half=step.size != FLOAT32, gpu=step.gpu)
-        chunks = logits.peak_bytes(in_chunk, tokens, shape.vocabulary, workspace=step.workspace)
-        yield "logits", 3 * tokens * shape.width * step.size, chunks
+    for kind, positions in (step.logits, tokens), ("kl", step.recalled):
+        if kind and positions:
+            arrays = {"kl": logits.kl_arrays, "ce": logits.cross_entropy_arrays}[kind]
+            in_chunk = arrays(half=step.size != FLOAT32, gpu=step.gpu)
+            chunks = logits.peak_bytes(in_chunk, positions, shape.vocabulary, workspace=step.workspace)
+            yield "logits", 3 * tokens * shape.width * step.size, chunks
+
+
+def advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
+    """Each option that alone makes the step fit; a 4-bit model together with a shorter sequence if none does."""
+
+    def fits(**changes: Any) -> bool:
+        return plan_memory(dataclasses.replace(step, **changes)).total <= limit
+
+    options = []
+    if (length := longest(step, limit, step.seq_len)) >= SHORTEST:
+        options.append(f"--seq-len {length // SHORTEST * SHORTEST}")
+    if batch := bisect.bisect_left(range(1, step.batch), True, key=lambda n: not fits(batch=n)):
+        options.append(f"--batch-size {batch * (config.batch_size // step.batch)}")
+    if config.layers != "last" and "relation" in config.objective and fits(supervised=1):
+        options.append("--layers last")
+    if config.workspace > 64 and fits(workspace=64 << 20):
+        options.append("--workspace 64")
+    yield from options
+    small = dataclasses.replace(step, weights=min(step.weights, int(_weight_count(step.shape) * QUANTIZED)))
+    if config.fine_tune_type != "full" and small.weights < 0.9 * step.weights:
+        if plan_memory(small).total <= limit:
+            yield "a 4-bit model"
+        elif not options and (length := longest(small, limit, step.seq_len)) >= SHORTEST:
+            yield f"a 4-bit model with --seq-len {length // SHORTEST * SHORTEST}"
+
+
+def _weight_count(shape: Shape) -> int:
+    return shape.block_weights + shape.vocabulary * shape.width * (1 if shape.tied else 2)

@@ -126,6 +126,16 @@ def objective_loss(
     return total, parts
 
 
+def student_hidden(
+    pair: Pair, objective: Objective, parameters: list[Leaves], inputs: mx.array, dropout_seed: int | None = None
+) -> mx.array:
+    """The student's hidden state after all layers, (B, T, width), a differentiable function of `parameters`.
+
+    `objective` must need the logits, and not the teacher. The other arguments are those of `objective_loss`.
+    """
+    return _run_layers(pair, objective, parameters, inputs, dropout_seed)[1]
+
+
 def _run_layers(
     pair: Pair, objective: Objective, parameters: list[Leaves], inputs: mx.array, dropout_seed: int | None
 ) -> tuple[mx.array, mx.array, list[mx.array]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,14 +26,13 @@ from ..models.trees import named_modules
 from ..ops.fused import Choice
 from ..ops.probe import choice_of
 from .best import reference_length
-from .memory import FLOAT32, MemoryPlan, Step, longest, plan_memory
+from .long_text import LongSizes
+from .memory import FLOAT32, SHORTEST, MemoryPlan, Step, advice, longest, plan_memory
 from .objective import Objective, resolve_objective
 from .timing import Clock, Times, choose_eval_tokens
 
 STEP_TOKENS = 8192  # tokens per step of the measured recipe
 STEP_COUNT = 144
-SHORTEST = 64  # tokens: no shorter sequence is suggested
-QUANTIZED = 4.5 / 8  # bytes per weight in 4 bits, with one scale and one bias per 64 weights
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,16 @@ class Sizing:
     model: str
     window: tuple[int, int]  # native, extended
     processes: int = 1  # number of processes that share the blocks of a step
-    long_seq_len: int = 0  # tokens of the block of long text in every step; 0 without a long part
+    long: LongSizes | None = None  # the block of long text in every step; None without a long part
 
     @property
     def tokens_per_step(self) -> int:
         return self.seq_len * self.batch_size * self.grad_accum
+
+    @property
+    def long_seq_len(self) -> int:
+        """Tokens of the block of long text in every step; 0 without a long part."""
+        return self.long.seq_len if self.long else 0
 
     def lines(self, machine: Machine) -> Iterator[str]:
         """The sizes in a few lines."""
@@ -84,8 +87,8 @@ class Sizing:
             f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
             f"{self.seq_len}{shared}) on {machine.name}"
         )
-        if self.long_seq_len:
-            yield f"every step also reads one block of {self.long_seq_len} tokens of long text"
+        if self.long:
+            yield f"every step also reads {self.long.described()}"
         lengths = " and ".join(map(str, self.eval_lengths))
         yield f"held-out text: {self.eval_tokens} tokens in windows of {lengths}"
         yield self.times.line()
@@ -112,8 +115,10 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
     steps = steps or (demo.steps if demo else STEP_COUNT)
     lengths = eval_lengths(config, seq_len, native_window, machine)
     clock = Clock(Shape.of(native), machine, config)
-    long = long_seq_len(config, native_window)
-    training = clock.training(per_step * steps, seq_len) / ranks.devices + clock.long_part(long * steps, long)
+    long = long_sizes(config, native_window, long_seq_len(config, native_window))
+    training = clock.training(per_step * steps, seq_len) / ranks.devices + (
+        steps * clock.long_part(long) if long else 0
+    )
     reference = reference_length(lengths, native_window)
     evaluations = steps // config.eval_every if config.eval_every else 0
 
@@ -133,7 +138,7 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
         model=config.model or "SmolLM2-135M-Instruct",
         window=(native_window, int(native_window * config.factor)),
         processes=ranks.size,
-        long_seq_len=long,
+        long=long,
     )
 
 
@@ -146,6 +151,11 @@ def long_seq_len(config: DistillConfig, native_window: int) -> int:
     if length > extended:
         raise UserError(f"--long-seq-len {length} is above the new window: give at most {extended} tokens")
     return length
+
+
+def long_sizes(config: DistillConfig, native_window: int, length: int) -> LongSizes | None:
+    """The sizes of a long block of `length` tokens, None without a long part; UserError if they do not fit it."""
+    return LongSizes.of(config.long_objective, length, native_window, config.recall_passage) if length else None
 
 
 def steps_of(tokens: int, per_step: int) -> int:
@@ -213,38 +223,10 @@ class Plan:
     def _advice(self) -> Iterator[str]:
         limit, long = self.machine.usable, self.long_step
         if plan_memory(self.step).total > limit:
-            yield from _advice(self.step, limit, self.config)
+            yield from advice(self.step, limit, self.config)
         if long and plan_memory(long).total > limit:
             most = longest(long, limit, long.seq_len)
             yield f"--long-seq-len {most}" if most >= SHORTEST else "--long-weight 0"
-
-
-def _advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
-    """Each option that alone makes the step fit; a 4-bit model together with a shorter sequence if none does."""
-
-    def fits(**changes: Any) -> bool:
-        return plan_memory(dataclasses.replace(step, **changes)).total <= limit
-
-    options = []
-    if (length := longest(step, limit, step.seq_len)) >= SHORTEST:
-        options.append(f"--seq-len {length // SHORTEST * SHORTEST}")
-    if batch := bisect.bisect_left(range(1, step.batch), True, key=lambda n: not fits(batch=n)):
-        options.append(f"--batch-size {batch * (config.batch_size // step.batch)}")
-    if config.layers != "last" and "relation" in config.objective and fits(supervised=1):
-        options.append("--layers last")
-    if config.workspace > 64 and fits(workspace=64 << 20):
-        options.append("--workspace 64")
-    yield from options
-    small = dataclasses.replace(step, weights=min(step.weights, int(_weight_count(step.shape) * QUANTIZED)))
-    if config.fine_tune_type != "full" and small.weights < 0.9 * step.weights:
-        if plan_memory(small).total <= limit:
-            yield "a 4-bit model"
-        elif not options and (length := longest(small, limit, step.seq_len)) >= SHORTEST:
-            yield f"a 4-bit model with --seq-len {length // SHORTEST * SHORTEST}"
-
-
-def _weight_count(shape: Shape) -> int:
-    return shape.block_weights + shape.vocabulary * shape.width * (1 if shape.tied else 2)
 
 
 @dataclass(frozen=True)
@@ -297,19 +279,28 @@ def plan_run(
     step = _step_of(config, inspected, dtype, sizing, ranks.share(sizing.grad_accum, sizing.batch_size))
     if attention is not None:
         step = dataclasses.replace(step, fused=attention.fused)
-    long_step = _long_step(step, len(inspected.model.layers), sizing.long_seq_len)
+    layers = len(inspected.model.layers)
+    long_step = _long_step(config, step, layers, sizing.long)
     if long_step and not config.long_seq_len and (most := longest(long_step, machine.usable, long_step.seq_len)):
-        long_step = dataclasses.replace(long_step, seq_len=most)
-        sizing = dataclasses.replace(sizing, long_seq_len=most)
+        length = most if most == sizing.long_seq_len else most - most % min(most, SHORTEST)
+        sizing = dataclasses.replace(sizing, long=long_sizes(config, sizing.window[0], length))
+        long_step = _long_step(config, step, layers, sizing.long)
     return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step, attention)
 
 
-def _long_step(step: Step, layers: int, length: int) -> Step | None:
+def _long_step(config: DistillConfig, step: Step, layers: int, sizes: LongSizes | None) -> Step | None:
     """The long part of `step` as the memory plan describes it; the sum of the short part is another copy."""
-    if not length:
+    if sizes is None:
         return None
     return dataclasses.replace(
-        step, layers=layers, supervised=0, logits="ce", batch=1, seq_len=length, grad_accum=max(2, step.grad_accum)
+        step,
+        layers=layers,
+        supervised=0,
+        logits=None if config.long_objective == "recall" else "ce",
+        recalled=sizes.recalled,
+        batch=1,
+        seq_len=sizes.seq_len,
+        grad_accum=max(2, step.grad_accum),
     )
 
 

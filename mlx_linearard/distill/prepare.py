@@ -47,7 +47,8 @@ from ..models.weights import check_finite, hash_of_model
 from . import checkpoint
 from .best import reference_length, score
 from .listener import Listener
-from .long import LongBlocks, LongPart, long_objective
+from .long import LongPart
+from .long_text import LongBlocks
 from .objective import Objective
 from .place import check_not_in_use, check_output
 from .plan import Plan, Sizing, attention_choice, inspect_model, objective_of, plan_run, trained_layers
@@ -372,12 +373,11 @@ def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
 
 def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | None:
     """The long part of a step, None without one; UserError if the long text is too short for one block."""
-    config, length = plan.config, plan.sizing.long_seq_len
-    if not length:
+    if (sizes := plan.sizing.long) is None:
         return None
     tokens = text.training if text.long is None else text.long
-    blocks = LongBlocks.of(tokens, length, config.seed, tokenizer.eos_token_id, text.first)
-    return LongPart(config.long_weight, blocks, long_objective(config.workspace << 20, plan.attention))
+    blocks = LongBlocks.of(tokens, sizes.text, plan.config.seed, tokenizer.eos_token_id, text.first)
+    return LongPart.of(plan.config, sizes, blocks, plan.attention)
 
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:

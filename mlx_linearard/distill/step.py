@@ -22,7 +22,7 @@ from ..models.adapters import Leaves
 from ..models.pair import Pair
 from ..models.trees import named_arrays
 from .guard import Guard
-from .long import LongPart
+from .long import LongBatch, LongPart
 from .objective import Objective, objective_loss
 
 _LONG_SEEDS = 1 << 31  # the dropout of long blocks draws from seeds that no short block uses
@@ -191,7 +191,7 @@ def train_step(
         parts={name: _number(value) for name, value in parts.items()},
         grad_norm=_number(norm),
         learning_rate=rate,
-        tokens=ranks.size * sum(b.shape[0] * (b.shape[1] - 1) for b in batches) + (long.blocks.seq_len if long else 0),
+        tokens=ranks.size * sum(b.shape[0] * (b.shape[1] - 1) for b in batches) + (long.sizes.seq_len if long else 0),
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory(),
         skipped=skipped,
@@ -233,20 +233,22 @@ def _with_long(short: Sums, pair: Pair, schedule: Schedule, state: TrainState, l
     """
     loss, parts, gradients = short
     if ranks.rank != state.step % ranks.size:
-        return loss, {**parts, "long": mx.array(0.0)}, gradients
-    tokens = mx.array(long.blocks.block(state.step))
+        zeros = {name: mx.array(0.0) for name in ("long", *long.loss.parts)}
+        return loss, {**parts, **zeros}, gradients
+    batch = long.batch(pair, state.step)
     dropout_seed = _LONG_SEEDS + state.step if pair.adapter.dropout > 0 else None
     if dropout_seed is not None:
         dropout_seed += schedule.seed % 2**24 << 32
 
-    def loss_of(parameters: list[Leaves]) -> mx.array:
-        return objective_loss(pair, long.objective, parameters, tokens, dropout_seed)[0]
+    def loss_of(parameters: list[Leaves], batch: LongBatch) -> Any:
+        return long.loss(pair, parameters, batch, dropout_seed)
 
-    own, own_gradients = mx.value_and_grad(loss_of)(state.parameters)
+    (own, own_parts), own_gradients = mx.value_and_grad(loss_of)(state.parameters, batch)
     weight = long.weight * ranks.size
     total = tree_map(lambda a, b: a + b * mx.array(weight, b.dtype), (loss, gradients), (own, own_gradients))
-    mx.eval(total)
-    return total[0], {**parts, "long": own * ranks.size}, total[1]
+    own_parts = {name: value * ranks.size for name, value in {"long": own, **own_parts}.items()}
+    mx.eval(total, own_parts)
+    return total[0], {**parts, **own_parts}, total[1]
 
 
 def gradient_norm(gradients: list[Leaves]) -> mx.array:

@@ -16,6 +16,7 @@ from ..machine import Machine
 from ..models.shape import Shape
 from ..ops.tiling import FLOAT32
 from ..progress import duration
+from .long_text import LongSizes
 
 GPU_EFFICIENCY = 0.35  # fraction of the matrix speed that a step reached on one GPU
 CPU_EFFICIENCY = 0.6
@@ -79,9 +80,18 @@ class Clock:
             per_token += self._seconds(2 * RELATION_PRODUCTS * scores * shape.head_dim, 2 * scores)
         return tokens * per_token
 
-    def long_part(self, tokens: int, length: int) -> float:
-        """Seconds of the cross-entropy on `tokens` tokens in long blocks of `length`."""
-        return tokens * (PASSES * self.blocks(length) + 2 * self.head())
+    def long_part(self, sizes: LongSizes) -> float:
+        """Seconds of one long block."""
+        objective = self.config.long_objective
+        seconds = sizes.seq_len * PASSES * self.blocks(sizes.seq_len)
+        if objective != "recall":
+            seconds += 2 * sizes.text * self.head()
+        if "longce" in objective:  # the teacher's windows overlap by half
+            seconds += sizes.text * (2 * self.blocks(sizes.window) + self.head())
+        if "recall" in objective:
+            both = 2 * sizes.passage
+            seconds += sizes.passages * both * self.blocks(both) + 3 * sizes.recalled * self.head()
+        return seconds
 
     def measuring(self, tokens: int, lengths: Sequence[int], reference: int, evaluations: int) -> float:
         """Seconds of all measurements of `tokens` held-out tokens per length.

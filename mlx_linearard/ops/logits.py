@@ -138,6 +138,47 @@ def cross_entropy(
     return first(loss_and_gradient(hidden))
 
 
+def gain_cross_entropy(
+    hidden: mx.array,
+    head: Head,
+    targets: mx.array,
+    baseline: mx.array,
+    *,
+    limit: float = 5.0,
+    workspace_bytes: int | None = None,
+) -> mx.array:
+    """Cross-entropy with more weight on tokens that gain over a baseline: sum(w nll) / sum(w).
+
+    w = min(exp(baseline - nll), limit) is a constant for the gradient: a token is worth the number of times that it
+    is more likely than under the baseline (LongCE, arXiv 2410.23771, which does not divide by sum(w)).
+
+    Args:
+        hidden, head, targets, workspace_bytes: those of `cross_entropy`.
+        baseline: (B, T) float32, another negative log-likelihood of each target.
+        limit: the largest weight.
+    """
+    _check_positions(hidden, targets=targets, baseline=baseline)
+    positions = _Positions.of(hidden, head, cross_entropy_arrays, workspace_bytes)
+
+    @mx.custom_function
+    def sums_and_gradient(hidden: mx.array):
+        def of_chunk(hidden, targets, baseline):
+            logits = head(hidden)
+            weights = mx.minimum(mx.exp(baseline - _nll(logits, targets)), limit)
+            loss, error = _cross_entropy(logits, targets, weights)
+            return mx.stack([loss, weights.sum()]), mx.vjp(head, [hidden], [error])[1][0]
+
+        sums, gradient = positions.sum_with_gradient(of_chunk, hidden, targets, baseline)
+        total = mx.maximum(sums[1], 1e-30)
+        return sums[0] / total, gradient, total
+
+    @sums_and_gradient.vjp
+    def _(primals, cotangents, outputs):
+        return multiply(outputs[1], cotangents[0] / outputs[2])
+
+    return first(sums_and_gradient(hidden))
+
+
 def token_nll(hidden: mx.array, head: Head, targets: mx.array, *, workspace_bytes: int | None = None) -> mx.array:
     """Negative log-likelihood of each of `targets` (B, T), in nats, float32 (B, T); no gradient."""
     _check_positions(hidden, targets=targets)

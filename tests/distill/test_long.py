@@ -1,4 +1,4 @@
-"""The long part of a step: its blocks, its loss, its memory, and that a stopped run continues bit for bit."""
+"""The long part of a step: its blocks, its losses, its memory, and that a stopped run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from tiny import tiny_model
 from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
-from mlx_linearard.distill.long import LongBlocks, LongPart, long_objective
+from mlx_linearard.config import DistillConfig
+from mlx_linearard.distill.long import LongPart
+from mlx_linearard.distill.long_text import LongBlocks, LongSizes, pairs_of, passages_of, short_windows
 from mlx_linearard.distill.memory import plan_memory
-from mlx_linearard.distill.objective import objective_loss, resolve_objective
+from mlx_linearard.distill.objective import resolve_objective
 from mlx_linearard.distill.prepare import make_plan
 from mlx_linearard.distill.step import Schedule, TrainState, train_step
 from mlx_linearard.errors import UserError
@@ -64,50 +66,159 @@ def test_too_little_long_text_is_refused() -> None:
         LongBlocks.of(stream(40), 40, 0, END)
 
 
+@pytest.mark.parametrize(
+    ("objective", "length", "passage", "expected"),
+    [
+        ("ce", 16384, None, LongSizes(16384)),
+        ("longce", 16384, None, LongSizes(16384, window=8192)),
+        ("longce", 9000, None, LongSizes(9000, window=4500)),
+        ("recall", 16384, None, LongSizes(16384, passages=8, passage=256)),
+        ("ce+recall", 16384, 1024, LongSizes(16384, passages=2, passage=1024)),
+        ("longce+recall", 32768, None, LongSizes(32768, 8192, 16, 256)),
+        ("recall", 16, None, LongSizes(16, passages=1, passage=2)),
+    ],
+)
+def test_the_sizes_of_a_block(objective: str, length: int, passage: int | None, expected: LongSizes) -> None:
+    sizes = LongSizes.of(objective, length, 8192, passage)
+    assert sizes == expected
+    assert len(sizes.rows()) == len(sizes.teacher_rows(None)) == sizes.recalled
+
+
+@pytest.mark.parametrize("first", [None, 256])
+def test_passages_stand_in_the_text_and_again_at_the_end(first: int | None) -> None:
+    """Student and teacher are compared where both have read the same tokens of the second occurrence."""
+    sizes = LongSizes.of("recall", 400, 128, 20)
+    blocks = LongBlocks.of(np.arange(3000, dtype=np.int32), sizes.text, 0, None, first)
+    text, passages = blocks.block(5)[0], passages_of(blocks, 5, sizes)
+    assert passages.shape == (2, 20) and np.array_equal(passages, passages_of(blocks, 5, sizes))
+    assert not np.array_equal(passages, passages_of(blocks, 6, sizes))
+    for passage in passages:  # tokens count up, so a passage stands where its first token is
+        place = int(np.flatnonzero(text == passage[0])[0])
+        assert np.array_equal(text[place : place + 20], passage)
+    assert abs(int(passages[0][0]) - int(passages[1][0])) >= 20
+    tokens, pairs = np.concatenate([text, passages.reshape(-1)]), pairs_of(passages, first)
+    assert len(tokens) == 401 and (first is None or (pairs[:, 0] == first).all())
+    student, teacher = tokens[sizes.rows()], pairs.reshape(-1)[sizes.teacher_rows(first)]
+    assert np.array_equal(student, teacher) and np.array_equal(student, passages[:, 4:-1].reshape(-1))
+    assert tokens[sizes.rows()[0] - 4] == passages[0][0], "the last occurrence, not the first"
+
+
+@pytest.mark.parametrize("first", [None, 256])
+def test_short_windows_give_every_token_at_least_half_a_window(first: int | None) -> None:
+    text = np.arange(203, dtype=np.int32)
+    windows, rows = short_windows(text, 50, first)
+    assert windows.shape == (8, 50) and len(rows) == 203
+    for position, row in enumerate(rows):
+        window, place = divmod(int(row), 50)
+        assert windows[window, place] == (position if place or first is None else first)
+        assert place >= min(position, 25 - 1)
+
+
 # ---------------------------------------------------------------------------------------------------
-# The loss
+# The losses
+
+EVERY = ["ce", "longce", "recall", "ce+recall", "longce+recall"]
 
 
-def short_and_long(pair: Pair, parameters: list[dict[str, mx.array]], short: mx.array, long: mx.array) -> mx.array:
-    """The definition: KL of the logits on the short text, plus 0.3 times cross-entropy on the long text."""
-    own = pair.parameters()
-    for index, leaves in zip(pair.adapter.layers, parameters, strict=True):
-        put(pair.student.layers[index], leaves)
-    log_s, log_t = nn.log_softmax(pair.student(short[:, :-1])), nn.log_softmax(pair.teacher(short[:, :-1]))
-    kl = (mx.exp(log_t) * (log_t - log_s)).sum(-1).mean()
-    ce = nn.losses.cross_entropy(pair.student(long[:, :-1]), long[:, 1:]).mean()
-    pair.set_parameters(own)
-    return kl + 0.3 * ce
+def nll_of(model: nn.Module, tokens: mx.array) -> mx.array:
+    """The negative log-likelihood of each token but the first."""
+    return nn.losses.cross_entropy(model(tokens[None, :-1]), tokens[None, 1:])[0]
 
 
-def test_the_loss_and_the_update_are_those_of_the_weighted_sum(model_dir: Path) -> None:
+def predicting(name: str, pair: Pair, text: mx.array) -> mx.array:
+    """The definition of ce and longce on a text, one pass of the teacher for each token."""
+    nll = nll_of(pair.student, text)[: len(text) - 1]
+    if "longce" not in name:
+        return nll.mean()
+    window, short = (len(text) - 1) // 2, []
+    for position in range(len(text) - 1):
+        # Windows begin at multiples of half a window, and the last one ends with the text.
+        behind = 0 if position < window else -(-(position - window + 1) // (window // 2)) * (window // 2)
+        start = min(behind, len(text) - 1 - window)
+        short.append(nll_of(pair.teacher, text[start : position + 2])[-1])
+    weights = mx.stop_gradient(mx.minimum(mx.exp(mx.stack(short) - nll), 5.0))
+    return (weights * nll).sum() / weights.sum()
+
+
+def recalling(pair: Pair, text: mx.array, passages: list[mx.array]) -> mx.array:
+    """The definition of recall: KL(teacher || student) after each cue, one passage after another."""
+    log_s = nn.log_softmax(pair.student(mx.concatenate([text, *passages])[None]))[0]
+    found = []
+    for number, passage in enumerate(passages):
+        log_t = nn.log_softmax(pair.teacher(mx.concatenate([passage, passage])[None]))[0]
+        length, cue = len(passage), min(16, len(passage) // 4)
+        for place in range(cue - 1, length - 1):
+            t, s = log_t[length + place], log_s[len(text) + number * length + place]
+            found.append((mx.exp(t) * (t - s)).sum())
+    return mx.stack(found).mean()
+
+
+def long_part(model_dir: Path, objective: str, length: int, tokens: np.ndarray, **options: object) -> LongPart:
+    config = DistillConfig(model=str(model_dir), **{"long_weight": 0.3, "long_objective": objective, **options})
+    sizes = LongSizes.of(objective, length, 128, config.recall_passage)
+    return LongPart.of(config, sizes, LongBlocks(tokens, sizes.text, 0, np.array([0])))
+
+
+@pytest.mark.parametrize("objective", EVERY)
+def test_the_loss_and_the_update_are_those_of_the_weighted_sum(model_dir: Path, objective: str) -> None:
     pair = load_pair(model_dir, method="yarn", factor=4.0, lora_rank=4)
     mx.random.seed(1)
     start = [{k: v + 0.05 * mx.random.normal(v.shape) for k, v in leaves.items()} for leaves in pair.parameters()]
     pair.set_parameters(start)
-    tokens = np.array([[(7 * i * i + 3 * i) % 256 for i in range(1000)]], np.int32)
-    short, long = mx.array(tokens[:, :33]), mx.array(tokens[:, :201])  # the native window is 128
-    expected, gradients = mx.value_and_grad(lambda p: short_and_long(pair, p, short, long))(start)
-    blocks = LongBlocks(tokens[0], 200, 0, np.array([0]))
+    tokens = np.array([(7 * i * i + 3 * i) % 256 for i in range(1000)], np.int32)
+    short = mx.array(tokens[None, :33])  # the native window is 128
+    options = {"recall_weight": 0.5} if "+" in objective else {}
+    part = long_part(model_dir, objective, 96 if "longce" in objective else 200, tokens, **options)
+    text = mx.array(part.blocks.block(0)[0])
+    passages = [mx.array(p) for p in passages_of(part.blocks, 0, part.sizes)] if "recall" in objective else []
+    terms = {"ce" if "longce" not in objective else "longce": lambda: predicting(objective, pair, text)}
+    terms = (terms if objective != "recall" else {}) | (
+        {"recall": lambda: recalling(pair, text, passages)} if passages else {}
+    )
+    assert list(terms) == objective.split("+")
+
+    def definition(parameters: list[dict[str, mx.array]]) -> mx.array:
+        """KL of the logits on the short text, plus 0.3 times the long loss."""
+        own = pair.parameters()
+        for index, leaves in zip(pair.adapter.layers, parameters, strict=True):
+            put(pair.student.layers[index], leaves)
+        log_s, log_t = nn.log_softmax(pair.student(short[:, :-1])), nn.log_softmax(pair.teacher(short[:, :-1]))
+        kl = (mx.exp(log_t) * (log_t - log_s)).sum(-1).mean()
+        long = sum(w * term() for w, term in zip([1.0, 0.5], terms.values(), strict=False))
+        pair.set_parameters(own)
+        return kl + 0.3 * long
+
+    expected, gradients = mx.value_and_grad(definition)(start)
     schedule = Schedule(4, 1, 1, 1e-3, 0, 0.0, 0.0, 0)
     state = TrainState.start(pair, schedule)
-    part = LongPart(0.3, blocks, long_objective(1 << 20))
     record = train_step(pair, resolve_objective(pair.student, "logits"), schedule, state, [short], long=part)
     assert record.loss == pytest.approx(float(expected.item()), rel=1e-5)
     assert record.loss == pytest.approx(record.parts["logits"] + 0.3 * record.parts["long"], rel=1e-6)
     squares = sum(float((g * g).sum().item()) for leaves in gradients for g in leaves.values())
     assert record.grad_norm == pytest.approx(squares**0.5, rel=1e-4)
-    assert record.tokens == 32 + 200
+    assert record.tokens == 32 + part.sizes.seq_len
+    if "+" in objective:
+        found = [record.parts[f"long_{term}"] for term in terms]
+        assert record.parts["long"] == pytest.approx(found[0] + 0.5 * found[1], rel=1e-6)
+        assert found == pytest.approx([float(term().item()) for term in terms.values()], rel=1e-5)
 
 
-def test_the_teacher_reads_nothing_long(model_dir: Path) -> None:
-    """A teacher that would fail on long text changes nothing: only the student reads it."""
+@pytest.mark.parametrize("objective", EVERY)
+def test_the_teacher_reads_nothing_beyond_its_window(model_dir: Path, objective: str, monkeypatch) -> None:
+    """In the gradient it does not run at all, and before it no sequence is longer than the window."""
     pair = load_pair(model_dir, method="yarn", factor=4.0, lora_rank=4)
-    tokens = mx.array([[i % 256 for i in range(201)]])
-    before = objective_loss(pair, long_objective(1 << 20), pair.parameters(), tokens)[0]
+    tokens = np.arange(1000, dtype=np.int32) % 256
+    part = long_part(model_dir, objective, 400, tokens)
+    lengths, read = [0], LongPart._teacher
+    monkeypatch.setattr(
+        LongPart, "_teacher", lambda self, pair, t: (lengths.append(t.shape[1]), read(self, pair, t))[1]
+    )
+    batch = part.batch(pair, 0)
+    assert max(lengths) <= 128 and (max(lengths) > 0) == (objective != "ce")
+    before = part.loss(pair, pair.parameters(), batch)[0]
     for layer in pair.teacher.layers:
         layer.mlp = None
-    after = objective_loss(pair, long_objective(1 << 20), pair.parameters(), tokens)[0]
+    after = part.loss(pair, pair.parameters(), batch)[0]
     assert before.item() == after.item()
 
 
@@ -117,19 +228,26 @@ def test_the_teacher_reads_nothing_long(model_dir: Path) -> None:
 LONG = {"method": "yarn", "objective": "logits", "long_weight": 0.5, "long_seq_len": 200}
 
 
-@pytest.mark.parametrize("objective", ["logits", "relation", "ce"])
-def test_a_run_trains_both_parts_and_says_so(model_dir: Path, text_file: Path, tmp_path: Path, objective: str) -> None:
-    options = {**LONG, "objective": objective, "long_weight": 5.0}
+@pytest.mark.parametrize(
+    ("objective", "long"),
+    [("logits", "ce"), ("relation", "ce"), ("ce", "ce"), ("logits", "longce"), ("logits", "ce+recall")],
+)
+def test_a_run_trains_both_parts_and_says_so(
+    model_dir: Path, text_file: Path, tmp_path: Path, objective: str, long: str
+) -> None:
+    options = {**LONG, "objective": objective, "long_objective": long, "long_weight": 5.0}
     result = mlx_linearard.distill(small(model_dir, text_file, tmp_path / "run", **options))
     lines = metrics(tmp_path / "run")
     assert result.steps == 8 and all(line["long"] > 0 and line["tokens"] == 264 for line in lines)
-    assert lines[-1]["long"] < lines[0]["long"]
+    names = [f"long_{term}" for term in long.split("+")] if "+" in long else ["long"]
+    assert all(lines[-1][name] < lines[0][name] for name in names)
     assert json.loads((tmp_path / "run" / "adapters" / "adapter_config.json").read_text())["num_layers"] == 3
 
 
-def test_a_stopped_run_continues_bit_for_bit(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("long", ["ce", "longce+recall"])
+def test_a_stopped_run_continues_bit_for_bit(model_dir: Path, text_file: Path, tmp_path: Path, long: str) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    options = {**LONG, "lora_dropout": 0.1, "save_every": 3}
+    options = {**LONG, "long_objective": long, "lora_dropout": 0.1, "save_every": 3}
     mlx_linearard.distill(small(model_dir, text_file, straight, **options))
     with pytest.raises(Stopped):
         mlx_linearard.distill(small(model_dir, text_file, stopped, **options), StopsAt(5))
@@ -143,6 +261,8 @@ def test_another_long_part_is_another_run(model_dir: Path, text_file: Path, tmp_
     mlx_linearard.distill(small(model_dir, text_file, run, **LONG))
     with pytest.raises(UserError, match=r"long_weight was 0\.5 and is 0\.2"):
         mlx_linearard.distill(small(model_dir, text_file, run, **{**LONG, "long_weight": 0.2}, resume=True))
+    with pytest.raises(UserError, match=r"long_objective was .ce. and is .longce."):
+        mlx_linearard.distill(small(model_dir, text_file, run, **LONG, long_objective="longce", resume=True))
     other = tmp_path / "other.txt"
     other.write_text("Some other long text. " * 400)
     with pytest.raises(UserError, match="long_data"):
@@ -152,7 +272,13 @@ def test_another_long_part_is_another_run(model_dir: Path, text_file: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"long_seq_len": 200}, "need --long-weight"),
+        ({"long_seq_len": 200}, "--long-seq-len belong.*give --long-weight"),
+        ({"long_objective": "recall"}, "--long-objective belong.*give --long-weight"),
+        ({"long_weight": 0.2, "long_objective": "recall+ce"}, "must be one of ce, longce, recall, ce.recall"),
+        ({"long_weight": 0.2, "recall_passage": 32}, "needs recall in --long-objective"),
+        ({"long_weight": 0.2, "long_objective": "recall", "recall_weight": 2.0}, "give ce.recall or longce.recall"),
+        ({"long_weight": 0.2, "long_objective": "recall", "recall_passage": 65}, "2 to 64 tokens"),
+        ({"long_weight": 0.2, "long_objective": "recall", "long_seq_len": 15}, "at least 16 tokens"),
         ({"long_weight": 0.2, "long_seq_len": 1000}, "at most 512"),
         ({"long_weight": -1.0}, "negative"),
         ({"long_weight": 0.2, "long_data": "nowhere.txt"}, "nowhere.txt does not exist"),
@@ -197,15 +323,29 @@ def test_the_default_length_is_twice_the_native_window_or_what_fits(text_file: P
         plan_of(folder, text_file, tmp_path, plan.memory.total - 1, long_seq_len=1024)
 
 
-@pytest.mark.parametrize("objective", [pytest.param("relation", marks=pytest.mark.slow), "logits"])
-def test_the_plan_of_a_long_part_is_near_the_peak(tmp_path: Path, text_file: Path, objective: str) -> None:
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("objective", "long"),
+    [
+        pytest.param("relation", "ce", marks=SLOW),
+        ("logits", "ce"),
+        pytest.param("logits", "longce", marks=SLOW),
+        pytest.param("logits", "recall", marks=SLOW),
+        ("logits", "longce+recall"),
+    ],
+)
+def test_the_plan_of_a_long_part_is_near_the_peak(tmp_path: Path, text_file: Path, objective: str, long: str) -> None:
     folder = tiny_model(tmp_path / "m", **WIDE)
-    plan = plan_of(folder, text_file, tmp_path, objective=objective, long_seq_len=1024, workspace=8)
+    options = {"objective": objective, "long_objective": long, "long_seq_len": 1024, "workspace": 8}
+    plan = plan_of(folder, text_file, tmp_path, **options)
     pair = load_pair(folder, method="yarn", factor=4.0, lora_rank=4, dtype="float32")
     schedule = Schedule(4, 1, 2, 1e-3, 0, 0.0, 0.0, 0)
     state = TrainState.start(pair, schedule)
     tokens = np.arange(4000, dtype=np.int32) % 256
-    part = LongPart(0.5, LongBlocks(tokens, 1024, 0, np.array([0, 1])), long_objective(8 << 20))
+    blocks = LongBlocks(tokens, plan.sizing.long.text, 0, np.array([0, 1]))
+    part = LongPart.of(plan.config, plan.sizing.long, blocks)
     target = dataclasses.replace(resolve_objective(pair.student, objective), workspace_bytes=8 << 20)
     resident = mx.get_active_memory() - sum(a.nbytes for _, a in _arrays(pair))
     peaks = []

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_linearard.ops.logits import compare_logits, cross_entropy, logits_kl, token_nll
+from mlx_linearard.ops.logits import compare_logits, cross_entropy, gain_cross_entropy, logits_kl, token_nll
 
 SMALL = 20_000  # a workspace for a few positions: there are many chunks, and the last is shorter
 VOCABULARY, SIZE = 101, 12
@@ -138,6 +138,26 @@ def test_half_precision_and_no_counted_position():
     assert mx.any(mx.grad(lambda x: logits_kl(x, y, linear(w), linear(w)))(x)).item()
 
 
+@pytest.mark.parametrize("workspace", [None, SMALL])
+def test_gain_cross_entropy_against_float64(workspace):
+    x, w = hidden(0), weight(2)
+    targets = mx.random.randint(0, VOCABULARY, (2, 23), key=mx.random.key(4))
+    baseline = 4 + 2 * mx.random.normal((2, 23), key=mx.random.key(5))
+    loss, gradient = mx.value_and_grad(
+        lambda x: 2.5 * gain_cross_entropy(x, linear(w), targets, baseline, workspace_bytes=workspace)
+    )(x)
+    log_p, at = log_softmax(x, w), np.array(targets)[..., None]
+    nll = -np.take_along_axis(log_p, at, -1)[..., 0]
+    weights = np.minimum(np.exp(np.array(baseline, np.float64) - nll), 5.0)
+    assert (weights == 5.0).any() and (weights < 1.0).any()
+    weights /= weights.sum()
+    assert loss.item() == pytest.approx(2.5 * (weights * nll).sum(), rel=1e-6)
+    error = np.exp(log_p)
+    np.put_along_axis(error, at, np.take_along_axis(error, at, -1) - 1, -1)
+    expected = 2.5 * (error * weights[..., None]) @ np.array(w, np.float64)
+    assert np.abs(np.array(gradient) - expected).max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [
@@ -148,6 +168,7 @@ def test_half_precision_and_no_counted_position():
         (lambda x, h: logits_kl(x, x, h, h, temperature=0), "temperature"),
         (lambda x, h: logits_kl(x, x, h, h, workspace_bytes=0), "workspace_bytes"),
         (lambda x, h: cross_entropy(x, h, mx.zeros((2, 5), dtype=mx.int32)), "targets"),
+        (lambda x, h: gain_cross_entropy(x, h, MASK.astype(mx.int32), mx.zeros((2, 5))), "baseline"),
         (lambda x, h: cross_entropy(x[:, :0], h, mx.zeros((2, 0), dtype=mx.int32)), "no positions"),
     ],
 )
@@ -165,6 +186,9 @@ def test_memory_is_the_workspace_and_not_the_logits():
     calls = [
         lambda: mx.grad(lambda x: logits_kl(x, y, linear(w), linear(w), workspace_bytes=workspace))(x),
         lambda: mx.grad(lambda x: cross_entropy(x, linear(w), targets, workspace_bytes=workspace))(x),
+        lambda: mx.grad(lambda x: gain_cross_entropy(x, linear(w), targets, targets * 1.0, workspace_bytes=workspace))(
+            x
+        ),
         lambda: list(compare_logits(x, y, linear(w), linear(w), targets, workspace_bytes=workspace)),
         lambda: token_nll(x, linear(w), targets, workspace_bytes=workspace),
     ]

@@ -217,7 +217,7 @@ def test_plan_and_objective_follow_the_choice(
     plan = plan_run(config, inspected, machine, attention=choice)
     assert plan.step.fused and plan.long_step is not None and plan.long_step.fused
     job = load(plan)
-    assert job.objective.attention == choice and job.long is not None and job.long.objective.attention == choice
+    assert job.objective.attention == choice and job.long is not None and job.long.loss.run.attention == choice
     assert objective_of(config, inspected.model).attention is None
 
 
