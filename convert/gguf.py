@@ -18,6 +18,7 @@ from ..errors import UserError, one_line
 from ..files import GENERATION_CONFIG, disk_errors, write_json
 from ..models import tokenizer
 from ..models.dtypes import FLOATS
+from ..models.origin import Origin, stated_origin, write_origin
 from ..models.save import Tensor, model_directory
 from ..models.weights import refuse
 from ..rope import inverse_frequencies, normalise
@@ -107,7 +108,19 @@ def from_gguf(
         tokenizer.write(directory, rebuilt)
         generation = {key: value for key, value in rebuilt.token_ids.items() if value is not None}
         write_json(directory / GENERATION_CONFIG, generation)
+        write_origin(directory, _origin(file))
     return target
+
+
+def _origin(file: Gguf) -> Origin:
+    """The licence and the languages that the metadata states."""
+    stated = {
+        "license": file.get("general.license"),
+        "license_name": file.get("general.license.name"),
+        "license_link": file.get("general.license.link"),
+        "language": file.get("general.languages"),
+    }
+    return stated_origin(stated)
 
 
 # -- the config --

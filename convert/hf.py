@@ -13,6 +13,7 @@ from ..files import CONFIG, new_directory
 from ..models import tokenizer
 from ..models.directory import Checked, build, check_model_dir, resolve
 from ..models.dtypes import FLOAT_NAMES, FLOATS
+from ..models.origin import origin_of, write_origin
 from ..models.quantization import Scheme, dequantize, scheme_of
 from ..models.save import (
     SHARD_BYTES,
@@ -70,6 +71,7 @@ def from_hf(
         progress=progress,
     ) as output:
         _write_tokenizer(directory, output)
+        write_origin(output, origin_of(directory))
     return Path(target)
 
 
@@ -115,6 +117,7 @@ def to_hf(
         progress=progress,
     ) as output:
         _write_tokenizer(directory, output)
+        write_origin(output, origin_of(directory))
     return Path(target)
 
 
@@ -158,6 +161,7 @@ def scale(
         raise UserError(one_line(error)) from None
     with new_directory(target, overwrite=overwrite, sources=[directory]) as output:
         link_model_files(directory, output, window=config["max_position_embeddings"])
+        write_origin(output, origin_of(directory))
         write_config(output, config)
     return Path(target)
 

@@ -10,6 +10,8 @@ from ..convert.peft import to_peft
 from ..errors import UserError
 from ..files import RunDir, check_overwrite, new_directory
 from ..models.save import link
+from ..report.load import read_run
+from .card import bits_of, write_card
 
 FORMATS = ("mlx", "hf", "peft", "adapters")
 
@@ -46,6 +48,8 @@ def export(
         UserError: if the run is not finished, or the options do not fit together.
     """
     run = RunDir(run_dir)
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: must be one of {', '.join(FORMATS)}")
     if run.comparison.exists():
         raise UserError(f"{run.root} is a comparison: name one of its runs, as in --run {run.root / 'logits'}")
     if not all(folder.is_dir() for folder in (run.model, run.adapters, run.base)):
@@ -56,10 +60,12 @@ def export(
         raise UserError(f"--dtype needs --format mlx or hf, not {format}")
     if overwrite:
         check_overwrite(out_dir, [run.root])
+    facts = read_run(run.root)
+    out = Path(out_dir)
     if format == "mlx":
-        return from_hf(
+        from_hf(
             run.model,
-            out_dir,
+            out,
             dtype=dtype,
             quantize=quantize,
             q_bits=q_bits,
@@ -67,13 +73,14 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    if format == "hf":
-        return to_hf(run.model, out_dir, dtype=dtype, overwrite=overwrite, progress=progress)
-    if format == "peft":
-        return to_peft(run.adapters, out_dir, base_model=str(run.base), overwrite=overwrite, progress=progress)
-    if format == "adapters":
-        return _with_base(run, Path(out_dir), overwrite)
-    raise UserError(f"--format {format}: must be one of {', '.join(FORMATS)}")
+    elif format == "hf":
+        to_hf(run.model, out, dtype=dtype, overwrite=overwrite, progress=progress)
+    elif format == "peft":
+        to_peft(run.adapters, out, base_model=str(run.base), overwrite=overwrite, progress=progress)
+    else:
+        _with_base(run, out, overwrite)
+    write_card(out, facts, format, bits=bits_of(out) if format == "mlx" else 0)
+    return out
 
 
 def _with_base(run: RunDir, out_dir: Path, overwrite: bool) -> Path:

@@ -14,6 +14,7 @@ from .locks import locked
 from .names import (
     ADAPTER_CONFIG,
     ADAPTERS,
+    CARD,
     CONFIG,
     GENERATION_CONFIG,
     LOCK,
@@ -36,6 +37,7 @@ from .reading import (
     without_surrogates,
 )
 from .writing import (
+    add_file,
     check_overwrite,
     disk_errors,
     existing_parent,
@@ -50,6 +52,7 @@ from .writing import (
 __all__ = [
     "ADAPTERS",
     "ADAPTER_CONFIG",
+    "CARD",
     "CONFIG",
     "GENERATION_CONFIG",
     "LOCK",
@@ -58,6 +61,7 @@ __all__ = [
     "WEIGHTS",
     "WEIGHTS_INDEX",
     "RunDir",
+    "add_file",
     "check_file",
     "check_overwrite",
     "disk_errors",

@@ -9,6 +9,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+CARD = "README.md"  # the model card
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

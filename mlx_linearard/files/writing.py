@@ -261,6 +261,14 @@ def _files_in(directory: Path) -> set[str]:
     return {path for path in paths if path != MARKER and path.rpartition("/")[2] not in _ADDED}
 
 
+def add_file(directory: Path, name: str, text: str) -> None:
+    """Write a text file into a directory that this tool wrote, and list it in the directory's marker."""
+    ours = _not_written_here(directory) is None
+    write_text(directory / name, text)
+    if ours:
+        _mark(directory)
+
+
 def _mark(directory: Path) -> None:
     """Write the marker, by which `check_overwrite` recognises the directory."""
     listed = json.dumps({"written_by": _WRITTEN_BY, "files": sorted(_files_in(directory))}, indent=2)

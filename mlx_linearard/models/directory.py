@@ -28,7 +28,7 @@ from .tokenizer_files import MORE_TEMPLATES
 from .weights import Stored, check_finite, load_lazily, refuse, same_values, stored_tensors
 
 # The files of a hub repository that are downloaded. A variant such as model.fp16.safetensors is not.
-PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "README.md"]
 VARIANTS = ["model.*.safetensors", "model.*-of-*.safetensors"]
 
 RECOMPUTED = "rotary_emb.inv_freq"  # stored by some old checkpoints, recomputed by every library

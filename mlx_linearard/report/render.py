@@ -38,7 +38,7 @@ def to_html(facts: RunFacts) -> str:
     """The report as one HTML page. Everything from the run is escaped by the template engine."""
     charts = [(figure, Markup(figure.svg)) for figure in figures(facts)]
     content = {**_content(facts), "figures": charts, "style": Markup(_resource("style.css"))}
-    return _templates().get_template(HTML).render(content)
+    return templates().get_template(HTML).render(content)
 
 
 def to_markdown(facts: RunFacts) -> str:
@@ -47,7 +47,7 @@ def to_markdown(facts: RunFacts) -> str:
     training = [(f"Training, {name}", training_summary(steps)) for name, steps in facts.curves.items()]
     training.append(("Training", training_summary(facts.steps)))
     content = {**_content(facts), "tables": shown, "training": training}
-    return _templates().get_template(MARKDOWN).render(content).rstrip() + "\n"
+    return templates().get_template(MARKDOWN).render(content).rstrip() + "\n"
 
 
 def _content(facts: RunFacts) -> dict[str, Any]:
@@ -64,7 +64,8 @@ def _content(facts: RunFacts) -> dict[str, Any]:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of the report and of the model card. Their filters escape everything from a run."""
     environment = Environment(
         loader=FunctionLoader(lambda name: _resource("templates", name)),
         autoescape=select_autoescape(["html"], default_for_string=True),
@@ -74,7 +75,13 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         finalize=_visible,
     )
-    environment.filters |= {"md": markdown_text, "md_line": markdown_line, "code": markdown_code, "style_of": style_of}
+    environment.filters |= {
+        "md": markdown_text,
+        "md_line": markdown_line,
+        "code": markdown_code,
+        "fenced": markdown_block,
+        "style_of": style_of,
+    }
     return environment
 
 
@@ -115,3 +122,10 @@ def markdown_code(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{space}{shown}{space}{fence}"
+
+
+def markdown_block(text: str, language: str = "") -> str:
+    """Text as a code block, fenced by more backticks than it holds in a row."""
+    shown = visible(text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence}{language}\n{shown}\n{fence}"
