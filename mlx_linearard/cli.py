@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProcess, UserError, error_line, remedy
@@ -42,6 +42,24 @@ def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
 def shell_command(*words: object) -> str:
     """A command line, on one line, that bash and zsh read as exactly these words."""
     return " ".join(_quoted(str(word)) for word in words)
+
+
+def shell_lines(words: Sequence[object], width: int | None = None, indent: str = "") -> str:
+    """`shell_command(*words)`, indented; in several lines that a shell reads as one if `width` columns are too few."""
+    groups: list[str] = []  # an option stays beside its value
+    for word in map(str, words):
+        if groups and groups[-1].startswith("--") and " " not in groups[-1] and not word.startswith("--"):
+            groups[-1] += f" {_quoted(word)}"
+        else:
+            groups.append(_quoted(word))
+    lines = [indent + groups[0]]
+    for group in groups[1:]:
+        if width is not None and len(f"{lines[-1]} {group} \\") > width:
+            lines[-1] += " \\"
+            lines.append(f"{indent}  {group}")
+        else:
+            lines[-1] += f" {group}"
+    return "\n".join(lines)
 
 
 def path_word(path: str | os.PathLike[str]) -> str:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ..cli import Parser, integer, path_word, run_command, shell_command
+from ..cli import Parser, integer, run_command
 from ..config import LARGEST_COUNT, DistillConfig, flag, read_yaml, shortened, type_of
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
-from ..progress import Progress, duration
-from ..report.load import read_run
-from ..results.verdict import verdict
+from ..files import RunDir
 from .compare import compare_objectives
-from .listener import Listener
-from .run import Result, distill
-from .step import StepRecord
+from .interrupt import answered
+from .run import distill
+from .terminal import Printer, print_comparison, print_result
 
 DESCRIPTION = (
     "Extend a model's context window and restore what that costs, by distilling the frozen native model. "
@@ -90,83 +89,20 @@ def _parse_for_all(arguments: Sequence[str] | None, ranks: Ranks) -> DistillConf
     return DistillConfig(**options)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Output
-
-
-class Printer(Listener):
-    """Prints a run's progress on standard output."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(sys.stdout)
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
-    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
-        self._progress.tokens(label, done, total)
-
-    def step(self, record: StepRecord, total: int) -> None:
-        self._progress.update(
-            "training",
-            f"step {record.step}/{total}: loss {record.loss:.4f}, gradient {record.grad_norm:.3f}, "
-            f"{record.tokens / record.seconds:.0f} tokens/s, peak {record.peak_memory / 1e9:.2f} GB",
-            record.step,
-            total,
-            before=record.step - 1,
-        )
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows of a results.json, by model, as a table of text, like the one in the README."""
-    lengths = list(rows["scaled"]["perplexity"])
-    heads = ["", *(f"perplexity @{n}" for n in lengths), "KL to native", "top-1 agreement"]
-    cells = [heads]
-    for name, row in rows.items():
-        kl = "-" if row["kl"] is None else f"{row['kl']:.4f}"
-        agreement = "-" if row["agreement"] is None else f"{row['agreement']:.1%}"
-        cells.append([name, *(f"{row['perplexity'][n]:.2f}" for n in lengths), kl, agreement])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command's body: parse, distil, print the table."""
-    with joined() as ranks:
+    """The command's body: parse, distil, print the table and what to do next."""
+    with Printer() as printer, answered([signal.SIGINT], printer.interrupted), joined() as ranks:
         config = _parse_for_all(arguments, ranks)
-        if config.compare:
-            return _compare(config)
-        result = distill(config, Printer(), ranks)
-    if result is not None:
-        _print_result(result)
-    return 0
-
-
-def _print_result(result: Result) -> None:
-    print(f"\n{table({name: getattr(result, name).as_json() for name in ('native', 'scaled', 'restored')})}\n")
-    print("\n".join(verdict(read_run(result.run.root))))
-    skipped = f"; the guard skipped {result.skipped} of them" if result.skipped else ""
-    print(
-        f"Exported is the state after step {result.exported_step} of {result.steps}{skipped}; "
-        f"{duration(result.seconds)} in all; the report is {result.run.report}."
-    )
-    model = result.run.model
-    command = shell_command("mlx_lm.generate", "--model", path_word(model), "--prompt", "Hello")
-    print(f"The restored model is in {model}; try: {command}")
-
-
-def _compare(config: DistillConfig) -> int:
-    """--compare: print all rows, the verdict, and the paths."""
-    comparison = compare_objectives(config, Printer())
-    if comparison is None:
-        return 0
-    rows = ("native", "scaled", *comparison.objectives)
-    print(f"\n{table({name: comparison.results[name] for name in rows})}\n")
-    print("\n".join(verdict(read_run(comparison.run.root))))
-    print(
-        f"{duration(comparison.seconds)} in all; the report is {comparison.run.report}, the models are in "
-        f"{comparison.run.root}/{{{','.join(comparison.objectives)}}}/model."
-    )
+        try:
+            if config.compare:
+                if (comparison := compare_objectives(config, printer)) is not None:
+                    print_comparison(comparison, printer)
+            elif (result := distill(config, printer, ranks)) is not None:
+                print_result(result, printer)
+        except KeyboardInterrupt:
+            if ranks.size == 1:
+                printer.how_to_resume(RunDir(config.output))
+            raise
     return 0
 
 

@@ -27,10 +27,11 @@ from ..results.objectives import combine_runs
 from ..results.rows import RESTORED
 from ..results.store import update_results
 from .checkpoint import differences
+from .dry_run import NOTHING_WRITTEN, check_text
 from .listener import Listener
 from .place import check_directories, check_model_stays, check_not_in_use, check_place
 from .plan import steps_of
-from .prepare import FREE_ON_RESUME, Job, Text, check_text, load, make_plan
+from .prepare import FREE_ON_RESUME, Job, Text, load, make_plan
 from .run import Rows, execute, read_before
 
 
@@ -59,6 +60,7 @@ def compare_objectives(config: DistillConfig, listener: Listener | None = None) 
     check_comparison_place(config, place)
     if config.dry_run:
         plan_all(config, place, objectives, listener)
+        listener.say(NOTHING_WRITTEN)
         return None
     manifest: Manifest | None = None
     text: Text | None = None
@@ -246,7 +248,7 @@ def write_config(place: RunDir, config: DistillConfig, model: str | None = None)
     """Write config.yaml: the options with all sizes, and the model's path (by default the path in the file)."""
     if model is None and place.config.exists():
         model = read_yaml(place.config).get("model")
-    write_text(place.config, to_yaml(dataclasses.replace(config, model=model)))
+    write_text(place.config, to_yaml(dataclasses.replace(config, model=model, resume=False, overwrite=False)))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,8 +30,11 @@ class Request:
 
 
 @contextlib.contextmanager
-def stop_requests(hurried: Collection[int] = SIGNALS) -> Iterator[Request]:
-    """While the block runs, a first signal only sets `requested`. Outside the main thread, signals are not changed."""
+def stop_requests(hurried: Collection[int] = SIGNALS, answer: Callable[[], object] = lambda: None) -> Iterator[Request]:
+    """While the block runs, a first signal only sets `requested`. Outside the main thread, signals are not changed.
+
+    answer: is called once, by another thread, as soon as the first signal comes (see `answered`).
+    """
     request = Request(hurried)
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -38,7 +42,40 @@ def stop_requests(hurried: Collection[int] = SIGNALS) -> Iterator[Request]:
     heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, request) for number in heard}
     try:
-        yield request
+        with answered(heard, answer):
+            yield request
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def answered(signals: Collection[int], answer: Callable[[], object]) -> Iterator[None]:
+    """Call `answer` in another thread when the first of `signals` comes while the block runs.
+
+    Python handles a signal only between two of its own instructions, and one call of mlx may take many seconds; the
+    number of the signal, however, is written to a file at once. Outside the main thread nothing is answered.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer_first, args=(ours, signals, answer), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        thread.join()
+        ours.close()
+
+
+def _answer_first(numbers: socket.socket, signals: Collection[int], answer: Callable[[], object]) -> None:
+    """Wait for the first number of `signals` and answer it; return if no more numbers can come."""
+    while received := numbers.recv(64):
+        if any(number in signals for number in received):
+            answer()
+            return

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from ..files import RunDir
 from .step import StepRecord
 
 
 class Listener:
     """Receives the events of a run; this one ignores them."""
+
+    def started(self, run: RunDir, config: Mapping[str, Any], step: int) -> None:
+        """The run directory is open, with `config` as its config.yaml has it, and `step` steps are done already."""
 
     def say(self, text: str) -> None:
         """One line about what is happening."""
@@ -18,6 +23,9 @@ class Listener:
 
     def step(self, record: StepRecord, total: int) -> None:
         """An optimizer step is done, of `total` steps."""
+
+    def stopping(self, step: int) -> None:
+        """A signal asked the run to stop: it finishes step number `step` and saves. Comes from another thread."""
 
     def counter(self, label: str) -> Callable[[int, int], None]:
         """A function (done, total) that reports the progress of the work called `label`."""

@@ -31,7 +31,8 @@ def train_run(job: Job, state: TrainState, scaled: Fidelity | None, listener: Li
     ranks, rescue = job.ranks, _Rescue(job)
     # mlx.launch sends SIGTERM to ranks that still save when others have stopped, so there only Ctrl-C counts twice.
     hurried = SIGNALS if ranks.size == 1 else (signal.SIGINT,)
-    with ranks.on_loss(job.how_to_continue, rescue.save), stop_requests(hurried) as stop:
+    stops = stop_requests(hurried, lambda: listener.stopping(min(state.step + 1, job.schedule.steps)))
+    with ranks.on_loss(job.how_to_continue, rescue.save), stops as stop:
         if ranks.leads:
             ensure_best(job, state, scaled)
             save_if_due(job, state, improved=evaluate_if_due(job, state, listener))

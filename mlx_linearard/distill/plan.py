@@ -78,6 +78,11 @@ class Sizing:
         """Tokens of the block of long text in every step; 0 without a long part."""
         return self.long.seq_len if self.long else 0
 
+    @property
+    def held_out(self) -> int:
+        """Tokens at the end of the text that are kept out of training, if there are that many."""
+        return 2 * max(self.eval_tokens, max(self.eval_lengths) + 1)
+
     def lines(self, machine: Machine) -> Iterator[str]:
         """The sizes in a few lines."""
         native, extended = self.window
@@ -89,9 +94,6 @@ class Sizing:
         )
         if self.long:
             yield f"every step also reads {self.long.described()}"
-        lengths = " and ".join(map(str, self.eval_lengths))
-        yield f"held-out text: {self.eval_tokens} tokens in windows of {lengths}"
-        yield self.times.line()
         if machine.hint:
             yield f"hint: {machine.hint}"
 

@@ -41,10 +41,10 @@ from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_li
 from ..models.adapters import drop_rows
 from ..models.directory import resolve
 from ..models.pair import Pair, load_pair
-from ..models.tokenizer import tokenizer_of
 from ..models.trees import named_arrays
 from ..models.weights import check_finite, hash_of_model
 from . import checkpoint
+from .amounts import Amount
 from .best import reference_length, score
 from .listener import Listener
 from .long import LongPart
@@ -285,6 +285,8 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
             raise UserError("--long-weight with --lora-dropout needs complete batches per process: raise --grad-accum")
         drop_rows(pair.student, share.part, share.parts)
     text = text or read_text(plan, pair.tokenizer, listener)
+    for line in amount_of(text, sizing).lines(sizing):
+        listener.say(line)
     return Job(
         config=config,
         sizing=sizing,
@@ -350,13 +352,12 @@ def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
             for one of its tokens.
     """
     config, sizing = plan.config, plan.sizing
-    documents: Iterable[Document] = read_pieces(config.data) if config.data else python_prose()
     listener.say(f"reading {config.data or 'the prose of this Python'}")
-    training = tokenize(documents, tokenizer, limit=config.data_tokens)
+    training = tokenize(documents_of(config), tokenizer, limit=config.data_tokens)
     if config.valid_data:
         held_out = tokenize(read_pieces(config.valid_data), tokenizer, limit=config.data_tokens)
     else:
-        training, held_out = split(training, 2 * max(sizing.eval_tokens, max(sizing.eval_lengths) + 1))
+        training, held_out = split(training, sizing.held_out)
     by_length = {n: windows(held_out, n, held_out_windows(sizing.eval_tokens, n)) for n in sizing.eval_lengths}
     if not len(by_length[sizing.eval_lengths[0]]):
         raise UserError(
@@ -391,18 +392,11 @@ def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
     return blocks
 
 
-def check_text(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = ALONE) -> None:
-    """UserError if the text is missing, damaged or too short. Reads only its start, and no weights."""
-    config = dataclasses.replace(plan.config, data_tokens=min(plan.config.data_tokens, _enough(plan)))
-    few = dataclasses.replace(plan, config=config)
-    with ranks.meeting():
-        tokenizer = tokenizer_of(plan.path, plan.native)
-        text = read_text(few, tokenizer, listener or Listener())
-        blocks_of(plan.config, plan.sizing, text)
-        long_part_of(plan, text, tokenizer)
+def documents_of(config: DistillConfig) -> Iterable[Document]:
+    """The documents of the training text."""
+    return read_pieces(config.data) if config.data else python_prose()
 
 
-def _enough(plan: Plan) -> int:
-    """Tokens of text that make a batch and a held-out window; a fifth of them is held out."""
-    sizing = plan.sizing
-    return 10 * (sizing.seq_len * sizing.batch_size + max(sizing.eval_lengths) + sizing.long_seq_len + 1)
+def amount_of(text: Text, sizing: Sizing) -> Amount:
+    """How much text was read."""
+    return Amount(len(text.training), len(text.held_out[sizing.eval_lengths[0]]))

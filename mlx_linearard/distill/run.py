@@ -27,10 +27,11 @@ from ..results import store
 from ..results.records import read_pieces, write_pieces
 from ..results.rows import ExportInfo, Results, RunInfo
 from . import checkpoint
+from .dry_run import NOTHING_WRITTEN, check_text
 from .listener import Listener
 from .loop import train_run
 from .place import check_output
-from .prepare import Job, check_text, load, make_plan
+from .prepare import Job, load, make_plan
 from .step import TrainState
 
 VERIFY_TOKENS = 64
@@ -78,6 +79,7 @@ def distill(config: DistillConfig, listener: Listener | None = None, ranks: Rank
     plan = make_plan(config, listener=listener, ranks=ranks)
     if config.dry_run:
         check_text(plan, listener=listener, ranks=ranks)
+        listener.say(NOTHING_WRITTEN)
         return None
     return execute(load(plan, listener=listener, ranks=ranks), listener, started)
 
@@ -100,6 +102,7 @@ def execute(job: Job, listener: Listener, started: float, before: Rows | None = 
                 opened.enter_context(open_run(job))
                 resume(job, state, listener)
                 clear(job, state)
+                listener.started(job.run, dataclasses.asdict(_resolved(job)), state.step)
             checkpoint.send_state(state, ranks)
             if ranks.leads:
                 rows = measure_start(job, listener, before)
@@ -178,6 +181,8 @@ def _resolved(job: Job) -> DistillConfig:
         grad_accum=job.sizing.grad_accum,
         steps=job.schedule.steps,
         tokens=None,
+        resume=False,
+        overwrite=False,
         eval_tokens=job.sizing.eval_tokens,
         long_seq_len=job.sizing.long_seq_len or None,
     )

@@ -359,7 +359,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     job = evaluation_of(given)
     try:
-        results = evaluate(job, progress=Progress(sys.stderr).tokens)
+        with Progress(sys.stderr) as progress:
+            results = evaluate(job, progress=progress.tokens)
     except KeyboardInterrupt:
         print(f"finished items are kept beside {job.out}; the same command resumes from them", file=sys.stderr)
         raise

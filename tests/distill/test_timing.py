@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mlx_linearard.config import DistillConfig
+from mlx_linearard.distill.amounts import Amount, grouped
 from mlx_linearard.distill.plan import Sizing, size_run
 from mlx_linearard.distill.prepare import make_plan
 from mlx_linearard.distill.run import distill
@@ -74,10 +75,11 @@ def test_there_is_always_a_window(window: int) -> None:
 
 def test_the_plan_names_the_time_of_each_part() -> None:
     found = sized(seq_len=64, steps=12, grad_accum=1)
-    text = "\n".join(found.lines(SLOW))
+    text = "\n".join(Amount(7680).lines(found))
     assert found.times.total == found.times.measuring + found.times.training + found.times.exporting
     assert all(f"{name} " in text for name in ("measuring", "training", "exporting"))
-    assert f"held-out text: {found.eval_tokens} tokens in windows of 64" in text
+    assert "training text: 7 680 tokens; the run reads 768, 0.1 epochs" in text
+    assert f"held-out text: {grouped(found.eval_tokens)} tokens in windows of 64" in text
 
 
 def test_a_resumed_run_keeps_the_held_out_text_it_began_with(model_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""What to type after a run. The steps follow from the numbers of the verdict, so they agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cli import path_word
+from ..files import RunDir
+from .info import RunInfo
+from .objectives import NOT_NEEDED
+from .rows import NATIVE, RESTORED, SCALED
+from .statistics import KL
+from .suites import COPYING, KEPT, shortfalls
+from .verdict import Measured, finished
+
+DISTILL, EVALUATE = "mlx_linearard.distill", "mlx_linearard.evaluate"
+Command = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """Something to do, and the command lines for it, each as the words of a shell command."""
+
+    text: str
+    commands: tuple[Command, ...]
+
+
+def next_steps(measured: Measured, root: Path) -> Iterator[NextStep]:
+    """The steps after a finished run or comparison in `root`: training more, another method, serving, measuring."""
+    names = finished(measured)
+    if not names:
+        return
+    best = measured.contest.best(KL) if measured.objectives else RESTORED
+    run = RunDir(root / best if measured.objectives else root)
+    info = measured.results.run or RunInfo()
+    if _falls_short(measured, best):
+        yield from _train_on(info, run, one=not measured.objectives)
+    model = path_word(run.model)
+    yield NextStep(
+        "Use the model, or serve it:",
+        (("mlx_lm.generate", "--model", model, "--prompt", "Hello"), ("mlx_lm.server", "--model", model)),
+    )
+    if not all(any(suite in measured.row(name).suites for suite in COPYING) for name in (NATIVE, *names)):
+        yield NextStep(
+            "Measure whether it finds and copies details of a long text, which KL and perplexity do not show:",
+            ((EVALUATE, "--run", path_word(root), "--suite", "passkey,ruler", "--data", "TEXT"),),
+        )
+
+
+def _falls_short(measured: Measured, name: str) -> bool:
+    """Whether the verdict does not call the model restored, although scaling cost something."""
+    scaled, own = measured.row(SCALED).kl, measured.row(name).kl
+    if scaled is None or own is None:
+        return False
+    lost = any(one.certain for one in shortfalls(measured.results, name, measured.window))
+    return lost or (scaled >= NOT_NEEDED and 1 - own / scaled < KEPT)
+
+
+def _train_on(info: RunInfo, run: RunDir, *, one: bool) -> Iterator[NextStep]:
+    """More tokens, if the last state was the best; another scaling, if YaRN was not tried; another objective."""
+    again = (DISTILL, "--config", path_word(run.config))
+    if info.steps and (not one or info.exported_step == info.steps):
+        yield NextStep("Train on more tokens:", ((*again, "--steps", 2 * info.steps, "--resume"),))
+    elif info.exported_step is not None:
+        yield NextStep(
+            f"The last steps made it worse: step {info.exported_step} was the best. Train again with a lower learning "
+            "rate:",
+            ((*again, "--learning-rate", "1e-4", "--output", _beside(run, "slower")),),
+        )
+    if info.method != "yarn":
+        yield NextStep(
+            "Try YaRN, which loses less on most models:",
+            ((*again, "--method", "yarn", "--output", _beside(run, "yarn")),),
+        )
+    elif info.objective == "relation":
+        yield NextStep(
+            "Try another objective:", ((*again, "--objective", "logits", "--output", _beside(run, "logits")),)
+        )
+
+
+def _beside(run: RunDir, word: str) -> str:
+    """A directory next to the run."""
+    return path_word(run.root.with_name(f"{run.root.name}-{word}"))
