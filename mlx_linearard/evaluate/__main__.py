@@ -23,7 +23,7 @@ from ..results.rows import COMPARISONS
 from ..results.statistics import NOISE
 from ..results.verdict import headline
 from . import api
-from .model import CHUNK, GPU_CHUNK, Directory, Subject, open_directory
+from .model import CHUNK, CUDA_CHUNK, GPU_CHUNK, Directory, Subject, open_directory
 from .runner import Evaluation, evaluate
 from .suites.far import LAST
 from .suites.items import name_of
@@ -101,7 +101,8 @@ def parser() -> Parser:
     add("--limit", metavar="N", type=integer(1), help="only the first N items of choice and lambada")
     add("--seed", metavar="N", type=integer(0), default=SEED, help=f"of generated prompts ({SEED})")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: float32 on a CPU, else the file's")
-    add("--chunk", metavar="N", type=integer(1), help=f"tokens per forward pass ({CHUNK}; on a GPU {GPU_CHUNK})")
+    chunk = f"tokens per forward pass ({CHUNK}; on an Apple GPU {GPU_CHUNK}, with CUDA {CUDA_CHUNK})"
+    add("--chunk", metavar="N", type=integer(1), help=chunk)
     add(
         "--batch-size",
         metavar="N",

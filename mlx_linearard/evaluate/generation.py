@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .passes import Passes, Tick, merge, size_of
+from .passes import Passes, Tick, are_finite, merge, size_of
 
 SIMILAR = 0.9  # prompts of a batch have at least this share of the length of its first prompt; else much is padding
 
@@ -76,7 +76,7 @@ def _answers(passes: Passes, batch: list[Prompt], cache: list[Any], ends: set[in
     last = [prompt.tokens[-1] for prompt in batch]
     while not all(answer.finished for answer in answers):
         logits = passes.model(mx.array(last)[:, None], cache=cache)[:, -1]
-        passes.check_finite(logits)
+        passes.check_finite(are_finite(logits).item())
         chosen: Any = mx.argmax(logits, axis=-1).tolist()
         last = [int(token) for token in chosen]
         for row, token in zip(rows, last, strict=True):

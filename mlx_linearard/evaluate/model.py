@@ -28,16 +28,19 @@ from ..models.shape import Shape
 from ..models.tokenizer import check_tokenizer, tokenizer_of
 from ..models.weights import hash_of_model, weight_files
 from ..ops.logits import token_nll
+from ..ops.row_kernel import on_cuda
 from ..ops.tiling import FLOAT32
 from ..rope import native_window, normalise
 from .generation import Prompt, generate
-from .passes import LOGITS_BYTES, Passes, Tick, itself
+from .passes import LOGITS_BYTES, SCORES_BYTES, Passes, Tick, are_finite, itself
 from .scoring import Continuations, Score, score
 
-CHUNK, GPU_CHUNK = 512, 4096  # tokens per forward pass: enough to fill the device
-ROWS, GPU_ROWS = 64, 256  # sequences measured together at most
+CHUNK, GPU_CHUNK, CUDA_CHUNK = 512, 4096, 16384  # tokens per forward pass: enough to fill the device
+ROWS, GPU_ROWS, CUDA_ROWS = 64, 256, 2048  # sequences measured together at most
+GROUP, CUDA_GROUP = 4, 16  # passes: items of about as many tokens are sorted by length and scored together
 BATCH, GPU_BATCH = 8192, 1 << 20  # tokens of prompts that are read together: what an interruption loses on a CPU
 CACHE_SHARE = 0.25  # the part of memory for the KV caches of prompts that are read together
+SCORES_SHARE = 1 / 16  # the part of memory for attention scores, if that is more than SCORES_BYTES
 PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # tokenizers are compared on this text
 
 
@@ -195,12 +198,22 @@ class Subject:
     @functools.cached_property
     def passes(self) -> Passes:
         """The model's forward passes, sized to the machine."""
-        gpu = on_gpu()
-        chunk = self.chunk or (GPU_CHUNK if gpu else CHUNK)
-        rows = self.batch_size or (GPU_ROWS if gpu else ROWS)
-        cache_bytes = int(CACHE_SHARE * machine_of_speed(0).usable)
-        batch = GPU_BATCH if gpu else BATCH
-        return Passes(self.model, self.directory.path, chunk, rows, batch, cache_bytes, self.directory.heads)
+        gpu, cuda = on_gpu(), on_cuda()
+        usable = machine_of_speed(0).usable
+        chunk = self.chunk or (CUDA_CHUNK if cuda else GPU_CHUNK if gpu else CHUNK)
+        rows = CUDA_ROWS if cuda else GPU_ROWS if gpu else ROWS
+        return Passes(
+            self.model,
+            self.directory.path,
+            chunk,
+            rows=self.batch_size or rows,
+            batch=GPU_BATCH if gpu else BATCH,
+            cache_bytes=int(CACHE_SHARE * usable),
+            group=(CUDA_GROUP if cuda else GROUP) * chunk,
+            heads=self.directory.heads,
+            scores_bytes=max(SCORES_BYTES, int(SCORES_SHARE * usable)) if gpu else SCORES_BYTES,
+            few_shapes=cuda,
+        )
 
     # -----------------------------------------------------------------------------------------------
     # The three uses of the model
@@ -220,7 +233,7 @@ class Subject:
         for start in range(skip, ids.shape[1], size):
             logits = self.model(ids[:, start : start + size], cache=cache)
             mx.eval(logits, [c.state for c in cache])
-            self.passes.check_finite(logits)
+            self.passes.check_finite(are_finite(logits).item())
             yield start, logits
             mx.clear_cache()
             if tick:

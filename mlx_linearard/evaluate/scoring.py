@@ -1,12 +1,13 @@
 """Log-likelihoods of continuations, several sequences per forward pass.
 
 The common beginning of an item's sequences is computed once, for several items in one pass; their endings are then
-read after it, many in one pass. Logits are computed only at the positions that are scored.
+read after it, many in one pass. Logits are computed only at the positions that are scored. While the device computes
+a batch, the numbers of the batch before it are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,14 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.layers import hidden_at
-from ..ops.logits import token_nll
-from ..ops.tiling import FLOAT32
-from .passes import LOGITS_BYTES, Passes, itself, packed, padded, take
+from ..ops.logits import TokenScores, token_scores
+from .branches import Contexts
+from .passes import LOGITS_BYTES, Passes, padded
 
-GROUP = 4  # passes: items of about as many tokens are sorted by length and scored together
 LEAST_SHARED = 8  # tokens: a shorter common beginning is computed again for each sequence
 
 Score = tuple[float, bool]  # log-likelihood in nats; whether all tokens are the model's first choice
+Scores = dict[tuple[int, int], Score]  # by item and number of the sequence
 
 
 class Continuations(Protocol):
@@ -44,6 +45,24 @@ class _Row:
     targets: Sequence[int]
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences whose scores (1, N) are being computed, for the targets of one after those of another."""
+
+    rows: Sequence[_Row]
+    scores: TokenScores
+
+    def read(self, passes: Passes) -> Scores:
+        """The scores, when they are computed; UserError if they are not finite."""
+        passes.check_finite(bool(self.scores.finite.all().item()))
+        nll, first = np.array(self.scores.nll)[0], np.array(self.scores.first)[0]
+        scores, start = {}, 0
+        for row in self.rows:
+            own = slice(start, start := start + len(row.targets))
+            scores[row.item, row.number] = (-float(nll[own].sum(dtype=np.float64)), bool(first[own].all()))
+        return scores
+
+
 def score(passes: Passes, items: Sequence[Continuations], wanted: Sequence[bool]) -> Iterator[list[Score]]:
     """The scores of the sequences of each wanted item, in the order of the items.
 
@@ -51,25 +70,26 @@ def score(passes: Passes, items: Sequence[Continuations], wanted: Sequence[bool]
 
     Raises UserError if the model computes logits that are not finite.
     """
-    for numbers in _groups(items, GROUP * passes.chunk):
-        if not any(wanted[number] for number in numbers):
-            continue
-        group = [items[number] for number in numbers]
-        shared = [_shared(item, passes.chunk) if passes.batches else 0 for item in group]
-        found: dict[tuple[int, int], Score] = {}
-        alone = [row for i, item in enumerate(group) if not shared[i] for row in _rows(i, item, 0)]
-        for rows in packed(alone, lambda row: len(row.inputs), passes.chunk, passes.rows):
-            found |= _score_alone(passes, rows)
-        behind = [i for i in range(len(group)) if shared[i]]
-        for batch in packed(behind, shared.__getitem__, passes.chunk, passes.rows):
-            cache = passes.prefill_rows([group[i].sequences[0][: shared[i]] for i in batch])
-            endings = [row for i in batch for row in _rows(i, group[i], shared[i])]
-            for rows in packed(endings, lambda row: len(row.inputs), passes.chunk, passes.rows):
-                found |= _score(passes, rows, take(cache, [batch.index(row.item) for row in rows]))
+    for numbers in _groups(items, passes.group):
+        group, asked = [items[number] for number in numbers], [wanted[number] for number in numbers]
+        found: Scores = {}
+        for batch in _one_ahead(_batches(passes, group, asked)):
+            found |= batch.read(passes)
         mx.clear_cache()
         for i, item in enumerate(group):
-            if wanted[numbers[i]]:
+            if asked[i]:
                 yield [found[i, sequence] for sequence in range(len(item.sequences))]
+
+
+def _one_ahead(batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches, each when the next one is begun."""
+    last = None
+    for batch in batches:
+        if last:
+            yield last
+        last = batch
+    if last:
+        yield last
 
 
 def _groups(items: Sequence[Continuations], tokens: int) -> Iterator[list[int]]:
@@ -84,6 +104,29 @@ def _groups(items: Sequence[Continuations], tokens: int) -> Iterator[list[int]]:
             group, have = [], 0
     if group:
         yield group
+
+
+def _batches(passes: Passes, group: Sequence[Continuations], wanted: Sequence[bool]) -> Iterator[_Batch]:
+    """The batches with wanted items; each is being computed when it is yielded."""
+    shared = [_shared(item, passes.chunk) if passes.shares else 0 for item in group]
+
+    def inputs(row: _Row) -> int:
+        return len(row.inputs)
+
+    alone = [row for i, item in enumerate(group) if not shared[i] for row in _rows(i, item, 0)]
+    for rows in passes.packed(alone, inputs):
+        if any(wanted[row.item] for row in rows):
+            yield _alone(passes, rows)
+    behind = [i for i in range(len(group)) if shared[i]]
+    for batch in passes.packed(behind, shared.__getitem__):
+        endings = [row for i in batch for row in _rows(i, group[i], shared[i])]
+        contexts: Contexts | None = None
+        for rows in passes.packed(endings, inputs):
+            if any(wanted[row.item] for row in rows):
+                contexts = contexts or passes.read([group[i].sequences[0][: shared[i]] for i in batch])
+                height = passes.rounded(len(rows))
+                cache = contexts.branches([batch.index(row.item) for row in rows], height)
+                yield _computing(passes, rows, cache)
 
 
 def _shared(item: Continuations, chunk: int) -> int:
@@ -109,40 +152,24 @@ def _rows(number: int, item: Continuations, shared: int) -> list[_Row]:
     ]
 
 
-def _score_alone(passes: Passes, rows: Sequence[_Row]) -> dict[tuple[int, int], Score]:
-    """Scores of complete sequences; one that exceeds a pass is read in chunks."""
+def _alone(passes: Passes, rows: Sequence[_Row]) -> _Batch:
+    """Complete sequences; one that exceeds a pass is read in chunks."""
     row = rows[0]
     if len(rows) > 1 or len(row.inputs) <= passes.chunk:
-        return _score(passes, rows, None)
+        return _computing(passes, rows, None)
     cache = passes.new_cache()
     before = len(row.inputs) - len(row.targets)
     passes.prefill(cache, row.inputs[:before])
-    return _score(passes, [_Row(row.item, row.number, row.inputs[before:], row.targets)], cache)
+    return _computing(passes, [_Row(row.item, row.number, row.inputs[before:], row.targets)], cache)
 
 
-def _score(passes: Passes, rows: Sequence[_Row], cache: list[Any] | None) -> dict[tuple[int, int], Score]:
-    ids = padded([row.inputs for row in rows])
+def _computing(passes: Passes, rows: Sequence[_Row], cache: list[Any] | None) -> _Batch:
+    width = passes.width(max(len(row.inputs) for row in rows))
+    ids = padded([row.inputs for row in rows], passes.rounded(len(rows)), width)
     ends = [i * ids.shape[1] + len(row.inputs) for i, row in enumerate(rows)]
     positions = np.concatenate([np.arange(e - len(r.targets), e) for e, r in zip(ends, rows, strict=True)])
     targets = mx.array(np.concatenate([np.asarray(row.targets, np.int32) for row in rows]))[None]
-    hidden, head = hidden_at(passes.model, ids, mx.array(positions), cache)
-    mx.eval(hidden)
-    nll, first = _nll_and_first(passes, hidden, head, targets)
-    scores, start = {}, 0
-    for row in rows:
-        own = slice(start, start := start + len(row.targets))
-        scores[row.item, row.number] = (-float(nll[own].sum(dtype=np.float64)), bool(first[own].all()))
-    return scores
-
-
-def _nll_and_first(passes: Passes, hidden: mx.array, head: Any, targets: mx.array) -> tuple[np.ndarray, np.ndarray]:
-    """Of each position (N,): the negative log-likelihood of its target, and whether the target is the first choice."""
-    vocabulary = head(hidden[:, :1]).shape[-1]  # read from the graph, nothing is computed
-    size = max(1, LOGITS_BYTES // (FLOAT32 * vocabulary))
-    nll, first = [], []
-    for start in range(0, hidden.shape[1], size):
-        logits, own = head(hidden[:, start : start + size]), targets[:, start : start + size]
-        passes.check_finite(logits)
-        nll.append(np.array(token_nll(logits, itself, own, workspace_bytes=4 * LOGITS_BYTES))[0])
-        first.append(np.array(mx.argmax(logits, axis=-1) == own)[0])
-    return np.concatenate(nll), np.concatenate(first)
+    hidden, head = hidden_at(passes.model, ids, mx.array(positions.astype(np.int32)), cache)
+    scores = token_scores(hidden, head, targets, workspace_bytes=4 * LOGITS_BYTES)
+    mx.async_eval(*scores)
+    return _Batch(rows, scores)

@@ -49,6 +49,14 @@ def _nll_arrays(*, half: bool, gpu: bool) -> Arrays:
     return Arrays(3, 2.5, 1) if gpu and half else Arrays(8, 6, 2)
 
 
+class TokenScores(NamedTuple):
+    """The results of `token_scores`, one per position, each (B, T)."""
+
+    nll: mx.array  # float32
+    first: mx.array  # bool
+    finite: mx.array  # bool
+
+
 class LogitsDifference(NamedTuple):
     """The results of `compare_logits`, one per position, each (B, T)."""
 
@@ -188,6 +196,25 @@ def token_nll(hidden: mx.array, head: Head, targets: mx.array, *, workspace_byte
 
     positions = _Positions.of(hidden, head, _nll_arrays, workspace_bytes)
     return positions.each(of_chunk, [mx.float32], hidden, targets)[0]
+
+
+def token_scores(hidden: mx.array, head: Head, targets: mx.array, *, workspace_bytes: int | None = None) -> TokenScores:
+    """How likely each of `targets` (B, T) is; no gradient.
+
+    Returns:
+        nll: its negative log-likelihood in nats.
+        first: whether it is the most likely token.
+        finite: whether the largest logit is a finite number.
+    """
+    _check_positions(hidden, targets=targets)
+
+    def of_chunk(hidden, targets):
+        logits = head(hidden)
+        first = mx.argmax(logits, axis=-1) == targets
+        return [_nll(logits, targets), first, mx.isfinite(logits.max(axis=-1))]
+
+    positions = _Positions.of(hidden, head, _nll_arrays, workspace_bytes)
+    return TokenScores(*positions.each(of_chunk, [mx.float32, mx.bool_, mx.bool_], hidden, targets))
 
 
 def compare_logits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,11 +36,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def subject_of(folder: Path, name: str = "llama", **sizes: int) -> Subject:
+def subject_of(folder: Path, name: str = "llama", *, few_shapes: bool = False, **sizes: int) -> Subject:
     path = folder / name.replace(" ", "_")
     if not path.exists():
         tiny_model(path, max_position_embeddings=1024, **FAMILIES[name])
-    return load_subject(open_directory(path), **sizes)
+    subject = load_subject(open_directory(path), **sizes)
+    subject.__dict__["passes"] = replace(subject.passes, few_shapes=few_shapes)
+    return subject
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,10 @@ def by_definition(subject: Subject, tokens: Sequence[int], count: int) -> tuple[
     return logs[np.arange(count), targets].sum(), bool((logits.argmax(-1) == targets).all())
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_scores_are_those_of_each_sequence_alone(folder: Path, name: str) -> None:
-    subject, items = subject_of(folder, name), requests()
+def test_scores_are_those_of_each_sequence_alone(folder: Path, name: str, few_shapes: bool) -> None:
+    subject, items = subject_of(folder, name, few_shapes=few_shapes), requests()
     for item, scores in zip(items, subject.scores(items), strict=True):
         for tokens, count, (found, first) in zip(item.sequences, item.lengths, scores, strict=True):
             expected, chosen = by_definition(subject, tokens, count)
@@ -91,9 +95,10 @@ def test_scores_do_not_depend_on_the_sizes_of_passes(folder: Path, sizes: dict[s
 
 
 def test_families_that_fail_on_batches_are_read_one_at_a_time(folder: Path) -> None:
-    assert {name: subject_of(folder, name).passes.batches for name in FAMILIES} == {
-        name: name != "gemma2" for name in FAMILIES
-    }  # gemma2 of mlx-lm 0.32.2 has no attention with a mask for each sequence
+    passes = {name: subject_of(folder, name).passes for name in FAMILIES}
+    able = {name: name != "gemma2" for name in FAMILIES}  # mlx-lm 0.32.2's takes no mask for each sequence
+    assert {name: own.batches for name, own in passes.items()} == able
+    assert {name: own.shares for name, own in passes.items()} == able
 
 
 def test_a_resumed_item_has_the_same_digits(folder: Path) -> None:
@@ -118,10 +123,11 @@ def prompts(subject: Subject, lengths: Sequence[int]) -> list[list[int]]:
     return [text[i : i + length] for i, length in enumerate(lengths)]
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_answers_are_those_of_each_prompt_alone(folder: Path, name: str) -> None:
+def test_answers_are_those_of_each_prompt_alone(folder: Path, name: str, few_shapes: bool) -> None:
     """Prompts of similar lengths are read together, others are not; the answers are the argmax of a plain pass."""
-    subject = subject_of(folder, name)
+    subject = subject_of(folder, name, few_shapes=few_shapes, chunk=64)
     given = prompts(subject, [100, 97, 104, 30, 31, 400, 1])
     found = list(subject.answers(Question(prompt, 6) for prompt in given))
     alone = [subject.greedy(prompt, 6) for prompt in given]
@@ -173,8 +179,6 @@ def test_prompts_are_read_only_when_their_batch_begins(folder: Path) -> None:
 
 def test_a_batch_fits_its_memory(folder: Path) -> None:
     """Rows are added while their caches fit; the largest cache counts for those to come."""
-    from dataclasses import replace
-
     from mlx_linearard.evaluate import generation
 
     subject = subject_of(folder)
@@ -196,6 +200,24 @@ def test_a_batch_fits_its_memory(folder: Path) -> None:
         sizes.clear()
         list(generation.generate(replace(subject.passes, batch=450), given, set()))
         assert sizes == [2, 2, 2]
+
+
+def test_few_shapes_are_used_for_many_sizes(folder: Path) -> None:
+    passes = subject_of(folder, few_shapes=True, chunk=64).passes
+    sizes = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 7: 8, 9: 12, 13: 16, 48: 48, 49: 64, 100: 128}
+    assert {size: passes.rounded(size) for size in sizes} == sizes
+    assert [passes.width(n) for n in (1, 8, 9)] == [8, 8, 12]
+    assert next(passes.packed([5, 6, 7, 8, 33], int)) == [5, 6, 7, 8]  # eight each; the fifth would need 48
+    shapes: list[tuple[int, ...]] = []
+
+    class Watched(nn.Module):
+        def __call__(self, tokens: mx.array, cache: object = None) -> mx.array:
+            shapes.append(tokens.shape)
+            return passes.model(tokens, cache=cache)
+
+    for length in range(130, 160):
+        replace(passes, model=Watched()).prefill(passes.new_cache(), [3] * length)
+    assert set(shapes) == {(1, 64), (1, 8), (1, 12), (1, 16), (1, 24), (1, 32)}
 
 
 def test_things_are_packed_by_length() -> None:

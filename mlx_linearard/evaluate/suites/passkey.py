@@ -13,6 +13,7 @@ from ...errors import UserError
 from ...results.statistics import DECISION, Metric
 from ...results.store import Record
 from ..model import Directory, Question, Subject, Tick, digest
+from .ahead import made_ahead
 from .haystack import KEPT, Prose, fill, join
 from .ppl import check_length
 from .suite import Done, Item, left
@@ -86,8 +87,10 @@ class Passkey:
         asked: deque[tuple[int, str]] = deque()  # the prompt's tokens and the key of each item that is being answered
 
         def questions() -> Iterator[Question]:
-            for item in left(items, done):
-                prompt, key = self.prompt(subject.directory, *item.content)
+            def make(item: Item) -> tuple[list[int], str]:
+                return self.prompt(subject.directory, *item.content)
+
+            for _, (prompt, key) in made_ahead(make, left(items, done)):
                 asked.append((len(prompt), key))
                 yield Question(prompt, BUDGET, partial(_contains, key))
 

@@ -24,6 +24,7 @@ from ...errors import UserError
 from ...results.statistics import Metric
 from ...results.store import Record
 from ..model import Directory, Question, Subject, Tick, digest
+from .ahead import made_ahead
 from .haystack import KEPT, NOISE, Prose, fill, noise, sentences
 from .items import read_items
 from .ppl import check_length
@@ -478,9 +479,11 @@ class Ruler:
         asked: deque[tuple[int, Sample]] = deque()  # the prompt's tokens and the sample of each item to be answered
 
         def questions() -> Iterator[Question]:
-            for item in left(items, done):
+            def make(item: Item) -> tuple[Sample, list[int]]:
+                return self._made(subject.directory, *item.content)
+
+            for item, (sample, tokens) in made_ahead(make, left(items, done)):
                 task = item.content[0]
-                sample, tokens = self._made(subject.directory, *item.content)
                 asked.append((len(tokens), sample))
                 yield Question(tokens, TASKS[task][1], partial(_right, task, sample.outputs))
 
