@@ -47,6 +47,12 @@ def _from_gguf(options: argparse.Namespace) -> None:
     from_gguf(options.source, options.target, dtype=options.dtype, overwrite=options.overwrite, progress=print)
 
 
+def _to_gguf(options: argparse.Namespace) -> None:
+    from .gguf_write import to_gguf
+
+    to_gguf(options.source, options.target, dtype=options.dtype, progress=print)
+
+
 def _to_peft(options: argparse.Namespace) -> None:
     from .peft import to_peft
 
@@ -85,7 +91,7 @@ class Verb:
     """One verb of the command: its function, its help texts, and its flags.
 
     flags are (names with a space between, keyword arguments of `add_argument`). `writes` is false if the verb does
-    not write TARGET.
+    not write TARGET, and `replaces` if it never replaces one.
     """
 
     run: Callable[[argparse.Namespace], None]
@@ -94,6 +100,7 @@ class Verb:
     target: str = "a directory that does not exist yet"
     flags: Sequence[tuple[str, dict[str, Any]]] = ()
     writes: bool = True
+    replaces: bool = True
 
 
 _DTYPE = ("--dtype", {"choices": list(FLOATS), "help": "type of the weights (default: as stored)"})
@@ -114,6 +121,14 @@ VERBS = {
     "to-hf": Verb(_to_hf, "mlx-lm directory to one that transformers loads", "an mlx-lm directory", flags=(_DTYPE,)),
     "from-gguf": Verb(
         _from_gguf, "llama GGUF file, with its tokenizer, to mlx-lm directory", "a .gguf file", flags=(_DTYPE,)
+    ),
+    "to-gguf": Verb(
+        _to_gguf,
+        "mlx-lm or Hugging Face directory to GGUF file, with its RoPE scaling",
+        "a model directory",
+        "a .gguf file that does not exist yet",
+        flags=(("--dtype", {"choices": [*FLOATS, "q8_0"], "help": "type of the matrices (default: as stored)"}),),
+        replaces=False,
     ),
     "to-peft": Verb(
         _to_peft,
@@ -159,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=verb.help, description=description, formatter_class=argparse.HelpFormatter)
         one.add_argument("source", metavar="SOURCE", help=verb.source)
         one.add_argument("target", metavar="TARGET", help=verb.target)
-        for flags, settings in (*verb.flags, *([_OVERWRITE] if verb.writes else [])):
+        for flags, settings in (*verb.flags, *([_OVERWRITE] if verb.writes and verb.replaces else [])):
             one.add_argument(*flags.split(), **settings)
     return root
 
@@ -172,7 +187,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         verb.run(options)
         return 0
     target = Path(options.target)
-    if options.overwrite:
+    if verb.replaces and options.overwrite:
         check_overwrite(target, [options.source])
     else:
         refuse_existing(target)

@@ -252,21 +252,25 @@ def _scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(file: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """The Llama 3.1 scaling whose factors a file stores; UserError if the factors are different."""
+    """The Llama 3 scaling whose factors a file stores; UserError if the factors are different.
+
+    The file does not state the original window. It is Llama 3.1's, or that of a window extended by the factor.
+    """
     factors = file.read("rope_freqs.weight").astype(np.float64)
     largest = float(factors.max(initial=0))
-    scaling = {
-        "rope_type": "llama3",
-        "factor": largest,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
     if largest > 0 and math.isfinite(largest):
         native = inverse_frequencies({**config, "rope_scaling": None})["full_attention"]
-        meant = native / inverse_frequencies({**config, "rope_scaling": scaling})["full_attention"]
-        if meant.shape == factors.shape and np.allclose(meant, factors, rtol=1e-4):
-            return scaling
+        for original in (8192, round(config["max_position_embeddings"] / largest)):
+            scaling = {
+                "rope_type": "llama3",
+                "factor": largest,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": max(original, 1),
+            }
+            meant = native / inverse_frequencies({**config, "rope_scaling": scaling})["full_attention"]
+            if meant.shape == factors.shape and np.allclose(meant, factors, rtol=1e-4):
+                return scaling
     raise UserError(f"{file.path} scales RoPE by factors that are not Llama 3.1's; they cannot be expressed")
 
 

@@ -96,7 +96,7 @@ def to_hf(
         raise UserError(f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back")
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
-    arrays = _dequantize(checked)
+    arrays = dequantized(checked)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     if dtype is not None:
@@ -223,7 +223,7 @@ def _quantize(
     return arrays, settings
 
 
-def _dequantize(checked: Checked) -> dict[str, mx.array]:
+def dequantized(checked: Checked) -> dict[str, mx.array]:
     """The arrays with quantized layers dequantized, lazily: in the type of their scales, else of the other weights."""
     arrays = checked.arrays
     floats = {a.dtype for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 # ggml's tensor types by number (ggml.h), - for a number that is not used; gguf_blocks.py has those that are read.
 _GGML = (
@@ -28,6 +29,8 @@ GGUF_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+GGUF_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}  # of Qwen 3
+_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -39,3 +42,18 @@ def from_gguf(name: str) -> str | None:
     if match is None or match[2] not in GGUF_BLOCK:
         return None
     return f"model.layers.{int(match[1])}.{GGUF_BLOCK[match[2]]}.{match[3]}"
+
+
+def to_gguf(name: str, more: Collection[str] = ()) -> str | None:
+    """The name in a GGUF file of a tensor with Hugging Face's name; None if llama has no such tensor.
+
+    `more` are the tensors of a block that another architecture has beside llama's.
+    """
+    for theirs, ours in GGUF_TOP.items():
+        if ours == name:
+            return theirs
+    match = _LAYER.fullmatch(name)
+    for theirs, ours in (*GGUF_BLOCK.items(), *((key, GGUF_NORMS[key]) for key in more)):
+        if match and ours == match[2]:
+            return f"blk.{int(match[1])}.{theirs}.{match[3]}"
+    return None

@@ -17,6 +17,7 @@ NEXT: dict[str, Callable[[Path], str]] = {
     "peft": lambda out: (
         f"peft.PeftModel.from_pretrained(model, {str(out)!r}), on the base that adapter_config.json names"
     ),
+    "gguf": lambda out: shell_command("llama-server", "-m", path_word(next(iter(sorted(out.glob("*.gguf"))), out))),
     "adapters": lambda out: shell_command(
         "mlx_lm.server", "--model", path_word(out / "base"), "--adapter-path", path_word(out / "adapters")
     ),
@@ -32,16 +33,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "--format",
         default="mlx",
         choices=FORMATS,
-        help="mlx and hf: the fused model; peft and adapters: the adapters",
+        help="mlx, hf and gguf: the fused model; peft and adapters: the adapters",
     )
     parser.add_argument(
         "--dtype",
         choices=[d for d in DTYPES if d != "auto"],
         help="of the fused weights; without it they keep their dtype",
     )
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the fused model (mlx)")
-    parser.add_argument("--q-bits", type=integer(1, 32), default=4, help="bits per weight")
-    parser.add_argument("--q-group-size", type=integer(1), default=64, help="weights per scale")
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the fused model (mlx, gguf)")
+    parser.add_argument("--q-bits", type=integer(1, 32), help="bits per weight (default: 4; 8 for gguf)")
+    parser.add_argument("--q-group-size", type=integer(1), default=64, help="weights per scale (mlx)")
     parser.add_argument("--overwrite", action="store_true", help="replace the content of --to")
     given = vars(parser.parse_args(arguments))
     run_dir = Path(given.pop("run"))

@@ -85,7 +85,7 @@ def card(facts: RunFacts, origin: Origin, what: Exported, weights: Sequence[str]
     method = str(facts.config.get("method"))
     content = {
         "front": dump(_front(origin, what, method)),
-        "title": f"{_base_name(facts, origin)}, window {what.window}",
+        "title": f"{base_name(facts, origin)}, window {what.window}",
         "subtitle": _subtitle(facts, what),
         "about": _about(facts, origin, what),
         "weights": weights,
@@ -112,7 +112,8 @@ def _front(origin: Origin, what: Exported, method: str) -> dict[str, Any]:
     }
 
 
-def _base_name(facts: RunFacts, origin: Origin) -> str:
+def base_name(facts: RunFacts, origin: Origin) -> str:
+    """The base model's hub repository, or the last part of the path that was trained from."""
     return origin.base_model or Path(str(facts.config.get("model") or "model")).name
 
 
@@ -134,7 +135,7 @@ def _about(facts: RunFacts, origin: Origin, what: Exported) -> list[str]:
         f"Scaling disturbs a model. This one was restored by distillation from the original with mlx-linearard: "
         f"objective {plain(config.get('objective'))}, {plain(config.get('fine_tune_type'))} training of the q, k and v "
         f"projections on {trained}{took}.",
-        f"Base model: {_base_name(facts, origin)}.",
+        f"Base model: {base_name(facts, origin)}.",
         "Its licence applies." if "license" in origin.entries else "Its licence is not known to the tool; it applies.",
     ]
 

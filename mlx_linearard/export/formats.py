@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ..convert.gguf_write import to_gguf
 from ..convert.hf import from_hf, to_hf
 from ..convert.peft import to_peft
 from ..errors import UserError
-from ..files import RunDir, check_overwrite, new_directory
+from ..files import RunDir, check_overwrite, new_directory, read_config
 from ..models.save import link
-from ..report.load import read_run
-from .card import bits_of, write_card
+from ..report.load import RunFacts, read_run
+from ..rope import native_window
+from .card import base_name, bits_of, origin_of_run, write_card
 
-FORMATS = ("mlx", "hf", "peft", "adapters")
+FORMATS = ("mlx", "hf", "peft", "adapters", "gguf")
 
 
 def export(
@@ -23,7 +26,7 @@ def export(
     format: str = "mlx",
     dtype: str | None = None,
     quantize: bool = False,
-    q_bits: int = 4,
+    q_bits: int | None = None,
     q_group_size: int = 64,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -35,9 +38,10 @@ def export(
         out_dir: the directory to write.
         format: `mlx`: the fused model for mlx-lm. `hf`: the fused model for transformers. `peft`: the adapters for
             PEFT, which loads them on a copy of the base with the scaled config. `adapters`: mlx-lm's adapters with
-            the scaled base beside them.
-        dtype: float32, float16 or bfloat16 for the fused weights (`mlx`, `hf`); None keeps their dtype.
-        quantize: quantize the fused model (`mlx`), with `q_bits` per weight and one scale per `q_group_size` weights.
+            the scaled base beside them. `gguf`: the fused model for llama.cpp, Ollama and LM Studio.
+        dtype: float32, float16 or bfloat16 for the fused weights (`mlx`, `hf`, `gguf`); None keeps their dtype.
+        quantize: quantize the fused model (`mlx`, `gguf`), with `q_bits` per weight and one scale per `q_group_size`
+            weights. Without `q_bits`, 4 bits; `gguf`, which has 8 bits only, takes no group size.
         overwrite: replace `out_dir`, if this tool wrote it.
         progress: called with one line per finished file.
 
@@ -54,13 +58,17 @@ def export(
         raise UserError(f"{run.root} is a comparison: name one of its runs, as in --run {run.root / 'logits'}")
     if not all(folder.is_dir() for folder in (run.model, run.adapters, run.base)):
         raise UserError(f"{run.root} is not a finished run: give the --output of a finished distillation")
-    if quantize and format != "mlx":
-        raise UserError(f"--quantize needs --format mlx, not {format}")
+    if quantize and format not in ("mlx", "gguf"):
+        raise UserError(f"--quantize needs --format mlx or gguf, not {format}")
+    if quantize and format == "gguf" and q_bits not in (None, 8):
+        raise UserError(
+            f"--q-bits {q_bits}: GGUF is written with 8 bits (q8_0); llama.cpp's llama-quantize makes smaller files"
+        )
     if dtype and format in ("peft", "adapters"):
-        raise UserError(f"--dtype needs --format mlx or hf, not {format}")
+        raise UserError(f"--dtype needs --format mlx, hf or gguf, not {format}")
     if overwrite:
         check_overwrite(out_dir, [run.root])
-    facts = read_run(run.root)
+    facts, file = read_run(run.root), ""
     out = Path(out_dir)
     if format == "mlx":
         from_hf(
@@ -68,7 +76,7 @@ def export(
             out,
             dtype=dtype,
             quantize=quantize,
-            q_bits=q_bits,
+            q_bits=q_bits or 4,
             q_group_size=q_group_size,
             overwrite=overwrite,
             progress=progress,
@@ -77,10 +85,32 @@ def export(
         to_hf(run.model, out, dtype=dtype, overwrite=overwrite, progress=progress)
     elif format == "peft":
         to_peft(run.adapters, out, base_model=str(run.base), overwrite=overwrite, progress=progress)
-    else:
+    elif format == "adapters":
         _with_base(run, out, overwrite)
-    write_card(out, facts, format, bits=bits_of(out) if format == "mlx" else 0)
+    else:
+        file = _gguf(run, out, facts, "q8_0" if quantize else dtype, overwrite, progress)
+    write_card(out, facts, format, bits=bits_of(out) if format == "mlx" else 0, file=file)
     return out
+
+
+def _gguf(
+    run: RunDir,
+    out_dir: Path,
+    facts: RunFacts,
+    dtype: str | None,
+    overwrite: bool,
+    progress: Callable[[str], None] | None,
+) -> str:
+    """Write the GGUF file and Ollama's Modelfile; returns the file's name."""
+    window = native_window(read_config(run.model))
+    base = re.sub(r"[^A-Za-z0-9]+", "-", base_name(facts, origin_of_run(facts)).rpartition("/")[2]).strip("-")
+    file = f"{base or 'model'}-{window}.gguf"
+    with new_directory(out_dir, overwrite=overwrite, sources=[run.root]) as folder:
+        to_gguf(run.model, folder / file, dtype=dtype)
+        (folder / "Modelfile").write_text(f"FROM ./{file}\nPARAMETER num_ctx {window}\n", encoding="utf-8")
+        if progress:
+            progress(f"wrote {file} ({(folder / file).stat().st_size / 1e6:.0f} MB)")
+    return file
 
 
 def _with_base(run: RunDir, out_dir: Path, overwrite: bool) -> Path:

@@ -187,7 +187,7 @@ def from_sentencepiece(path: Path) -> Rebuilt:
         build = {UNIGRAM: sentencepiece_unigram, BPE: sentencepiece_bpe}.get(kind)
         if build is None:
             raise UserError(f"{path} is a sentencepiece word or char model: only unigram and bpe models are read")
-        pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+        pieces = _pieces(model)
         tokenizer = build(
             pieces,
             add_prefix=model.normalizer_spec.add_dummy_prefix,
@@ -209,6 +209,16 @@ def from_sentencepiece(path: Path) -> Rebuilt:
     if isinstance(settings.get("model_max_length"), int):
         rebuilt.config["model_max_length"] = settings["model_max_length"]
     return rebuilt
+
+
+def pieces_of(path: Path) -> list[Piece]:
+    """The pieces of a tokenizer.model in order of id; UserError if the file is damaged."""
+    with tokenizer_errors(f"{path} is not a sentencepiece model"):
+        return _pieces(_parse(path))
+
+
+def _pieces(model: Any) -> list[Piece]:
+    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]
 
 
 def _parse(path: Path) -> Any:

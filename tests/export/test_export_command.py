@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from mlx_linearard.convert.verify import verify
 
 from mlx_linearard.errors import UserError
 from mlx_linearard.export import __main__ as command
@@ -47,3 +48,23 @@ def test_peft_adapters_of_a_quantized_base_say_what_to_load_them_on(
     (tmp_path / "run" / "base" / "config.json").write_text(config)
     command.run(["--run", str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "peft"])
     assert ("mlx_linearard.convert to-hf" in capsys.readouterr().out) == quantized
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_gguf_is_a_folder_with_card_and_modelfile(finished_run: Path, tmp_path: Path, bits: int | None) -> None:
+    pytest.importorskip("gguf")
+    out = export(finished_run, tmp_path / "out", format="gguf", quantize=bits is not None, q_bits=bits)
+    (file,) = out.glob("*.gguf")
+    assert file.name == "tiny-llama-512.gguf"
+    assert (out / "Modelfile").read_text() == f"FROM ./{file.name}\nPARAMETER num_ctx 512\n"
+    card = (out / "README.md").read_text()
+    assert f"llama-server -m {file.name} -c 512" in card and "library_name: gguf" in card
+    assert "`mlx_linearard.convert verify --served URL DIR`" in card
+    result = verify(finished_run / "model", file)
+    assert result.logits <= (0 if bits is None else 1.0) and (result.agreement == 1) == (bits is None)
+
+
+def test_gguf_has_eight_bits_only(finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="llama-quantize"):
+        export(finished_run, tmp_path / "out", format="gguf", quantize=True, q_bits=4)
+    assert not (tmp_path / "out").exists()
