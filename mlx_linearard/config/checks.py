@@ -12,6 +12,7 @@ LONG_OBJECTIVES = ("ce", "longce", "recall", "ce+recall", "longce+recall")
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 NORMALIZATIONS = ("heads", "paper-code")
 KEEPS = ("best", "last")
+LOGGERS = ("csv", "tensorboard", "wandb", "swanlab", "trackio")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST = 2**31 - 1  # the largest integer option: mlx counts rows and columns in 32 bits
 LARGEST_COUNT = 2**53  # the largest number of tokens in a text, and the largest seed
@@ -65,6 +66,13 @@ def relation_names(value: str) -> str | None:
 def objectives_of(compare: Any) -> tuple[str, ...]:
     """The objectives of `--compare a,b`, or of `compare` in a config.yaml, in order; () if it is not set."""
     return tuple(filter(None, (part.strip() for part in str(compare or "").split(","))))
+
+
+def loggers(value: str) -> str | None:
+    names = value.split(",")
+    if all(name in LOGGERS for name in names) and len(set(names)) == len(names):
+        return None
+    return f"must name some of {', '.join(LOGGERS)}, each once, separated by commas"
 
 
 def several_objectives(value: str) -> str | None:

@@ -28,6 +28,7 @@ from .checks import (
     is_utf8,
     layer_list,
     length_list,
+    loggers,
     not_negative,
     one_of,
     positive,
@@ -267,6 +268,15 @@ class DistillConfig:
         "lengths at which perplexity is measured; auto is the block length, and on a GPU also twice the native window",
         check=length_list,
         metavar="T,T",
+    )
+    report_to: str | None = option(
+        None,
+        "also report the numbers of every step and measurement to these: csv, tensorboard, wandb, swanlab, trackio",
+        check=loggers,
+        metavar="NAME,NAME",
+    )
+    project_name: str | None = option(
+        None, "the project in a tracking service; by default the name of --output", metavar="NAME"
     )
     dtype: str = option(
         "auto",

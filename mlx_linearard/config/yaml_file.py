@@ -41,7 +41,7 @@ def _checked(path: str | Path, key: str, value: Any) -> Any:
     kind = type_of(options[name])
     if value is None and options[name].default is None:
         return None
-    if kind is str and name in ("layers", "eval_lengths", "compare") and isinstance(value, int | list):
+    if kind is str and name in ("layers", "eval_lengths", "compare", "report_to") and isinstance(value, int | list):
         value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         value = _number(value)  # YAML 1.1 reads 3e-4 as a word

@@ -29,6 +29,7 @@ from ..results.store import update_results
 from .checkpoint import differences
 from .dry_run import NOTHING_WRITTEN, check_text
 from .listener import Listener
+from .loggers import check_loggers
 from .place import check_directories, check_model_stays, check_not_in_use, check_place
 from .plan import steps_of
 from .prepare import FREE_ON_RESUME, Job, Text, load, make_plan
@@ -58,6 +59,7 @@ def compare_objectives(config: DistillConfig, listener: Listener | None = None) 
     listener = listener or Listener()
     place, objectives = RunDir(config.output), objectives_of(config.compare)
     check_comparison_place(config, place)
+    check_loggers(config)
     if config.dry_run:
         plan_all(config, place, objectives, listener)
         listener.say(NOTHING_WRITTEN)
@@ -120,6 +122,7 @@ def config_of(objective: str, config: DistillConfig, manifest: Manifest | None) 
         sized,
         compare=None,
         objective=objective,
+        project_name=config.project_name or Path(config.output).absolute().name,
         output=str(run.root),
         resume=config.resume and run.config.exists(),
     )

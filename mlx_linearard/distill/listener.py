@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..files import RunDir
+from ..results.rows import Row
 from .step import StepRecord
 
 
@@ -23,6 +24,9 @@ class Listener:
 
     def step(self, record: StepRecord, total: int) -> None:
         """An optimizer step is done, of `total` steps."""
+
+    def measured(self, name: str, step: int, row: Row) -> None:
+        """A model was measured on held-out text after `step` steps: native, scaled, evaluation or restored."""
 
     def stopping(self, step: int) -> None:
         """A signal asked the run to stop: it finishes step number `step` and saves. Comes from another thread."""

@@ -155,6 +155,7 @@ def evaluate_if_due(job: Job, state: TrainState, listener: Listener) -> bool:
         text = f"perplexity {row.perplexity[job.reference]:.2f}"
     else:
         text = f"KL to the teacher {row.kl:.4f}, top-1 agreement {row.agreement:.1%}"
+    listener.measured("evaluation", state.step, row.row)
     listener.say(f"after step {state.step}: {text}{', the best so far' if improved else ''}")
     return improved
 

@@ -80,6 +80,8 @@ FREE_ON_RESUME = {
     "keep",
     "patience",
     "keep_checkpoints",
+    "report_to",
+    "project_name",
 }
 
 

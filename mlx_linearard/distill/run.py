@@ -29,6 +29,7 @@ from ..results.rows import ExportInfo, Results, RunInfo
 from . import checkpoint
 from .dry_run import NOTHING_WRITTEN, check_text
 from .listener import Listener
+from .loggers import check_loggers, reporting
 from .loop import train_run
 from .place import check_output
 from .prepare import Job, load, make_plan
@@ -76,6 +77,9 @@ def distill(config: DistillConfig, listener: Listener | None = None, ranks: Rank
     started = time.perf_counter()
     if config.compare:
         raise UserError("--compare asks for several runs: call compare_objectives, which makes them")
+    with ranks.meeting():
+        if ranks.leads:
+            check_loggers(config)
     plan = make_plan(config, listener=listener, ranks=ranks)
     if config.dry_run:
         check_text(plan, listener=listener, ranks=ranks)
@@ -99,6 +103,7 @@ def execute(job: Job, listener: Listener, started: float, before: Rows | None = 
     with contextlib.ExitStack() as opened:
         with ranks.on_loss(job.how_to_continue), ranks.meeting():
             if ranks.leads:
+                listener = opened.enter_context(reporting(job.config, listener))
                 opened.enter_context(open_run(job))
                 resume(job, state, listener)
                 clear(job, state)
@@ -106,6 +111,9 @@ def execute(job: Job, listener: Listener, started: float, before: Rows | None = 
             checkpoint.send_state(state, ranks)
             if ranks.leads:
                 rows = measure_start(job, listener, before)
+                if state.step == 0:
+                    for name, row in zip(("native", "scaled"), rows, strict=True):
+                        listener.measured(name, 0, row.row)
             train_run(job, state, rows and rows[1], listener)
         return finish(job, state, rows, listener, started) if rows else None
 
@@ -155,7 +163,7 @@ def clear(job: Job, state: TrainState) -> None:
 
 def remove_run(run: RunDir) -> None:
     """Remove the files of an earlier run, by name, its models first: they must not look like the new run's models."""
-    for folder in (run.model, run.adapters, run.base, run.items, *checkpoint.list_all(run.checkpoints)):
+    for folder in (run.model, run.adapters, run.base, run.items, run.logs, *checkpoint.list_all(run.checkpoints)):
         if folder.is_symlink():
             folder.unlink()
         elif folder.is_dir():
@@ -261,6 +269,7 @@ def finish(job: Job, state: TrainState, before: Rows, listener: Listener, starte
     """Choose the state to keep, export it, verify the export, and write results.json and the report."""
     native, scaled = before
     restored, exported_step = choose_state(job, state, scaled, listener)
+    listener.measured("restored", state.step, restored.row)
     verified = export(job, listener)
     seconds = time.perf_counter() - started
     rows = {"native": native, "scaled": scaled, "restored": restored}

@@ -45,6 +45,7 @@ class RunDir:
         self.report_markdown = self.root / "report.md"
         self.before = self.root / "before.json"  # native and scaled, kept for a resumed run
         self.evaluations = self.root / "evaluations.jsonl"  # the evaluations of --eval-every
+        self.logs = self.root / "logs"  # what --report-to writes
         self.held_out = self.root / "held_out.json"  # each model's numbers by piece of held-out text, for paired tests
         self.items = self.root / "results.items"  # the measurements of `evaluate`, item by item
         self.comparison = self.root / "comparison.json"  # the settings that all runs of a --compare share
