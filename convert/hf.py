@@ -24,7 +24,7 @@ from ..models.save import (
     write_config,
 )
 from ..models.tokenizer_files import copy_tokenizer
-from ..rope import disagreement, scale_rope
+from ..rope import disagreement, family_or_default, scale_rope
 
 Progress = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def to_hf(
     directory = resolve(source)
     checked = check_model_dir(directory)
     config = _clean(checked.config)
-    if config["model_type"] in STACKED:
+    if family_or_default(config).experts:
         raise UserError(f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back")
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
@@ -104,8 +104,8 @@ def to_hf(
     kinds = {FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in FLOAT_NAMES}
     if len(kinds) == 1:
         config["dtype"] = config["torch_dtype"] = kinds.pop()
-    if "architectures" not in config and config["model_type"] in ARCHITECTURES:
-        config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    if "architectures" not in config:
+        config["architectures"] = [family_or_default(config).architecture]
     with model_directory(
         target,
         config,
@@ -119,22 +119,6 @@ def to_hf(
         _write_tokenizer(directory, output)
         write_origin(output, origin_of(directory))
     return Path(target)
-
-
-# Families whose experts mlx-lm stacks into one tensor, a layout that transformers does not load.
-STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
 
 
 def scale(

@@ -23,6 +23,7 @@ import numpy as np
 
 from .errors import UserError, one_line
 from .files import check_file, parse_json, reading, without_surrogates
+from .rope import family_or_default
 
 HUB_PREFIX = "hf:"
 FORMS = ".txt or .jsonl, each optionally .gz or .xz"
@@ -249,13 +250,13 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[in
 def first_token(tokenizer: Tokenizer, config: Mapping[str, Any] | None = None) -> int | None:
     """The token that a text must begin with; None if there is none.
 
-    This is the token that the tokenizer puts before a text when it adds special tokens. Gemma models always have a
-    first token, because they compute nonsense without one.
+    This is the token that the tokenizer puts before a text when it adds special tokens. Some families
+    always have a first token, because they compute nonsense without one (`Family.first_token`).
     """
     plain, special = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
     if len(special) > len(plain) and special[1 : 1 + len(plain)] == plain:
         return int(special[0])
-    if str((config or {}).get("model_type", "")).startswith("gemma"):
+    if family_or_default(config or {}).first_token:
         return getattr(tokenizer, "bos_token_id", None)
     return None
 

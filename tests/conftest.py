@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent / "convert"))  # converter_models
+sys.path.insert(0, str(Path(__file__).parent / "families"))  # family_models
 sys.path.insert(0, str(Path(__file__).parent))
 
 from forked import Commands

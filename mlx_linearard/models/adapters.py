@@ -13,13 +13,11 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import UserError
+from ..rope import family_or_default
 from .layers import attention_of
 from .trees import named_modules, slot
 
 Leaves = dict[str, mx.array]  # trainable arrays of one layer, by their path inside it
-
-# The projections that make q, k and v, as mlx-lm's attentions name them; the last four are fused.
-QKV_NAMES = ("q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "qkv_proj", "query_key_value", "Wqkv", "c_attn")
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,12 @@ def holding(layer: nn.Module, leaves: Leaves) -> Iterator[None]:
 
 def qkv_keys(model: Any) -> tuple[str, ...]:
     """Paths, inside a layer, of the projections that make q, k and v; UserError for an architecture without them."""
+    names = family_or_default({"model_type": model.model_type}).projections
     for layer in model.layers:
         path, attention = attention_of(layer) or ("", {})
-        if names := [name for name in QKV_NAMES if name in attention]:
+        if all(name in attention for name in names):
             return tuple(f"{path}.{name}" for name in names)
     raise UserError(
-        f"no layer of {model.model_type} calls scaled_dot_product_attention on known q, k, v projections: this "
-        "architecture is not supported"
+        f"no layer of {model.model_type} calls scaled_dot_product_attention on the "
+        f"projections {', '.join(names)}: this architecture is not supported"
     )

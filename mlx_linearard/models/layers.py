@@ -19,10 +19,11 @@ import mlx.nn as nn
 from ..errors import UserError
 from ..ops.attention import attention_no_grad
 from ..ops.mlp import in_chunks
+from ..rope import FAMILIES
 from .trees import walk_modules
 
 SEAM = "scaled_dot_product_attention"  # the function that every mlx-lm attention calls in its module's namespace
-FEED_FORWARD = ("mlp", "block_sparse_moe")  # the names of the position-wise part of mlx-lm's layers
+FEED_FORWARD = {row.feed_forward for row in FAMILIES.values()}  # the position-wise part of a layer
 Attend = Callable[..., mx.array]
 Wrap = Callable[[Callable[[mx.array], mx.array]], Callable[[mx.array], mx.array]]
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES, METHODS, Family, family, native_window
+from .families import FAMILIES
+from .family import METHODS, Family
 from .frequencies import attention_factor, inverse_frequencies
+from .lookup import family, family_or_default, native_window
 from .parameters import normalise, rotary_dims
+from .refused import REFUSED
 from .scale import disagreement, scale_rope
 from .settings import ignored_setting
 
 __all__ = [
     "FAMILIES",
     "METHODS",
+    "REFUSED",
     "Family",
     "attention_factor",
     "disagreement",
     "family",
+    "family_or_default",
     "ignored_setting",
     "inverse_frequencies",
     "native_window",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .families import family_or_default, native_window
+from .lookup import family_or_default, native_window
 from .parameters import normalise, read, rotary_dims, yarn_attention_factor
 from .settings import FULL, SLIDING
 from .values import positive

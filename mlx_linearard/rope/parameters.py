@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .families import SLIDING_ON_ALL_LAYERS, Family, family_or_default, native_window, window_binds
+from .family import Family
+from .lookup import family_or_default, native_window, window_binds
 from .settings import FULL, SLIDING, state_defaults
 from .values import mapping, number, positive
 
@@ -161,7 +162,7 @@ def _state_full_attention(config: dict[str, Any]) -> None:
 
     mlx-lm gives these families no sliding window. transformers does (Mistral: 4096 if the key is missing).
     """
-    if config.get("model_type") in SLIDING_ON_ALL_LAYERS and not window_binds(config):
+    if family_or_default(config).slides == "all" and not window_binds(config):
         config["sliding_window"] = None
 
 

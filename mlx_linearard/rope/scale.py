@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .families import (
-    FAMILIES,
-    LONGEST,
-    METHODS,
-    SLIDING_ON_ALL_LAYERS,
-    SLIDING_ON_REQUEST,
-    SLIDING_ON_SOME_LAYERS,
-    Family,
-    family,
-    family_or_default,
-    native_window,
-    window_binds,
-)
+from .families import FAMILIES
+from .family import METHODS, Family
 from .frequencies import YARN_FAST, YARN_SLOW, frequencies
+from .lookup import LONGEST, family, family_or_default, native_window, window_binds
 from .parameters import LLAMA3_HIGH, LLAMA3_LOW, normalise, read, rotary_dims, write
 from .settings import ignored_setting
 from .values import number, positive
@@ -137,8 +127,8 @@ def _scaling(config: Mapping[str, Any], kind: Family, chosen: Mapping[str, Any],
 
 def _window_disagreement(config: Mapping[str, Any]) -> str | None:
     name = config.get("model_type")
-    applied = name in SLIDING_ON_ALL_LAYERS or name in SLIDING_ON_SOME_LAYERS
-    applied = applied or (name in SLIDING_ON_REQUEST and bool(config.get("use_sliding_window")))
+    slides = family_or_default(config).slides
+    applied = slides in ("all", "some") or (slides == "request" and bool(config.get("use_sliding_window")))
     if not applied or not window_binds(config):
         return None
     return (

@@ -1,9 +1,7 @@
 """Config keys beside RoPE that change what a model computes, and the values for which mlx-lm computes the same.
 
 mlx-lm's model files do not read many keys of a Hugging Face config, and read a few that transformers does not.
-The tables here name those keys for each family of `FAMILIES`, from the code of mlx-lm 0.32 and transformers 5.23.
-A key with any other value is refused by name, because the logits would differ silently. A key that is missing or
-null has the default of transformers.
+`Family.fixed` and `Family.defaults` name those keys for each family of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -11,82 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .families import window_binds
+from .families import ALWAYS
+from .lookup import family_or_default, window_binds
 
 # Layer types, as layer_types and rope_parameters name them.
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-
-SILU = ("silu", "swish")
-GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh", "gelu_accurate")  # one function
-OFF = (False,)
-
-Values = tuple[Any, ...]
-
-# For every family: no supported family of mlx-lm reads these.
-_ALWAYS: Mapping[str, Values] = {
-    "is_causal": (True,),
-    "use_bidirectional_attention": OFF,
-    "quantize_activations": OFF,  # mlx-lm's loader reads it
-    "rope_traditional": OFF,  # mlx-lm's own key: pairs of neighbouring dimensions, which transformers does not rotate
-}
-_SILU: Mapping[str, Values] = {"hidden_act": SILU}
-
-# family -> key -> the values for which mlx-lm and transformers compute the same.
-FIXED: Mapping[str, Mapping[str, Values]] = {
-    "llama": _SILU,
-    "mistral": {**_SILU, "attention_bias": OFF, "mlp_bias": OFF},  # mlx-lm reads its biases as llama's
-    "qwen2": _SILU,
-    "qwen3": _SILU,
-    "olmo2": {**_SILU, "mlp_bias": OFF},
-    "granite": _SILU,
-    "seed_oss": _SILU,
-    "smollm3": _SILU,
-    "olmo3": _SILU,
-    "gemma3_text": {
-        "hidden_activation": GELU_TANH,
-        "attn_logit_softcapping": (),
-        "final_logit_softcapping": (),
-    },
-    "phi3": _SILU,
-    "nemotron": {"hidden_act": ("relu2",)},
-    "mixtral": _SILU,
-    "qwen2_moe": {
-        **_SILU,
-        "norm_topk_prob": OFF,
-        "decoder_sparse_step": (1,),
-        "mlp_only_layers": ([],),
-        "qkv_bias": (True,),
-    },
-    "qwen3_moe": _SILU,
-    "gemma2": {"hidden_activation": GELU_TANH},
-    "phi": {"hidden_act": GELU_TANH, "qk_layernorm": OFF},
-    "cohere": {**_SILU, "layer_norm_bias": OFF},  # mlx-lm's own key
-    "glm4": {**_SILU, "rope_traditional": (True,)},
-    "stablelm": _SILU,
-}
-
-# Families whose layer_types mlx-lm reads or follows. In any other family every layer must have full attention.
-_PATTERNED = ("gemma3_text", "olmo3")
-
-# Defaults of transformers that mlx-lm does not share, for keys that configs may leave out.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "gemma2": {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": {"query_pre_attn_scalar": 256, "sliding_window": 4096},
-    "granite": {
-        "attention_multiplier": 1.0,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
-    "olmo3": {"sliding_window": 4096},
-    "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    "seed_oss": {"attention_bias": True},
-    "stablelm": {"use_qkv_bias": False},
-    "glm4": {"attention_bias": True},
-}
 
 
 def state_defaults(config: dict[str, Any]) -> None:
@@ -95,7 +23,7 @@ def state_defaults(config: dict[str, Any]) -> None:
     Gemma 3's layer_types become mlx-lm's sliding_window_pattern if they repeat with a period.
     """
     model_type = config.get("model_type")
-    for key, value in DEFAULTS.get(str(model_type), {}).items():
+    for key, value in family_or_default(config).defaults.items():
         if key not in config:
             config[key] = list(value) if isinstance(value, list) else value
     if model_type == "gemma3_text" and (period := _period(config.get("layer_types"))):
@@ -117,7 +45,7 @@ def _pattern(layers: int, period: int) -> list[str]:
 def ignored_setting(config: Mapping[str, Any]) -> str | None:
     """The first key whose value mlx-lm and transformers compute differently, in words; None if there is none."""
     model_type = str(config.get("model_type"))
-    for key, values in {**_ALWAYS, **FIXED.get(model_type, {})}.items():
+    for key, values in {**ALWAYS, **family_or_default(config).fixed}.items():
         value = config.get(key)
         if value is not None and not any(value == allowed and type(value) is type(allowed) for allowed in values):
             wanted = " or ".join(repr(allowed) for allowed in values[:1]) or "null"
@@ -137,7 +65,7 @@ def _caps(config: Mapping[str, Any]) -> str | None:
 
 def _layers(config: Mapping[str, Any], model_type: str) -> str | None:
     layer_types, count = config.get("layer_types"), config.get("num_hidden_layers")
-    if model_type in _PATTERNED:
+    if family_or_default(config).patterned:
         window = config.get("sliding_window")
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             return f"mlx-lm's {model_type} needs a positive sliding_window, and the config has {window!r}"

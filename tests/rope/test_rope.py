@@ -107,8 +107,8 @@ def test_a_factor_that_does_not_lengthen_the_window_is_refused(factor):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown method 'dynamic': choose one of linear, ntk, yarn, llama3"):
         scale_rope(config(), "dynamic", 2.0)
-    with pytest.raises(ValueError, match=r"'mamba': it is not among .*llama"):
-        scale_rope(config("mamba"), "ntk", 2.0)
+    with pytest.raises(ValueError, match=r"'mambo': it is not among .*llama"):
+        scale_rope(config("mambo"), "ntk", 2.0)
     with pytest.raises(ValueError, match="no model_type"):
         scale_rope({}, "ntk", 2.0)
     with pytest.raises(ValueError, match="max_position_embeddings"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from mlx_linearard.rope import FAMILIES, disagreement, ignored_setting, normalise, scale_rope
-from mlx_linearard.rope.settings import DEFAULTS, FIXED
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -31,23 +30,18 @@ def refused(kind, key, **changes):
         scale_rope(config(kind, **changes), "ntk", 2.0)
 
 
-def test_there_is_a_row_for_every_family():
-    assert FIXED.keys() == FAMILIES.keys()
-    assert DEFAULTS.keys() <= FAMILIES.keys()
-
-
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_a_plain_config_passes(kind):
     settings = normalise(config(kind))
     assert ignored_setting(settings) is None
     assert normalise(settings) == settings
-    for key, value in DEFAULTS.get(kind, {}).items():
+    for key, value in FAMILIES[kind].defaults.items():
         assert settings[key] == value
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_each_fixed_value_passes_and_others_do_not(kind):
-    for key, values in FIXED[kind].items():
+    for key, values in FAMILIES[kind].fixed.items():
         for value in (*values, None):
             assert ignored_setting(normalise(config(kind, **{key: value}))) is None
         for value in ("gelu", "relu", True, 2, [], {}, [0], ["silu"], 0.5):

@@ -1,0 +1,54 @@
+"""The model families that mlx-lm has and this tool refuses, each with what is missing.
+
+The keys are mlx-lm's names: a model_type of a config, or of the file that mlx-lm reads it with. A test checks that
+every architecture of the installed mlx-lm is here or in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_LATENT = "its attention is multi-head latent attention, whose keys and values are compressed: it has no plain q, k, v"
+_STATE = "it mixes attention with state-space, convolution or linear-attention layers, which have no q, k, v"
+_ONLY_STATE = "it has no attention and no RoPE, only state-space or linear-attention layers"
+_MULTIMODAL = "it is multimodal, and only text models are read"
+_POSITIONS = "it has learned positions and no RoPE to scale"
+_LAYOUT = "its attention is not made of plain q, k, v projections that see each position once"
+_UNCOMPARED = "transformers has no such model to compare it with, so nothing shows which config keys mlx-lm ignores"
+_UNCHECKED = "its config keys were not compared with transformers yet, so mlx-lm may ignore some of them in silence"
+
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    _LATENT: (
+        "bailing_hybrid", "bailing_moe_v3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v41",
+        "deepseek_v41_text", "glm4_moe_lite", "glm_moe_dsa", "joyai_llm_flash", "kimi_k2", "kimi_k25", "kimi_k3",
+        "kimi_linear", "kimi_vl", "longcat_flash", "longcat_flash_ngram", "minicpm3", "mistral4", "youtu_llm",
+    ),
+    _STATE: (
+        "bailing_moe_linear", "falcon_h1", "gear", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h",
+        "olmo_hybrid", "plamo2", "prism_hadamard_qwen35", "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma",
+    ),
+    _ONLY_STATE: ("falcon_mamba", "mamba", "mamba2", "rwkv7"),
+    _MULTIMODAL: (
+        "gemma3", "gemma3n", "gemma4", "gemma4_unified", "lfm2-vl", "llama4", "llava", "minimax_m3_vl", "mistral3",
+        "muse_glimmer", "muse_spark", "pixtral", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe",
+    ),
+    _POSITIONS: ("gpt2", "gpt_bigcode"),
+    _LAYOUT: ("afm7", "baichuan_m1", "iquestloopcoder", "nemotron-nas", "openelm", "phi3small"),
+    _UNCOMPARED: (
+        "Klear", "bailing_moe", "bitnet", "deepseek", "hunyuan", "internlm2", "lille-130m", "mimo", "minicpm",
+        "nanbeige", "phi-msft", "phixtral", "plamo", "plamo3", "qwen", "spark2_5", "step3p5", "talkie", "telechat3",
+        "xverse",
+    ),
+    _UNCHECKED: (
+        "afmoe", "apertus", "cohere2", "dbrx", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe",
+        "glm4_moe", "gpt_neox", "gpt_oss", "gptj", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3",
+        "iquestcoder", "laguna", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "ministral3",
+        "nanochat", "olmoe", "phimoe", "solar_open",
+    ),
+    "mlx-lm computes its GELU exactly and transformers by tanh": ("gemma", "starcoder2"),
+    "mlx-lm rotates whole heads and transformers half of each": ("glm",),
+    "mlx-lm reads it only in its own layout and with another package": ("olmo",),
+    "its layers hand keys and values on to later layers, so they are no plain sequence": ("gemma4_text",),
+}  # fmt: skip
+
+REFUSED: Mapping[str, str] = {name: reason for reason, names in _GROUPS.items() for name in names}

@@ -1,0 +1,70 @@
+"""A tiny config of every family of the table, as its makers would write one for mlx-lm's own model class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_model
+
+WINDOW = 32
+FACTOR = 4.0
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 258,
+    "max_position_embeddings": WINDOW,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "architectures": None,  # tiny.CONFIG names Llama's
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GRANITE = {
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_bias": False,
+}
+
+# What a family's config has beside, or instead of, the base.
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "olmo2": {},
+    "granite": {**_GRANITE, "mlp_bias": False},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo3": {"sliding_window": 16, "num_hidden_layers": 4},
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma2": {"sliding_window": 4096, "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"},
+    "phi": {"num_key_value_heads": 4, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
+    "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "use_qk_norm": False, "tie_word_embeddings": True},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "stablelm": {"layer_norm_eps": 1e-5, "use_qkv_bias": True, "partial_rotary_factor": 0.25, "qk_layernorm": False},
+}
+
+
+def config(kind: str, **changes: Any) -> dict[str, Any]:
+    """The tiny config of a family."""
+    return {**_BASE, "model_type": kind, **OWN[kind], **changes}
+
+
+def write(folder: Path, kind: str, *, dtype: str = "float32", bits: int | None = None, **changes: Any) -> Path:
+    """A directory of the tiny model of a family, with random weights and a byte-level tokenizer."""
+    return tiny_model(folder, dtype=dtype, bits=bits, **config(kind, **changes))
