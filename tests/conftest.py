@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and m
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent / "convert"))  # converter_models
 sys.path.insert(0, str(Path(__file__).parent / "families"))  # family_models
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "recipes"))  # plan
 sys.path.insert(0, str(Path(__file__).parent))
 
 from forked import Commands

@@ -278,7 +278,8 @@ def plan_run(
     """
     dtype = working_dtype(config)
     sizing = size_run(config, inspected.checked.config, machine, ranks)
-    step = _step_of(config, inspected, dtype, sizing, ranks.share(sizing.grad_accum, sizing.batch_size))
+    share = ranks.share(sizing.grad_accum, sizing.batch_size)
+    step = _step_of(config, inspected, dtype, sizing, share, machine.gpu)
     if attention is not None:
         step = dataclasses.replace(step, fused=attention.fused)
     layers = len(inspected.model.layers)
@@ -332,7 +333,9 @@ def working_dtype(config: DistillConfig) -> str | None:
     return None if on_gpu() else "float32"
 
 
-def _step_of(config: DistillConfig, inspected: Inspected, dtype: str | None, sizing: Sizing, share: Share) -> Step:
+def _step_of(
+    config: DistillConfig, inspected: Inspected, dtype: str | None, sizing: Sizing, share: Share, gpu: bool
+) -> Step:
     """A training step of this model, as the memory plan describes it."""
     checked, model, objective = inspected.checked, inspected.model, inspected.objective
     layers = objective.last_layer(len(model.layers)) + 1
@@ -352,7 +355,7 @@ def _step_of(config: DistillConfig, inspected: Inspected, dtype: str | None, siz
         seq_len=sizing.seq_len,
         grad_accum=sizing.grad_accum // share.groups,
         workspace=objective.workspace_bytes,
-        gpu=on_gpu(),
+        gpu=gpu,
     )
 
 
