@@ -1,12 +1,14 @@
-"""The memory plan against mlx's measured peak, for six configurations.
+"""The memory plan against mlx's measured peak, for six configurations, and three with a long part.
 
     python examples/benchmarks/memory_plan.py                                  # SmolLM2-135M and a made-up model
     python examples/benchmarks/memory_plan.py --model DIR --lengths 1024,4096 --dtype bfloat16
 
 The made-up model has random weights, 16 layers of width 1024, 8 query heads and 2 key heads of 128, and a
-vocabulary of 32000; a 4-bit copy of it is the sixth configuration. Each configuration makes three training steps in
-its own process: the third step holds everything that a step can hold (weights and moments now, and those before the
-last update). Peak memory is mlx's own counter. The exit status is 1 if a plan is off by more than 15 %.
+vocabulary of 32000; a 4-bit copy of it is the sixth configuration. The other three add a block of long text, four
+times as long as the longer length (--long-objective), to a step of the shorter one. Each configuration makes three
+training steps in its own process: the third step holds everything that a step can hold (weights and moments now, and
+those before the last update). Peak memory is mlx's own counter. The exit status is 1 if a plan is off by more than
+15 %.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 from step import lengths
 
 from mlx_linearard.cli import run_command
-from mlx_linearard.config import DTYPES, OBJECTIVES
+from mlx_linearard.config import DTYPES, LONG_OBJECTIVES, OBJECTIVES
 from mlx_linearard.doctor.measuring import file_name
 
 ALLOWED = 0.15
@@ -60,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=two_lengths, default="512,1024", help="two lengths, the shorter first")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights in memory")
     parser.add_argument("--objective", choices=OBJECTIVES, default="relation", help="the objective of the step")
+    parser.add_argument("--long-objective", choices=LONG_OBJECTIVES, help="of the long parts (ce, longce, ce+recall)")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -67,7 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Two models, two lengths, the last layer and all layers, a 4-bit base."""
+    """Two models, two lengths, the last layer and all layers, a 4-bit base, and long parts."""
     from mlx_linearard.convert.default_model import default_model
 
     from mlx_linearard.models.directory import check_model_dir
@@ -76,13 +79,17 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
     check_model_dir(smol)  # a mistake is reported before any file is made
     wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-246m", None), ("wide-4bit", 4)))
     short, long = options.lengths
-    chosen = [
-        (smol, short, "last"),
-        (smol, long, "last"),
-        (smol, long, "all"),
-        (wide, long, "last"),
-        (wide, short, "all"),
-        (small, short, "last"),
+    only = options.long_objective
+    chosen: list[tuple[Path, int, str, str | None]] = [
+        (smol, short, "last", None),
+        (smol, long, "last", None),
+        (smol, long, "all", None),
+        (wide, long, "last", None),
+        (wide, short, "all", None),
+        (small, short, "last", None),
+        (smol, short, "last", only or "ce"),
+        (smol, short, "last", only or "ce+recall"),
+        (wide, short, "last", only or "longce"),
     ]
     return [
         {
@@ -92,8 +99,9 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
             "dtype": options.dtype,
             "workspace": options.workspace,
             "objective": options.objective,
+            **({"long_weight": 0.2, "long_objective": term, "long_seq_len": 4 * long} if term else {}),
         }
-        for path, length, layers in chosen
+        for path, length, layers, term in chosen
     ]
 
 
@@ -123,7 +131,8 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
     )
     row = json.loads(process.stdout.splitlines()[-1])
     print(
-        f"{row['model']:<24} T={row['length']:<6} {row['layers']:<5} planned {row['planned_mb']:>8.1f} MB, "
+        f"{row['model']:<24} T={row['length']:<6} {row['layers']:<5} {row['long']:<16} "
+        f"planned {row['planned_mb']:>8.1f} MB, "
         f"measured {row['measured_mb']:>8.1f} MB: {row['ratio']:.3f}  ({row['moment']})",
         flush=True,
     )
@@ -133,9 +142,12 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
 def child(work: dict[str, Any]) -> None:
     """Plan, train, and print both figures as one JSON line."""
     import mlx.core as mx
+    import numpy as np
 
     from mlx_linearard.config import DistillConfig
-    from mlx_linearard.distill.plan import inspect_model, objective_of, plan_run
+    from mlx_linearard.distill.long import LongPart
+    from mlx_linearard.distill.long_text import LongBlocks
+    from mlx_linearard.distill.plan import inspect_model, objective_of, plan_run, trained_layers
     from mlx_linearard.distill.step import Schedule, TrainState, train_step
     from mlx_linearard.machine import Machine, describe, on_gpu
     from mlx_linearard.models.pair import load_pair
@@ -150,16 +162,20 @@ def child(work: dict[str, Any]) -> None:
         factor=config.factor,
         lora_rank=config.lora_rank,
         dtype=run.dtype,
-        adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
+        adapt_layers=lambda model: range(trained_layers(config, objective_of(config, model), len(model.layers))),
     )
     objective = objective_of(config, pair.student)
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state = TrainState.start(pair, schedule)
+    long = None
+    if sizes := run.sizing.long:
+        text = np.random.default_rng(0).integers(0, 1000, sizes.seq_len + 1).astype(np.int32)
+        long = LongPart.of(config, sizes, LongBlocks.of(text, sizes.text, 0, None))
     peak = 0
     for _ in range(STEPS):
         tokens = mx.random.randint(0, 1000, (1, run.sizing.seq_len + 1))
         mx.eval(tokens)
-        peak = max(peak, train_step(pair, objective, schedule, state, [tokens]).peak_memory)
+        peak = max(peak, train_step(pair, objective, schedule, state, [tokens], long=long).peak_memory)
     parts = ("weights", "adapters", "optimizer", "activations", "workspace")
     print(
         json.dumps(
@@ -171,6 +187,7 @@ def child(work: dict[str, Any]) -> None:
                 "objective": config.objective,
                 "length": config.seq_len,
                 "layers": config.layers,
+                "long": f"{config.long_objective} {sizes.seq_len}" if sizes else "",
                 "workspace_limit_mb": config.workspace,
                 "planned_mb": round(plan.total / 1e6, 1),
                 "measured_mb": round(peak / 1e6, 1),
@@ -193,7 +210,10 @@ def report(rows: list[dict[str, Any]], folder: Path) -> int:
     print(f"wrote {file}")
     off = [row for row in rows if abs(row["ratio"] - 1) > ALLOWED]
     for row in off:
-        print(f"off by {row['ratio'] - 1:+.0%}: {row['model']} T={row['length']} {row['layers']}", file=sys.stderr)
+        print(
+            f"off by {row['ratio'] - 1:+.0%}: {row['model']} T={row['length']} {row['layers']} {row['long']}",
+            file=sys.stderr,
+        )
     return 1 if off else 0
 
 

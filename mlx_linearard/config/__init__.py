@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .checks import DTYPES, LARGEST_COUNT, OBJECTIVES, objectives_of, shortened
+from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, objectives_of, shortened
 from .options import DistillConfig, flag, type_of
 from .yaml_file import read_yaml, to_yaml
 
 __all__ = [
     "DTYPES",
     "LARGEST_COUNT",
+    "LONG_OBJECTIVES",
     "OBJECTIVES",
     "DistillConfig",
     "flag",

@@ -334,7 +334,7 @@ def write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
         factor=job.config.factor,
         objective=job.config.objective,
         native_window=job.pair.native_window,
-        training_tokens=job.sizing.tokens_per_step * result.steps,
+        training_tokens=(job.sizing.tokens_per_step + job.sizing.long_seq_len) * result.steps,
         steps=result.steps,
         skipped_steps=result.skipped,
         exported_step=result.exported_step,

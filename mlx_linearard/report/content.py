@@ -86,6 +86,10 @@ def heading(facts: RunFacts) -> tuple[str, str]:
         parts.append(f"objectives: {', '.join(facts.objectives)}")
     elif objective:
         parts.append(f"objective: {plain(objective)}")
+    weight, length = facts.config.get("long_weight"), facts.config.get("long_seq_len")
+    if weight and length:
+        term = facts.config.get("long_objective", "ce")
+        parts.append(f"long text: {plain(weight)} × {plain(term)} on blocks of {plain(length)} tokens")
     return name, " · ".join(parts)
 
 

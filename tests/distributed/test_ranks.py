@@ -189,12 +189,14 @@ def alone(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
 PASSES = ("--grad-accum", "4", "--steps", "8", "--eval-every", "3")
 ROWS = ("--grad-accum", "1", "--batch-size", "4", "--steps", "8", "--objective", "relation+logits")
 BOTH = ("--grad-accum", "2", "--batch-size", "2", "--steps", "8", "--objective", "ce", "--fine-tune-type", "dora")
+FAR = ("--method", "yarn", "--long-weight", "0.5", "--long-objective", "longce+recall", "--long-seq-len", "200")
 
 
 @pytest.mark.parametrize(
     ("size", "more"),
     [
         pytest.param(2, PASSES, id="2 by passes"),
+        pytest.param(2, (*PASSES, *FAR), id="2 with a long part", marks=pytest.mark.slow),
         pytest.param(2, ROWS, id="2 by rows", marks=pytest.mark.slow),
         pytest.param(4, PASSES, id="4 by passes", marks=pytest.mark.slow),
         pytest.param(4, ROWS, id="4 by rows", marks=pytest.mark.slow),

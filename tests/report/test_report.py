@@ -29,6 +29,14 @@ from mlx_linearard.report.render import write_report
 from mlx_linearard.results.verdict import headline, verdict
 
 
+def test_the_page_names_the_long_part(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    assert "long text" not in write_report(run).read_text()
+    with (run / "config.yaml").open("a") as file:
+        file.write("long_weight: 0.2\nlong_objective: ce+recall\nlong_seq_len: 16384\n")
+    assert "long text: 0.2 × ce+recall on blocks of 16384 tokens" in write_report(run).read_text()
+
+
 def test_the_page_needs_no_other_file_and_shows_everything(tmp_path: Path) -> None:
     path = write_report(a_run(tmp_path / "run"))
     text = path.read_text()
