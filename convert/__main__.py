@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import Parser, integer, run_command
+from ..errors import UserError
 from ..files import check_overwrite, refuse_existing
 from ..models.dtypes import FLOATS
 from ..rope import METHODS
 
+NOT_LIVE = 1  # the exit status of `verify --served` if the server does not apply the scaling
 DESCRIPTION = "Convert models and adapters between Hugging Face, PEFT, GGUF and mlx-lm, and compare them."
 
 
@@ -79,11 +81,34 @@ def _scale(options: argparse.Namespace) -> None:
     )
 
 
-def _verify(options: argparse.Namespace) -> None:
+def _verify(options: argparse.Namespace) -> int:
+    if options.served is not None:
+        return _verify_served(options)
     from .verify import verify
 
-    result = verify(options.source, options.target, tokens=options.tokens, reference=options.reference)
+    if options.target is None:
+        raise UserError("verify compares two models: name a second one, or a server with --served URL")
+    result = verify(options.source, options.target, tokens=options.tokens or 256, reference=options.reference)
     print("\n".join(result.lines()))
+    return 0
+
+
+def _verify_served(options: argparse.Namespace) -> int:
+    from .served import verify_served
+
+    if options.target is not None or options.reference:
+        raise UserError("--served URL compares a server with one directory: leave out the second model and --reference")
+    result = verify_served(
+        options.served,
+        options.source,
+        tokens=options.tokens,
+        native=options.native,
+        model=options.served_model,
+        timeout=options.timeout,
+        progress=print,
+    )
+    print("\n".join(result.lines()))
+    return 0 if result.live else NOT_LIVE
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,7 @@ class Verb:
     not write TARGET, and `replaces` if it never replaces one.
     """
 
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
     help: str
     source: str
     target: str = "a directory that does not exist yet"
@@ -150,15 +175,29 @@ VERBS = {
     ),
     "verify": Verb(
         _verify,
-        "compare two models on the same tokens",
-        "a model directory or .gguf file",
-        "another one",
+        "compare two models on the same tokens, or a server with a model: does it apply the RoPE scaling?",
+        "a model directory or .gguf file; with --served the directory of the model that is served, or its run",
+        "another one; none with --served",
         flags=(
             (
                 "--tokens",
-                {"type": integer(1, 1 << 20), "default": 256, "help": "number of tokens to compare on (default: 256)"},
+                {
+                    "type": integer(1, 1 << 24),
+                    "help": "number of tokens to compare on (default: 256; with --served twice the old window)",
+                },
             ),
             ("--reference", {"action": "store_true", "help": "run the second in transformers on torch"}),
+            (
+                "--served",
+                {
+                    "metavar": "URL",
+                    "help": "compare this OpenAI-compatible server with SOURCE beyond the old window; exit status 0: "
+                    "the scaling is live, 1: it is not; a key is read from OPENAI_API_KEY",
+                },
+            ),
+            ("--served-model", {"metavar": "NAME", "help": "the model to ask the server for (default: its own)"}),
+            ("--native", {"metavar": "DIR", "help": "the base model, if the scaling is in rope_theta (ntk)"}),
+            ("--timeout", {"type": float, "default": 600.0, "help": "seconds for an answer (default: 600)"}),
         ),
         writes=False,
     ),
@@ -173,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
         description = f"{verb.help[0].upper()}{verb.help[1:]}."
         one = verbs.add_parser(name, help=verb.help, description=description, formatter_class=argparse.HelpFormatter)
         one.add_argument("source", metavar="SOURCE", help=verb.source)
-        one.add_argument("target", metavar="TARGET", help=verb.target)
+        one.add_argument("target", metavar="TARGET", help=verb.target, nargs=None if verb.writes else "?")
         for flags, settings in (*verb.flags, *([_OVERWRITE] if verb.writes and verb.replaces else [])):
             one.add_argument(*flags.split(), **settings)
     return root
@@ -184,8 +223,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     verb = VERBS[options.verb]
     if not verb.writes:
-        verb.run(options)
-        return 0
+        return verb.run(options) or 0
     target = Path(options.target)
     if verb.replaces and options.overwrite:
         check_overwrite(target, [options.source])
