@@ -30,6 +30,7 @@ from .checks import (
     length_list,
     loggers,
     not_negative,
+    objectives_of,
     one_of,
     positive,
     relation_names,
@@ -77,14 +78,15 @@ class DistillConfig:
     )
     data: str | None = option(
         None,
-        "training text: a .txt, a folder of .txt, a .jsonl with a `text` field (each optionally .gz or .xz), "
-        "or hf:NAME; by default the prose of this Python's own documentation",
+        "training data: a .txt, .md, .jsonl, .json or .parquet (.gz and .xz too); a folder of .txt and .md; a folder "
+        "with train.jsonl, and with valid.jsonl as the held-out text; or hf:NAME[:CONFIG][@SPLIT]. Rows have `text`, "
+        "`messages` or `prompt` and `completion`. By default the prose of this Python's own documentation",
         metavar="PATH_OR_DATASET",
         group="model and data",
     )
     valid_data: str | None = option(
         None,
-        "held-out text, in the same forms; by default the last part of --data",
+        "held-out text, in the same forms; by default valid.jsonl if --data has one, else the last part of --data",
         metavar="PATH_OR_DATASET",
         group="model and data",
     )
@@ -94,6 +96,12 @@ class DistillConfig:
         check=positive,
         most=LARGEST_COUNT,
         metavar="N",
+        group="model and data",
+    )
+    mask_prompt: bool = option(
+        False,
+        "with objective ce: only the last message of a conversation, or the completion, counts in the loss, as in "
+        "mlx-lm; held-out text and the long part count every token",
         group="model and data",
     )
     output: str = option("linearard-run", "the run directory to write", metavar="DIR")
@@ -310,6 +318,11 @@ class DistillConfig:
             raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
         if self.compare and self.objective != "relation":
             raise UserError("--compare and --objective both choose the loss: give one of them")
+        if self.mask_prompt and "ce" not in (self.objective, *objectives_of(self.compare)):
+            raise UserError(
+                f"--mask-prompt is for next-token cross-entropy, and --objective {self.objective} compares the student "
+                "with its teacher at every token: give --objective ce, or leave --mask-prompt out"
+            )
         self._check_long_part()
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..data import Document, Tokenizer, tokenize
+from ..data import Conversation, Document, TextRow, Tokenizer, tokenize
 from ..distributed.ranks import ALONE, Ranks
 from ..models.tokenizer import tokenizer_of
 from .amounts import Amount
 from .listener import Listener
 from .plan import Plan
-from .prepare import amount_of, blocks_of, documents_of, long_part_of, read_text
+from .prepare import amount_of, blocks_of, long_part_of
+from .text import documents_of, held_out_source, read_text
 
 COUNTING_SECONDS = 10.0  # the tokens of a long text are counted for this long
 NOTHING_WRITTEN = "nothing was written"
@@ -40,7 +41,7 @@ def _count_text(plan: Plan, tokenizer: Tokenizer) -> Amount:
     """How much text --data holds, as far as it can be counted in COUNTING_SECONDS."""
     config, sizing = plan.config, plan.sizing
     tokens, more = count_tokens(documents_of(config), tokenizer, config.data_tokens)
-    if config.valid_data:
+    if held_out_source(config):
         return Amount(tokens, more=more)
     held_out = min(sizing.held_out, tokens // 5)
     return Amount(tokens - held_out, max(1, (held_out - 1) // sizing.eval_lengths[0]), more)
@@ -64,6 +65,7 @@ def count_tokens(documents: Iterable[Document], tokenizer: Tokenizer, limit: int
                 return
             yield item
 
-    parts = (document if isinstance(document, str) else in_time(document) for document in documents)
+    whole = str | TextRow | Conversation
+    parts = (document if isinstance(document, whole) else in_time(document) for document in documents)
     count = len(tokenize(in_time(parts), tokenizer, limit=limit))
     return count, late and count < limit

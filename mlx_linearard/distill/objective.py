@@ -102,6 +102,7 @@ def objective_loss(
     parameters: list[Leaves],
     tokens: mx.array,
     dropout_seed: int | None = None,
+    weights: mx.array | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The loss of one batch and its parts, a differentiable scalar of `parameters`.
 
@@ -109,6 +110,7 @@ def objective_loss(
         parameters: the adapted layers' trainable arrays, as `Pair.parameters` lists them.
         tokens: (B, T + 1) int32; the models read the first T.
         dropout_seed: the seed of this batch's dropout; None without dropout.
+        weights: (B, T) float32, the factor of each target in the sum of cross-entropy; None for the mean of all.
     Returns:
         (loss, parts): float32 scalars; parts are unweighted, in nats (relation_q, relation_k, relation_v, logits, ce).
     """
@@ -121,7 +123,10 @@ def objective_loss(
         parts["logits"] = logits_kl(hidden_s, hidden_t, head(pair.student), head(pair.teacher), workspace_bytes=limit)
         total = total + objective.logits_weight * parts["logits"]
     if objective.ce_weight:
-        parts["ce"] = cross_entropy(hidden_s, head(pair.student), targets, workspace_bytes=limit)
+        reduction = "mean" if weights is None else "sum"
+        parts["ce"] = cross_entropy(
+            hidden_s, head(pair.student), targets, mask=weights, reduction=reduction, workspace_bytes=limit
+        )
         total = total + objective.ce_weight * parts["ce"]
     return total, parts
 

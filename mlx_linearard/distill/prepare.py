@@ -9,29 +9,16 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..config import DistillConfig, read_yaml
 from ..convert.default_model import default_model
-from ..data import (
-    Blocks,
-    Document,
-    Tokenizer,
-    check_ids,
-    first_token,
-    hash_of,
-    python_prose,
-    read_pieces,
-    split,
-    tokenize,
-    windows,
-)
+from ..data import Blocks, Tokenizer, hash_of
 from ..distributed.ranks import ALONE, Ranks
 from ..distributed.watchdog import BEGIN
 from ..errors import UserError
@@ -53,7 +40,7 @@ from .objective import Objective
 from .place import check_not_in_use, check_output
 from .plan import Plan, Sizing, attention_choice, inspect_model, objective_of, plan_run, trained_layers
 from .step import Schedule, TrainState
-from .timing import held_out_windows
+from .text import Text, read_text
 
 # Options that may change when a run is resumed. A change of any other option makes another run.
 FREE_ON_RESUME = {
@@ -83,16 +70,6 @@ FREE_ON_RESUME = {
     "report_to",
     "project_name",
 }
-
-
-@dataclass(frozen=True)
-class Text:
-    """The tokens of a run."""
-
-    training: np.ndarray  # (N,) int32
-    held_out: dict[int, np.ndarray]  # by length, windows (n, length + 1) int32
-    long: np.ndarray | None = None  # the stream of --long-data; None without one
-    first: int | None = None  # the token that each block begins with, if the model needs one
 
 
 @dataclass(frozen=True)
@@ -346,34 +323,6 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> 
 # The text
 
 
-def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
-    """Training tokens and held-out windows.
-
-    Raises:
-        UserError: the text is missing, damaged or too short for one held-out window, or the model has no embedding
-            for one of its tokens.
-    """
-    config, sizing = plan.config, plan.sizing
-    listener.say(f"reading {config.data or 'the prose of this Python'}")
-    training = tokenize(documents_of(config), tokenizer, limit=config.data_tokens)
-    if config.valid_data:
-        held_out = tokenize(read_pieces(config.valid_data), tokenizer, limit=config.data_tokens)
-    else:
-        training, held_out = split(training, sizing.held_out)
-    by_length = {n: windows(held_out, n, held_out_windows(sizing.eval_tokens, n)) for n in sizing.eval_lengths}
-    if not len(by_length[sizing.eval_lengths[0]]):
-        raise UserError(
-            f"the held-out text has {len(held_out)} tokens, too few for one block of {sizing.eval_lengths[0]}: give "
-            "more text with --data or --valid-data, or a shorter --seq-len"
-        )
-    long = tokenize(read_pieces(config.long_data), tokenizer, limit=config.data_tokens) if config.long_data else None
-    first = first_token(tokenizer, plan.native)
-    for ids in (training, held_out, long, None if first is None else [first]):
-        if ids is not None:
-            check_ids(ids, plan.native, plan.path)
-    return Text(training, {n: cut for n, cut in by_length.items() if len(cut)}, long, first)
-
-
 def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | None:
     """The long part of a step, None without one; UserError if the long text is too short for one block."""
     if (sizes := plan.sizing.long) is None:
@@ -385,18 +334,13 @@ def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | Non
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:
     """Training blocks; UserError if they are fewer than a batch."""
-    blocks = Blocks(text.training, sizing.seq_len, config.seed, text.first)
+    blocks = Blocks(text.training, sizing.seq_len, config.seed, text.first, text.answers)
     if blocks.count < config.batch_size:
         raise UserError(
             f"the training text makes {blocks.count} blocks of {sizing.seq_len} tokens, too few for one batch of "
             f"{config.batch_size}: give more text with --data"
         )
     return blocks
-
-
-def documents_of(config: DistillConfig) -> Iterable[Document]:
-    """The documents of the training text."""
-    return read_pieces(config.data) if config.data else python_prose()
 
 
 def amount_of(text: Text, sizing: Sizing) -> Amount:

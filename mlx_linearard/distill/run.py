@@ -341,6 +341,7 @@ def write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
         seconds=round(result.seconds, 1),
         machine=job.machine.name,
         processes=job.ranks.size,
+        text=job.text.kinds,
         versions={"mlx_linearard": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
     )
     export = ExportInfo(**dataclasses.asdict(result.export))

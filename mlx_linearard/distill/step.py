@@ -157,6 +157,7 @@ def train_step(
     ranks: Ranks = ALONE,
     share: Share = WHOLE,
     long: LongPart | None = None,
+    weights: list[mx.array] | None = None,
 ) -> StepRecord:
     """One optimizer step over `batches`; the update is made if the guard accepts the loss and the gradient.
 
@@ -166,13 +167,14 @@ def train_step(
     Args:
         batches: (B, T + 1) int32 each, of equal weight.
         long: what is added to the mean over the batches, if the run has a long part.
+        weights: of each batch's targets in cross-entropy, (B, T) float32 each; None if all count the same.
     Raises:
         LostProcess: another rank has ended; the state is unchanged.
     """
     started = time.perf_counter()
     pair.set_parameters(state.parameters)  # otherwise the arrays from loading would stay in memory
     mx.reset_peak_memory()
-    sums = _accumulate(pair, objective, schedule, state, batches, share)
+    sums = _accumulate(pair, objective, schedule, state, batches, share, weights)
     if long:
         sums = _with_long(sums, pair, schedule, state, long, ranks)
     losses, parts, gradients = ranks.mean(sums)
@@ -207,19 +209,26 @@ Sums = tuple[mx.array, dict[str, mx.array], list[Leaves]]  # loss, its parts, gr
 
 
 def _accumulate(
-    pair: Pair, objective: Objective, schedule: Schedule, state: TrainState, batches: list[mx.array], share: Share
+    pair: Pair,
+    objective: Objective,
+    schedule: Schedule,
+    state: TrainState,
+    batches: list[mx.array],
+    share: Share,
+    weights: list[mx.array] | None,
 ) -> Sums:
     """Mean loss, parts and gradients over the batches; each batch is evaluated and released before the next one."""
     passes = len(batches) * share.groups
     first = (schedule.seed % 2**24 << 32) + state.step * passes + share.passes(passes).start
 
-    def loss_of(parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None) -> Any:
-        return objective_loss(pair, objective, parameters, tokens, dropout_seed)
+    def loss_of(parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None, counted: mx.array | None) -> Any:
+        return objective_loss(pair, objective, parameters, tokens, dropout_seed, counted)
 
     total: Any = None
     for i, tokens in enumerate(batches):
         seed = first + i if pair.adapter.dropout > 0 else None
-        (loss, parts), gradients = mx.value_and_grad(loss_of)(state.parameters, tokens, seed)
+        counted = weights[i] if weights else None
+        (loss, parts), gradients = mx.value_and_grad(loss_of)(state.parameters, tokens, seed, counted)
         now = (loss, parts, gradients)
         total = now if total is None else tree_map(mx.add, total, now)
         mx.eval(total)
@@ -304,4 +313,19 @@ def train(
         first = state.step * schedule.grad_accum
         passes = share.passes(schedule.grad_accum)
         batches = [mx.array(blocks.batch(first + i, schedule.batch_size)[rows]) for i in passes]
-        yield train_step(pair, objective, schedule, state, batches, ranks, share, long)
+        weights = _target_weights(blocks, first, schedule, share)
+        yield train_step(pair, objective, schedule, state, batches, ranks, share, long, weights)
+
+
+def _target_weights(blocks: Blocks, first: int, schedule: Schedule, share: Share) -> list[mx.array] | None:
+    """The weight of each target of this rank's batches in cross-entropy, (rows, T) float32; None if all count.
+
+    Every target of the step that counts has the same weight, however many of them a batch has: the mean over batches
+    and ranks is the mean over these targets.
+    """
+    if blocks.answers is None:
+        return None
+    step = [blocks.counted(first + i, schedule.batch_size) for i in range(schedule.grad_accum)]
+    weight = schedule.grad_accum * share.parts / max(1, sum(int(counted.sum()) for counted in step))
+    rows = share.rows(schedule.batch_size)
+    return [mx.array(step[i][rows]).astype(mx.float32) * weight for i in share.passes(schedule.grad_accum)]

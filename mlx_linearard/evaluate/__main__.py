@@ -42,7 +42,9 @@ suites:
   far       gain of the last tokens from text far back, in nats  needs long text
 
 data:
-  Text is a .txt, a folder of .txt, a .jsonl with `text` (each optionally .gz or .xz), or hf:NAME.
+  Text is a .txt, .md, .jsonl, .json or .parquet (.gz and .xz too), a folder of .txt and .md, a folder with test.jsonl
+  or valid.jsonl, or hf:NAME[:CONFIG][@SPLIT]. Rows have `text`, `messages`, or `prompt` and `completion`; the model's
+  chat template makes tokens of conversations.
   --data FILE is for every suite without data of its own; --data choice=FILE.jsonl is for one suite. Both may be
   given several times. choice and lambada also take named sets, such as hf:hellaswag (extra `datasets`).
   If a model's tokenizer puts a first token (<s>, <bos>) before a text, each window and prompt begins with it.

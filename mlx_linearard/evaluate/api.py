@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..config import objectives_of
-from ..data import Document, read_pieces
+from ..data import EVALUATED, Document, read_pieces
 from ..errors import UserError
 from ..files import RunDir, read_yaml
 from ..machine import on_gpu
@@ -248,7 +248,7 @@ def _lengths(lengths: Sequence[int], directory: Directory, default: int) -> tupl
 
 def _documents(data: Sources) -> Iterator[Document]:
     sources = [data] if isinstance(data, str | Path) else data
-    return itertools.chain.from_iterable(read_pieces(str(source)) for source in sources)
+    return itertools.chain.from_iterable(read_pieces(str(source), EVALUATED) for source in sources)
 
 
 def _stream(data: Sources, directory: Directory, window: int, lengths: Sequence[int], tokens: int) -> np.ndarray:

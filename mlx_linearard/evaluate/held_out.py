@@ -123,7 +123,7 @@ def _add(
 ) -> None:
     targets = mx.array(window)[None, 1:]
     first = first_token(pair.tokenizer, pair.native_config)
-    before = [] if first is None else [first]  # is read before the window, and not scored
+    before = [] if first is None or window[0] == first else [first]  # is read before the window, and not scored
     inputs = mx.array([[*before, *window[:-1].tolist()]])
 
     def hidden(model: Any) -> mx.array:

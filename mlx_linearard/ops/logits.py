@@ -124,7 +124,8 @@ def cross_entropy(
 ) -> mx.array:
     """Negative log-likelihood of `targets` (B, T) under head(hidden); `hidden` (B, T, D) gets a gradient.
 
-    The other arguments, the result and the errors are those of `logits_kl`.
+    mask may also hold float32 weights; with reduction "sum" they multiply the positions. The other arguments, the
+    result and the errors are those of `logits_kl`.
     """
     _check_positions(hidden, targets=targets, mask=mask)
     _check_options(reduction)

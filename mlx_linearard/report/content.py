@@ -104,6 +104,8 @@ def notes(facts: RunFacts) -> list[Note]:
         first = headline(facts)
         result += [Note(sentence) for sentence in verdict(facts) if sentence not in first]
     result += [*notes_on_suites(facts), *unmeasured(facts.rows, names, facts.window, facts.root)]
+    if (text := (facts.results.run or RunInfo()).text) and text.warning:
+        result.append(Note(text.warning))
     if not facts.objectives:
         result.append(Note("Whether a simpler objective does as well was not measured.", _compare_command(facts)))
     return result
@@ -141,6 +143,8 @@ def provenance(facts: RunFacts) -> list[tuple[str, str]]:
         entries.append(("Machine", run.machine))
     if run.training_tokens is not None:
         entries.append(("Training tokens", f"{run.training_tokens:,}".replace(",", " ")))
+    if run.text:
+        entries.append(("Text", run.text.words))
     if run.seconds is not None:
         entries.append(("Time", duration(run.seconds)))
     if export and export.kl is not None:

@@ -4,10 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..data import PROSE, TEXT
 from .fields import Field, Json, optional, other_entries, present
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """The kinds of documents (see data/rows.py) that were trained on and held out.
+
+    chat_model: whether the model's tokenizer has a chat template.
+    """
+
+    trained: Sequence[str] = ()
+    held_out: Sequence[str] = ()
+    chat_model: bool = False
+
+    @property
+    def words(self) -> str:
+        """Which kind of text was trained and measured, as a sentence."""
+        return f"Trained on {' and '.join(self.trained)}; the held-out text is {' and '.join(self.held_out)}."
+
+    @property
+    def warning(self) -> str | None:
+        """What is unknown of a chat model that has read no conversation; None if nothing is."""
+        if not self.chat_model or not {*self.trained} <= {PROSE, TEXT}:
+            return None
+        return (
+            "The model has a chat template, and no conversation is trained on: what scaling costs in conversations is "
+            "not restored on purpose, and not measured. Rows with `messages` in --data do both."
+        )
+
+    @classmethod
+    def from_json(cls, value: Any, at: Field) -> TextInfo:
+        entries = at.mapping(value)
+        kinds = {
+            name: tuple((at / name).text(kind) for kind in (at / name).items(entries.get(name, [])))
+            for name in ("trained", "held_out")
+        }
+        return cls(**kinds, chat_model=entries.get("chat_model") is True)
 
 
 @dataclass(frozen=True)
@@ -26,11 +63,13 @@ class RunInfo:
     machine: str | None = None
     processes: int | None = None
     versions: Mapping[str, str] | None = None
+    text: TextInfo | None = None
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> Json:
         known = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "other"}
-        return {**present(**known), **self.other}
+        text = None if self.text is None else asdict(self.text)
+        return {**present(**{**known, "text": text}), **self.other}
 
     @classmethod
     def from_json(cls, value: Any, at: Field) -> RunInfo:
@@ -50,6 +89,7 @@ class RunInfo:
                 )
             },
             "versions": (at / "versions").mapping,
+            "text": lambda value: TextInfo.from_json(value, at / "text"),
         }
         known = {name: optional(reader, entries.get(name)) for name, reader in read.items()}
         return cls(**known, other=other_entries(entries, list(read)))

@@ -58,6 +58,7 @@ def _shared_info(own: RunInfo, rows: Mapping[str, Row]) -> RunInfo:
         seconds=round(sum(training.seconds for training in trained), 1),
         machine=own.machine,
         versions=own.versions,
+        text=own.text,
     )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ...data import Document
+from ...data import Document, texts_of
 from ...errors import UserError
 
 KEPT = 8  # number of texts whose tokens the search for a size keeps
@@ -81,7 +81,7 @@ def _beginning(document: Document, limit: int) -> str:
     """At most `limit` characters of a document."""
     pieces: list[str] = []
     left = limit
-    for piece in [document] if isinstance(document, str) else document:
+    for piece in texts_of(document):
         pieces.append(piece[:left])
         left -= len(pieces[-1])
         if left <= 0:

@@ -15,12 +15,13 @@ import pytest
 from tiny import PROSE
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from mlx_linearard import data
 from mlx_linearard.data import (
     Blocks,
     check_ids,
     encode,
     first_token,
+    forms,
+    pieces,
     python_prose,
     read_documents,
     read_pieces,
@@ -234,8 +235,9 @@ def texts() -> dict[str, str]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PIECE", 3000)
-    monkeypatch.setattr(data, "_OVERLAP", 400)
+    monkeypatch.setattr(forms, "PIECE", 3000)
+    monkeypatch.setattr(pieces, "PIECE", 3000)
+    monkeypatch.setattr(pieces, "_OVERLAP", 400)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_no_more_is_read_than_the_limit_needs(tmp_path: Path, suffix: str) -> No
 
 
 def test_a_line_of_json_has_a_largest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAX_LINE", 1000)
+    monkeypatch.setattr(forms, "MAX_LINE", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + json.dumps({"text": "x" * 2000}))
     with pytest.raises(UserError, match=r"a\.jsonl line 2 has more than 1000 characters"):
         list(read_documents(str(tmp_path / "a.jsonl")))
@@ -294,7 +296,7 @@ def test_a_text_without_any_cut_is_cut_in_the_end(small_pieces: None, monkeypatc
             self.longest = max(self.longest, len(text))
             return [len(text) * 256 + byte for byte in text.encode()]
 
-    monkeypatch.setattr(data, "_LONGEST", 20_000)
+    monkeypatch.setattr(pieces, "_LONGEST", 20_000)
     tokenizer = Whole()
     assert len(tokenize([PROSE * 900], tokenizer, limit=10**9)) == len(PROSE) * 900 + 1
     assert tokenizer.longest <= 48_000
