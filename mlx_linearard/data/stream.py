@@ -22,7 +22,8 @@ Part = tuple[list[int], bool]  # token ids, and whether they count in cross-entr
 class Stream:
     """The tokens of documents, one document after another.
 
-    tokens: (N,) int32. starts: (D,) int64, where each document begins. kinds: how many tokens are of each kind of
+    tokens: (N,) int32. starts: (D,) int64, where each document begins; in a text, an end-of-text token ends a document,
+    in a conversation it does not. kinds: how many tokens are of each kind of
     document. answers: (N,) bool, the tokens that count in cross-entropy; None if all count.
     """
 
@@ -56,6 +57,7 @@ def read_stream(
     starts: list[int] = []
     kinds: dict[str, int] = {}
     have = 0
+    end = _end(tokenizer)
     around = functools.cache(lambda: added_tokens(tokenizer))
     for document in documents:
         starts.append(have)
@@ -63,6 +65,8 @@ def read_stream(
         for ids, counts in _parts(document, tokenizer, mask_prompt, around):
             ids = ids[: limit - have]
             arrays.append(np.asarray(ids, np.int32))
+            if not isinstance(document, Conversation) and end:
+                starts += (have + 1 + np.flatnonzero(arrays[-1] == end[0])).tolist()
             answers.append(np.full(len(ids), counts))
             kinds[kind] = kinds.get(kind, 0) + len(ids)
             have += len(ids)
@@ -72,7 +76,7 @@ def read_stream(
             break
     return Stream(
         np.concatenate(arrays) if arrays else np.zeros(0, np.int32),
-        np.asarray(starts, np.int64),
+        np.unique(np.asarray([start for start in starts if start < have], np.int64)),
         kinds,
         np.concatenate([*answers, np.zeros(0, bool)]) if mask_prompt else None,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data import block_at
 from ..errors import UserError
 
 SHORTEST = 16  # tokens of the shortest block of which a part can be far from another
@@ -109,18 +110,19 @@ class LongBlocks:
     first: int | None = None
 
     @classmethod
-    def of(cls, tokens: np.ndarray, seq_len: int, seed: int, end: int | None, first: int | None = None) -> LongBlocks:
+    def of(
+        cls, tokens: np.ndarray, seq_len: int, seed: int, documents: np.ndarray, first: int | None = None
+    ) -> LongBlocks:
         """Blocks of `seq_len` tokens inside documents that are long enough, or across documents if none is.
 
         Args:
             tokens: a stream of documents, (N,) int32.
-            end: the token that ends a document; None if the tokenizer has none.
+            documents: where each document begins, ascending from 0, (D,) int64.
             first: the token that each block begins with; None if the model needs none.
         Raises:
             UserError: the text is too short for one block.
         """
-        borders = [0, *(np.flatnonzero(tokens == end) + 1 if end is not None else []), len(tokens)]
-        inside = [_starts(a, b, seq_len) for a, b in itertools.pairwise(borders)]
+        inside = [_starts(a, b, seq_len) for a, b in itertools.pairwise([*documents.tolist(), len(tokens)])]
         starts = np.concatenate(inside)
         if not len(starts):
             starts = _starts(0, len(tokens), seq_len)
@@ -135,10 +137,7 @@ class LongBlocks:
         """Block `number`, (1, seq_len + 1) int32; its last token is only a target."""
         epoch, place = divmod(number, len(self.starts))
         order = np.random.default_rng([self.seed, epoch, self.seq_len]).permutation(len(self.starts))
-        start = int(self.starts[order[place]])
-        if self.first is None:
-            return self.tokens[None, start : start + self.seq_len + 1]
-        return np.concatenate([[self.first], self.tokens[start : start + self.seq_len]]).astype(np.int32)[None]
+        return block_at(self.tokens, int(self.starts[order[place]]), self.seq_len, self.first)[None]
 
 
 def _starts(first: int, end: int, seq_len: int) -> np.ndarray:

@@ -328,7 +328,7 @@ def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | Non
     if (sizes := plan.sizing.long) is None:
         return None
     tokens = text.training if text.long is None else text.long
-    blocks = LongBlocks.of(tokens, sizes.text, plan.config.seed, tokenizer.eos_token_id, text.first)
+    blocks = LongBlocks.of(tokens, sizes.text, plan.config.seed, text.long_starts, text.first)
     return LongPart.of(plan.config, sizes, blocks, plan.attention)
 
 

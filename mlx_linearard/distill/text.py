@@ -36,13 +36,15 @@ class Text:
     """The tokens of a run.
 
     training: (N,) int32. held_out: by length, windows (n, length + 1) int32. long: the stream of --long-data, None
-    without one. first: the token that each block begins with, if the model needs one. answers: (N,) bool, the training
-    tokens that count in cross-entropy, None if all do.
+    without one. long_starts: (D,) int64, where each document of the text of long blocks begins. first: the token that
+    each block begins with, if the model needs one. answers: (N,) bool, the training tokens that count in
+    cross-entropy, None if all do.
     """
 
     training: np.ndarray
     held_out: dict[int, np.ndarray]
     long: np.ndarray | None = None
+    long_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     first: int | None = None
     answers: np.ndarray | None = None
     kinds: TextInfo = field(default_factory=TextInfo)
@@ -64,16 +66,18 @@ def read_text(plan: Plan, tokenizer: Tokenizer, listener: Listener) -> Text:
             f"the held-out text has {len(held_out.tokens)} tokens, too few for one block of {sizing.eval_lengths[0]}: "
             "give more text with --data or --valid-data, or a shorter --seq-len"
         )
-    long = _stream(read_pieces(config.long_data), tokenizer, config).tokens if config.long_data else None
+    long = _stream(read_pieces(config.long_data), tokenizer, config) if config.long_data else None
     first = first_token(tokenizer, plan.native)
-    for ids in (training.tokens, held_out.tokens, long, None if first is None else [first]):
-        if ids is not None:
-            check_ids(ids, plan.native, plan.path)
+    for stream in (training, held_out, *([long] if long else [])):
+        check_ids(stream.tokens, plan.native, plan.path)
+    check_ids([] if first is None else [first], plan.native, plan.path)
     kinds = TextInfo(tuple(training.kinds), tuple(held_out.kinds), has_template(tokenizer))
     if kinds.warning:
         listener.say(f"note: {kinds.warning}")
     by_length = {n: cut for n, cut in by_length.items() if len(cut)}
-    return Text(training.tokens, by_length, long, first, training.answers, kinds)
+    long_tokens = long.tokens if long else None
+    starts = (long or training).starts
+    return Text(training.tokens, by_length, long_tokens, starts, first, training.answers, kinds)
 
 
 def documents_of(config: DistillConfig) -> Iterable[Document]:
@@ -95,7 +99,9 @@ def _streams(config: DistillConfig, tokenizer: Tokenizer, held_out: int) -> tupl
         return training, _stream(read_pieces(source, VALIDATED), tokenizer, config)
     tokens, rest = split(training.tokens, held_out)
     answers = None if training.answers is None else training.answers[: len(tokens)]
-    return dataclasses.replace(training, tokens=tokens, answers=answers), dataclasses.replace(training, tokens=rest)
+    starts = training.starts[training.starts < len(tokens)]
+    training = dataclasses.replace(training, tokens=tokens, starts=starts, answers=answers)
+    return training, dataclasses.replace(training, tokens=rest)
 
 
 def _stream(

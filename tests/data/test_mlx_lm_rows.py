@@ -333,6 +333,15 @@ def test_kinds_are_counted_up_to_the_limit(tokenizer: Any, tmp_path: Path) -> No
     assert stream.kinds == {PROSE_KIND: 6, TEXT: 4} and stream.starts.tolist() == [0, 6]
 
 
+def test_long_conversations_are_one_document(tokenizer: Any, tmp_path: Path) -> None:
+    """Each message ends with the end-of-text token, which ends a document in a text only."""
+    path = write_lines(tmp_path / "a.jsonl", ROWS[CONVERSATIONS])
+    stream = read_stream(read_pieces(str(path)), tokenizer, limit=10**9)
+    assert len(stream.starts) == len(ROWS[CONVERSATIONS]) < (stream.tokens == tokenizer.eos_token_id).sum()
+    text = read_stream(["one</s>two", "three"], tokenizer, limit=10**9)
+    assert text.starts.tolist() == [0, 4, 8]
+
+
 def test_a_block_that_begins_with_the_first_token_gets_no_second_one() -> None:
     tokens = np.array([9, 1, 2, 3, 9, 4, 5, 6, 9], np.int32)
     blocks = Blocks(tokens, 4, seed=0, first=9)

@@ -34,12 +34,17 @@ def stream(*lengths: int) -> np.ndarray:
     return np.concatenate([[*range(n - 1), END] for n in lengths]).astype(np.int32)
 
 
+def begins(*lengths: int) -> np.ndarray:
+    """Where each of those documents begins."""
+    return np.cumsum([0, *lengths[:-1]])
+
+
 # ---------------------------------------------------------------------------------------------------
 # Blocks
 
 
 def test_blocks_lie_inside_documents_that_are_long_enough() -> None:
-    blocks = LongBlocks.of(stream(10, 100, 20, 70), 30, 0, END)
+    blocks = LongBlocks.of(stream(10, 100, 20, 70), 30, 0, begins(10, 100, 20, 70))
     for number in range(2 * len(blocks.starts)):
         block = blocks.block(number)[0]
         assert len(block) == 31
@@ -48,22 +53,22 @@ def test_blocks_lie_inside_documents_that_are_long_enough() -> None:
 
 
 def test_blocks_cross_documents_if_none_is_long_enough() -> None:
-    assert len(LongBlocks.of(stream(10, 10, 10, 10), 15, 0, END).starts) == 2
-    assert len(LongBlocks.of(stream(40), 15, 0, None).starts) == 2
+    assert len(LongBlocks.of(stream(10, 10, 10, 10), 15, 0, begins(10, 10, 10, 10)).starts) == 2
+    assert len(LongBlocks.of(stream(40), 15, 0, begins(40)).starts) == 2
 
 
 def test_every_block_is_read_once_per_epoch_in_an_order_of_its_own() -> None:
-    blocks = LongBlocks.of(stream(400), 15, 3, END)
+    blocks = LongBlocks.of(stream(400), 15, 3, begins(400))
     count = len(blocks.starts)
     epochs = [[int(blocks.block(e * count + i)[0, 0]) for i in range(count)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
-    again = LongBlocks.of(stream(400), 15, 3, END)
+    again = LongBlocks.of(stream(400), 15, 3, begins(400))
     assert np.array_equal(again.block(count + 4), blocks.block(count + 4))
 
 
 def test_too_little_long_text_is_refused() -> None:
     with pytest.raises(UserError, match="too few for one block of 41"):
-        LongBlocks.of(stream(40), 40, 0, END)
+        LongBlocks.of(stream(40), 40, 0, begins(40))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_the_sizes_of_a_block(objective: str, length: int, passage: int | None, 
 def test_passages_stand_in_the_text_and_again_at_the_end(first: int | None) -> None:
     """Student and teacher are compared where both have read the same tokens of the second occurrence."""
     sizes = LongSizes.of("recall", 400, 128, 20)
-    blocks = LongBlocks.of(np.arange(3000, dtype=np.int32), sizes.text, 0, None, first)
+    blocks = LongBlocks.of(np.arange(3000, dtype=np.int32), sizes.text, 0, begins(3000), first)
     text, passages = blocks.block(5)[0], passages_of(blocks, 5, sizes)
     assert passages.shape == (2, 20) and np.array_equal(passages, passages_of(blocks, 5, sizes))
     assert not np.array_equal(passages, passages_of(blocks, 6, sizes))
