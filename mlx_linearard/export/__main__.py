@@ -43,6 +43,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize the fused model (mlx, gguf)")
     parser.add_argument("--q-bits", type=integer(1, 32), help="bits per weight (default: 4; 8 for gguf)")
     parser.add_argument("--q-group-size", type=integer(1), default=64, help="weights per scale (mlx)")
+    parser.add_argument(
+        "--upload-repo",
+        metavar="OWNER/NAME",
+        help="upload the export to this repository of the hub, which is made private; the same command continues",
+    )
+    parser.add_argument("--public", action="store_true", help="make the repository public")
     parser.add_argument("--overwrite", action="store_true", help="replace the content of --to")
     given = vars(parser.parse_args(arguments))
     run_dir = Path(given.pop("run"))

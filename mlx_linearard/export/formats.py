@@ -10,11 +10,13 @@ from ..convert.gguf_write import to_gguf
 from ..convert.hf import from_hf, to_hf
 from ..convert.peft import to_peft
 from ..errors import UserError
-from ..files import RunDir, check_overwrite, new_directory, read_config
+from ..files import CARD, RunDir, check_overwrite, new_directory, read_config
+from ..models.origin import front_matter
 from ..models.save import link
 from ..report.load import RunFacts, read_run
 from ..rope import native_window
-from .card import base_name, bits_of, origin_of_run, write_card
+from .card import LIBRARIES, base_name, bits_of, origin_of_run, write_card
+from .upload import check_upload, token_of_hub, upload
 
 FORMATS = ("mlx", "hf", "peft", "adapters", "gguf")
 
@@ -29,6 +31,8 @@ def export(
     q_bits: int | None = None,
     q_group_size: int = 64,
     overwrite: bool = False,
+    upload_repo: str | None = None,
+    public: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a finished run in another format.
@@ -43,6 +47,8 @@ def export(
         quantize: quantize the fused model (`mlx`, `gguf`), with `q_bits` per weight and one scale per `q_group_size`
             weights. Without `q_bits`, 4 bits; `gguf`, which has 8 bits only, takes no group size.
         overwrite: replace `out_dir`, if this tool wrote it.
+        upload_repo: a repository of the hub, OWNER/NAME, to which the export is uploaded. It is made private unless
+            `public`. An export that stands in `out_dir` already is uploaded as it is: this continues an upload.
         progress: called with one line per finished file.
 
     Returns:
@@ -68,8 +74,14 @@ def export(
         raise UserError(f"--dtype needs --format mlx, hf or gguf, not {format}")
     if overwrite:
         check_overwrite(out_dir, [run.root])
-    facts, file = read_run(run.root), ""
-    out = Path(out_dir)
+    facts, file, out = read_run(run.root), "", Path(out_dir)
+    if upload_repo is not None:
+        check_upload(upload_repo, token_of_hub())
+        if not overwrite and is_export(out, format):
+            if progress:
+                progress(f"{out} is exported already and is uploaded as it is (--overwrite exports again)")
+            upload(out, upload_repo, public=public, progress=progress)
+            return out
     if format == "mlx":
         from_hf(
             run.model,
@@ -89,8 +101,20 @@ def export(
         _with_base(run, out, overwrite)
     else:
         file = _gguf(run, out, facts, "q8_0" if quantize else dtype, overwrite, progress)
-    write_card(out, facts, format, bits=bits_of(out) if format == "mlx" else 0, file=file)
+    bits = bits_of(out) if format == "mlx" else 0
+    write_card(out, facts, format, name=upload_repo or "", bits=bits, file=file)
+    if upload_repo is not None:
+        upload(out, upload_repo, public=public, progress=progress)
     return out
+
+
+def is_export(folder: Path, format: str) -> bool:
+    """Whether a folder holds a finished export in this format, with nothing else in it."""
+    try:
+        check_overwrite(folder)
+    except UserError:
+        return False
+    return front_matter(folder / CARD).get("library_name") == LIBRARIES[format]
 
 
 def _gguf(
