@@ -24,7 +24,8 @@ from ..models.save import (
     write_config,
 )
 from ..models.tokenizer_files import copy_tokenizer
-from ..rope import disagreement, family_or_default, scale_rope
+from ..rope import disagreement, family, scale_rope
+from .experts import unstack
 
 Progress = Callable[[str], None]
 
@@ -92,11 +93,14 @@ def to_hf(
     directory = resolve(source)
     checked = check_model_dir(directory)
     config = _clean(checked.config)
-    if family_or_default(config).experts:
-        raise UserError(f"{directory}: mlx-lm stacks the experts of {config['model_type']}; not converted back")
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
+    kind = family(config)
+    if not kind.architecture:
+        raise UserError(f"{directory}: transformers has no {config['model_type']} model that it could load")
     arrays = dequantized(checked)
+    if kind.experts:
+        arrays = unstack(arrays, kind.experts)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     if dtype is not None:
@@ -104,8 +108,8 @@ def to_hf(
     kinds = {FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in FLOAT_NAMES}
     if len(kinds) == 1:
         config["dtype"] = config["torch_dtype"] = kinds.pop()
-    if "architectures" not in config:
-        config["architectures"] = [family_or_default(config).architecture]
+    if not config.get("architectures"):
+        config["architectures"] = [kind.architecture]
     with model_directory(
         target,
         config,

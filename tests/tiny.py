@@ -52,15 +52,15 @@ def tiny_model(folder: Path, *, seed: int = 0, dtype: str = "float32", bits: int
 
 
 def _louder(model: Any) -> Any:
-    """Weights large enough that attention is not uniform, so that relations differ."""
+    """Weights large enough that attention is not uniform, so that relations differ; none that are all zero."""
     from mlx.utils import tree_unflatten
 
-    return tree_unflatten(
-        [
-            (name, value * 3 if value.ndim == 2 and "embed" not in name else value)
-            for name, value in tree_flatten(model.parameters())
-        ]
-    )
+    def louder(name: str, value: mx.array) -> mx.array:
+        if not mx.any(value).item():  # routers, sinks and biases begin at zero, where experts tie and nothing is seen
+            return 0.5 * mx.random.normal(value.shape)
+        return value * 3 if value.ndim == 2 and "embed" not in name else value
+
+    return tree_unflatten([(name, louder(name, value)) for name, value in tree_flatten(model.parameters())])
 
 
 def tiny_tokenizer(folder: Path) -> None:

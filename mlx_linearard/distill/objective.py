@@ -242,13 +242,13 @@ class _PairedLayer:
         seen: list[mx.array] = []
         scales: list[float] = []
 
-        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **more: Any) -> mx.array:
             seen.extend(_pick(self.objective.relations, queries, keys, values))
             scales.append(scale)
             if self.stops:
                 return _nothing(queries, values)
             return attention_no_grad(
-                queries, keys, values, scale=scale, mask=mask, workspace_bytes=self.objective.workspace_bytes
+                queries, keys, values, scale=scale, workspace_bytes=self.objective.workspace_bytes, **more
             )
 
         layer = self.pair.teacher.layers[self.index]
@@ -259,7 +259,7 @@ class _PairedLayer:
         """[hidden state after the layer, q, k, v]: the half of the layer that the backward pass runs again."""
         seen: list[mx.array] = []
 
-        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **more: Any) -> mx.array:
             seen.extend(_pick(self.objective.relations, queries, keys, values))
             if self.stops:
                 return _nothing(queries, values)
@@ -268,9 +268,9 @@ class _PairedLayer:
                 keys,
                 values,
                 scale=scale,
-                mask=mask,
                 choice=self.objective.attention,
                 workspace_bytes=self.objective.workspace_bytes,
+                **more,
             )
 
         layer = self.pair.student.layers[self.index]

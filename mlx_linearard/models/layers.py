@@ -20,7 +20,8 @@ from ..errors import UserError
 from ..ops.attention import attention_no_grad
 from ..ops.mlp import in_chunks
 from ..rope import FAMILIES
-from .trees import walk_modules
+from .trees import slot, walk_modules
+from .written_out import written_out
 
 SEAM = "scaled_dot_product_attention"  # the function that every mlx-lm attention calls in its module's namespace
 FEED_FORWARD = {row.feed_forward for row in FAMILIES.values()}  # the position-wise part of a layer
@@ -139,8 +140,10 @@ def hidden_at(
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """(path in the layer, module) of the attention that calls `SEAM`; None if the layer has no such attention."""
+    """(path in the layer, module) of the attention that calls `SEAM`, or that `written_out` knows; None without one."""
     for path, module in walk_modules(layer):
+        if written_out(module) is not None:
+            return path, module
         code = getattr(type(module).__call__, "__code__", None)
         if code is not None and SEAM in code.co_names and SEAM in type(module).__call__.__globals__:
             return path, module
@@ -152,8 +155,9 @@ def run_layer(
 ) -> mx.array:
     """layer(hidden) with attention and feed-forward part replaced for this one call.
 
-    `attend(q, k, v, *, scale, mask)` replaces attention, and `wrap(feed_forward)` the feed-forward part. A layer
-    without the seam, such as a state-space layer, runs as it is.
+    `attend(q, k, v, *, scale, mask)` replaces attention, and `wrap(feed_forward)` the feed-forward part. `attend` gets
+    `sinks` or `softcap` too if the layer has them. A layer without the seam, such as a state-space layer, runs as it
+    is.
     """
     with _attending(layer, attend), _wrapped(layer, wrap):
         return layer(hidden, *call.arguments, **call.keywords)
@@ -164,6 +168,14 @@ def _attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
     attention = attention_of(layer)
     if attention is None:
         yield
+        return
+    if computed := written_out(attention[1]):
+        container, key = slot(layer, attention[0])
+        container[key] = partial(computed, attention[1], attend)
+        try:
+            yield
+        finally:
+            container[key] = attention[1]
         return
     namespace = type(attention[1]).__call__.__globals__
     original = namespace[SEAM]
@@ -191,15 +203,13 @@ def _seam(attend: Attend) -> Attend:
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        cache: Any = None,
-        *,
+        cache: Any,
         scale: float,
         mask: Any = None,
         sinks: Any = None,
     ) -> mx.array:
-        if sinks is not None:
-            raise UserError("attention sinks are not supported in training")
-        return attend(queries, keys, values, scale=scale, mask=mask)
+        more = {} if sinks is None else {"sinks": sinks}
+        return attend(queries, keys, values, scale=scale, mask=mask, **more)
 
     return seam
 
@@ -212,8 +222,7 @@ def forward_hidden(model: nn.Module, inputs: mx.array, *, feed_forward: int, wor
     hidden, calls = enter(model, inputs)
     wrap = partial(in_chunks, width=feed_forward, workspace=workspace_bytes)
 
-    def attend(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any) -> mx.array:
-        return attention_no_grad(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
+    attend = partial(attention_no_grad, workspace_bytes=workspace_bytes)
 
     for layer, call in zip(model.layers, calls, strict=True):
         hidden = run_layer(layer, hidden, call, attend, wrap)

@@ -8,6 +8,9 @@ recomputes each tile from the log-sum-exp of its rows:
 
     P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
 
+A sink is a number per query head that stands beside the scores of every row, for a key without a value: it takes a
+share of the softmax and adds nothing to the output. A soft cap replaces each score s by cap tanh(s / cap).
+
 Scores are computed and kept in float32 for inputs of every dtype. Query heads that share a key head are stacked
 as rows, so keys and values are never repeated.
 """
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..machine import on_gpu
+from .attention_parts import Sums, check, d_scores, fused_d_scores, fused_probabilities, probabilities
 from .fused import Choice, has_linear_kernel, is_linear, trains_fused
 from .tiling import FLOAT32, MASKED, Tiles, best_tiles, check_workspace, first, in_order, row_sizes, untraced, usable
 
@@ -32,6 +36,8 @@ def attention(
     scale: float,
     mask: mx.array | str | None = None,
     window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
     """softmax(scale Q K^T + mask) V, exact, with one tile of scores in memory at a time.
@@ -44,6 +50,8 @@ def attention(
         mask: None, "causal" (the last query sees every key), or an array that broadcasts to (B, Hq, Tq, Tk):
             bool (True: the query sees the key), or numbers that are added to the scores. It is read tile by tile.
         window: with mask="causal", how many keys a query sees, its own included; None for all.
+        sinks: (Hq,), floating; None for none.
+        softcap: the cap of the scores before the mask is added; None for none.
         workspace_bytes: the most memory for tiles, beyond inputs, outputs and gradients; None for 256 MiB.
 
     Returns:
@@ -52,17 +60,20 @@ def attention(
     Raises:
         ValueError: if shapes, dtypes or options are wrong or do not fit together; the message names the wrong one.
     """
-    call = _Attention.of(queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes))
+    call = _Attention.of(
+        queries, keys, values, float(scale), mask, window, check_workspace(workspace_bytes), sinks, softcap
+    )
+    arrays = [queries, keys, values] if sinks is None else [queries, keys, values, sinks]
 
     @mx.custom_function
-    def output_and_lse(queries: mx.array, keys: mx.array, values: mx.array):
-        return call.forward(queries, keys, values)
+    def output_and_lse(*arrays: mx.array):
+        return call.forward(*arrays)
 
     @output_and_lse.vjp
     def _(primals, cotangents, outputs):
-        return call.backward(*primals, cotangents[0], *outputs)
+        return call.backward(primals, cotangents[0], *outputs)
 
-    return first(output_and_lse(queries, keys, values))
+    return first(output_and_lse(*arrays))
 
 
 def attention_no_grad(
@@ -73,6 +84,8 @@ def attention_no_grad(
     scale: float,
     mask: mx.array | str | None = None,
     window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
     """`attention` without a gradient, for the frozen teacher and for evaluation. Arguments and result are the same.
@@ -83,10 +96,11 @@ def attention_no_grad(
     workspace.
     """
     workspace = check_workspace(workspace_bytes)
-    call = _Attention.of(queries, keys, values, float(scale), mask, window, workspace)
+    call = _Attention.of(queries, keys, values, float(scale), mask, window, workspace, sinks, softcap)
     queries, keys, values = (mx.stop_gradient(a) for a in (queries, keys, values))
-    if not on_gpu() or call.mask is not None or window is not None:
-        return call.forward(queries, keys, values)[0]
+    plain = call.mask is None and window is None and sinks is None and softcap is None
+    if not on_gpu() or not plain:
+        return call.forward(queries, keys, values, None if sinks is None else mx.stop_gradient(sinks))[0]
     if is_linear(queries, values):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
     return call.fused_rows(queries, keys, values, workspace)
@@ -99,6 +113,8 @@ def attention_in_training(
     *,
     scale: float,
     mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
     choice: Choice | None = None,
     workspace_bytes: int | None = None,
 ) -> mx.array:
@@ -108,9 +124,12 @@ def attention_in_training(
     precision: there its gradient is about as exact as the dtype (an error of 0.5 % in bfloat16, against 0.2 % of
     `attention`), and many times faster.
     """
-    if trains_fused(queries, values, choice) and not isinstance(mask, mx.array):
+    plain = not isinstance(mask, mx.array) and sinks is None and softcap is None
+    if plain and trains_fused(queries, values, choice):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=float(scale), mask=mask)
-    return attention(queries, keys, values, scale=scale, mask=mask, workspace_bytes=workspace_bytes)
+    return attention(
+        queries, keys, values, scale=scale, mask=mask, sinks=sinks, softcap=softcap, workspace_bytes=workspace_bytes
+    )
 
 
 @dataclass(frozen=True)
@@ -126,11 +145,12 @@ class _Attention:
     causal: bool
     window: int | None
     mask: mx.array | None
+    softcap: float | None
     tiles: Tiles
 
     @classmethod
-    def of(cls, queries, keys, values, scale, mask, window, workspace):
-        _check(queries, keys, values, mask, window)
+    def of(cls, queries, keys, values, scale, mask, window, workspace, sinks=None, softcap=None):
+        check(queries, keys, values, mask, window, sinks, softcap)
         batch, heads_q, rows, dim = queries.shape
         heads, columns = keys.shape[1:3]
         group = heads_q // heads
@@ -146,12 +166,16 @@ class _Attention:
             causal=isinstance(mask, str),
             window=window,
             mask=mask if isinstance(mask, mx.array) else None,
+            softcap=softcap,
             tiles=choose_tiles(batch, heads, group, rows, columns, dim, values.shape[-1], workspace, on_gpu()),
         )
 
-    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+    def forward(
+        self, queries: mx.array, keys: mx.array, values: mx.array, sinks: mx.array | None = None
+    ) -> list[mx.array]:
         """[output (B, Hq, Tq, Dv), lse (B, Hq, Tq, 1) float32]."""
-        queries, keys, values = untraced([queries, keys, values])
+        queries, keys, values, *given = untraced([queries, keys, values, *([] if sinks is None else [sinks])])
+        sinks = given[0] if given else None
         output = mx.zeros((*queries.shape[:3], values.shape[-1]), dtype=queries.dtype)
         lse = mx.zeros((*queries.shape[:3], 1))
         for b, h in self.tiles.groups(self.batch, self.heads):
@@ -160,24 +184,26 @@ class _Attention:
             lses: list[mx.array] = []
             for rows in self.tiles.row_tiles(self.rows):
                 q, k, v = in_order(inputs, [*outputs[:1], *lses[:1]])
-                part, part_lse = self._forward_rows(q, k, v, b, h, rows)
+                part, part_lse = self._forward_rows(q, k, v, sinks, b, h, rows)
                 outputs.insert(0, part.astype(output.dtype))
                 lses.insert(0, part_lse)
             at = (b, self._query_heads(h))
             output[at], lse[at] = mx.concatenate(outputs, axis=2), mx.concatenate(lses, axis=2)
         return [output, lse]
 
-    def _forward_rows(self, queries, keys, values, b, h, rows) -> tuple[mx.array, mx.array]:
+    def _forward_rows(self, queries, keys, values, sinks, b, h, rows) -> tuple[mx.array, mx.array]:
         """Output and log-sum-exp of one tile of rows, by online softmax over its column blocks."""
         q = self._stack(queries, b, h, rows) * self.scale
         top, total, out = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
-        probabilities = _fused_probabilities if on_gpu() else _probabilities
+        if sinks is not None:  # a score that every row has, and whose value is zero
+            top, total = self._sink_scores(sinks, h, rows), mx.array(1.0)
+        softmax = fused_probabilities if on_gpu() else probabilities
         for columns in self._blocks(rows):
             keys, values = in_order([keys, values], [q, out])
-            scores = self._scores(q, keys, b, h, rows, columns)
+            scores = self._masked(self._scores(q, keys, b, h, columns), b, h, rows, columns)
             new_top = mx.maximum(top, scores.max(axis=-1, keepdims=True))
             shrink = mx.exp(top - new_top)
-            u = probabilities(scores, new_top)
+            u = softmax(scores, new_top)
             total = total * shrink + u.sum(axis=-1, keepdims=True)
             out = out * shrink + u @ _block(values, b, h, columns)
             top = new_top
@@ -186,14 +212,15 @@ class _Attention:
         lse = mx.where(sees_any, top + mx.log(total), mx.inf)  # exp(S - inf) = 0: no gradient either
         return self._unstack(out, rows), self._unstack(lse, rows)
 
-    def backward(self, queries, keys, values, d_output, output, lse) -> list[mx.array]:
-        """[dQ, dK, dV], each in its primal's dtype, accumulated in float32."""
+    def backward(self, primals, d_output, output, lse) -> list[mx.array]:
+        """[dQ, dK, dV, and those of the sinks], each in its primal's dtype, accumulated in float32."""
+        queries, keys, values, *sinks = primals
         d_q, d_k, d_v = (mx.zeros_like(a) for a in (queries, keys, values))
         queries, keys, values, d_output, output, lse = untraced([queries, keys, values, d_output, output, lse])
         for b, h in self.tiles.groups(self.batch, self.heads):
             inputs = in_order([queries, keys, values, d_output, output, lse], [d_q, d_k, d_v])
             parts: list[mx.array] = []
-            sums = [_Sums() for _ in self.tiles.column_blocks(self.columns)]
+            sums = [Sums() for _ in self.tiles.column_blocks(self.columns)]
             for rows in self.tiles.row_tiles(self.rows):
                 inputs = in_order(inputs, [*parts[:1], *(a for total in sums for a in total.running)])
                 parts.insert(0, self._backward_rows(inputs, sums, b, h, rows).astype(d_q.dtype))
@@ -201,7 +228,7 @@ class _Attention:
             for columns, total in zip(self.tiles.column_blocks(self.columns), sums, strict=True):
                 if total.running:
                     d_k[b, h, columns], d_v[b, h, columns] = total.joined(d_k.dtype), total.joined(d_v.dtype, 1)
-        return [d_q, d_k, d_v]
+        return [d_q, d_k, d_v, *(_d_sinks(sink, d_output, output, lse) for sink in sinks)]
 
     def _backward_rows(self, inputs, sums, b, h, rows) -> mx.array:
         """dQ of one tile of rows. The parts of dK and dV from this tile are added to `sums`, block by block."""
@@ -210,18 +237,21 @@ class _Attention:
         d_out, out, lse = (self._stack(a, b, h, rows) for a in (d_output, output, lse))
         delta = (d_out * out).sum(axis=-1, keepdims=True)
         d_q = mx.zeros(q.shape)
-        softmax, derivative = _probabilities, _d_scores
+        softmax, derivative = probabilities, d_scores
         if on_gpu():
-            softmax, derivative = _fused_probabilities, _fused_d_scores
+            softmax, derivative = fused_probabilities, fused_d_scores
         after = [q, d_out, delta]
         for columns in self._blocks(rows):
             keys, values = in_order([keys, values], after)
-            p = softmax(self._scores(q, keys, b, h, rows, columns), lse)
+            scores = self._scores(q, keys, b, h, columns)
+            p = softmax(self._masked(scores, b, h, rows, columns), lse)
             d_p = d_out @ _block(values, b, h, columns).swapaxes(-1, -2)
-            d_scores = derivative(p, d_p, delta)
-            d_q = mx.addmm(d_q, d_scores, _block(keys, b, h, columns))
+            gradient = derivative(p, d_p, delta)
+            if self.softcap is not None:
+                gradient = gradient * (1 - (scores / self.softcap) ** 2)
+            d_q = mx.addmm(d_q, gradient, _block(keys, b, h, columns))
             total = sums[columns.start // self.tiles.columns]
-            total.add(d_scores.swapaxes(-1, -2), q, p.swapaxes(-1, -2), d_out)
+            total.add(gradient.swapaxes(-1, -2), q, p.swapaxes(-1, -2), d_out)
             after = [d_q, *total.running]
         return self._unstack(d_q * self.scale, rows)
 
@@ -247,9 +277,13 @@ class _Attention:
         end = min(self.columns, rows.stop + offset) if self.causal else self.columns
         return (block for block in self.tiles.column_blocks(max(end, 0)) if block.stop > first)
 
-    def _scores(self, q, keys, b, h, rows, columns) -> mx.array:
-        """The masked scores of a tile, (b, h, group * rows, columns) float32; q is already scaled."""
+    def _scores(self, q, keys, b, h, columns) -> mx.array:
+        """The scores of a tile before the mask, (b, h, group * rows, columns) float32; q is already scaled."""
         scores = q @ _block(keys, b, h, columns).swapaxes(-1, -2)
+        return scores if self.softcap is None else self.softcap * mx.tanh(scores / self.softcap)
+
+    def _masked(self, scores, b, h, rows, columns) -> mx.array:
+        """The scores of a tile with the mask added."""
         bias = self._bias(b, h, rows, columns)
         if bias is None:
             return scores
@@ -284,6 +318,12 @@ class _Attention:
         heads = (1, 1) if part.shape[1] == 1 else (-1, self.group)
         return part.reshape(part.shape[0], *heads, *part.shape[2:])
 
+    def _sink_scores(self, sinks, h, rows) -> mx.array:
+        """The sinks of a tile's rows, (1, h, group * rows, 1) float32."""
+        by_head = mx.maximum(sinks.astype(mx.float32)[self._query_heads(h)], MASKED).reshape(1, -1, self.group, 1)
+        shape = (1, by_head.shape[1], self.group, rows.stop - rows.start)
+        return mx.broadcast_to(by_head, shape).reshape(1, by_head.shape[1], -1, 1)
+
     def _query_heads(self, h: slice) -> slice:
         return slice(h.start * self.group, h.stop * self.group)
 
@@ -297,45 +337,15 @@ class _Attention:
         return a.reshape(a.shape[0], -1, rows.stop - rows.start, a.shape[-1])
 
 
+def _d_sinks(sinks: mx.array, d_output: mx.array, output: mx.array, lse: mx.array) -> mx.array:
+    """The gradient of the sinks, (Hq,): minus the sum over the rows of exp(sink - lse) rowsum(dO O)."""
+    delta = (d_output.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+    share = mx.exp(sinks.astype(mx.float32)[None, :, None, None] - lse)
+    return -(share * delta).sum(axis=-1).sum(axis=-1).sum(axis=0).astype(sinks.dtype)
+
+
 def _block(a: mx.array, b: slice, h: slice, columns: slice) -> mx.array:
     return a[b, h, columns].astype(mx.float32)
-
-
-class _Sums:
-    """Running dK and dV of a column block. A later tile (of earlier rows) sees at most a prefix of the block."""
-
-    def __init__(self) -> None:
-        self.running: list[mx.array] = []
-        self.finished: list[list[mx.array]] = []
-
-    def add(self, d_scores_t: mx.array, q: mx.array, p_t: mx.array, d_out: mx.array) -> None:
-        """Adds dS^T Q and P^T dO of a tile."""
-        if not self.running:
-            self.running = [d_scores_t @ q, p_t @ d_out]
-            return
-        seen = p_t.shape[2]
-        if seen < self.running[0].shape[2]:
-            self.finished.insert(0, [a[:, :, seen:] for a in self.running])
-            self.running = [a[:, :, :seen] for a in self.running]
-        d_k, d_v = self.running
-        self.running = [mx.addmm(d_k, d_scores_t, q), mx.addmm(d_v, p_t, d_out)]
-
-    def joined(self, dtype: mx.Dtype, which: int = 0) -> mx.array:
-        """dK (0) or dV (1) of the block."""
-        parts = [self.running[which], *(pair[which] for pair in self.finished)]
-        return mx.concatenate([a.astype(dtype) for a in parts], axis=2)
-
-
-def _probabilities(scores: mx.array, lse: mx.array) -> mx.array:
-    return mx.exp(scores - lse)
-
-
-def _d_scores(p: mx.array, d_p: mx.array, delta: mx.array) -> mx.array:
-    return p * (d_p - delta)
-
-
-# For a GPU: each stage reads and writes a tile once, in place.
-_fused_probabilities, _fused_d_scores = (mx.compile(f, shapeless=True) for f in (_probabilities, _d_scores))
 
 
 def choose_tiles(
@@ -387,34 +397,3 @@ def peak_bytes(
     held += 2 * length * dims + 2 * group * length * dim
     finished = batch * length * (heads + 2 * kv_heads) * dim * size
     return FLOAT32 * tiles.batch * tiles.heads * held + finished
-
-
-def _check(queries: mx.array, keys: mx.array, values: mx.array, mask, window: int | None) -> None:
-    for name, array in (("queries", queries), ("keys", keys), ("values", values)):
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(array.shape)}")
-        if not mx.issubdtype(array.dtype, mx.floating):
-            raise ValueError(f"{name} must be floating, got {array.dtype}")
-    if keys.shape[:3] != values.shape[:3]:
-        raise ValueError(f"keys and values must agree in B, H, T: {tuple(keys.shape)}, {tuple(values.shape)}")
-    if queries.shape[0] != keys.shape[0] or queries.shape[3] != keys.shape[3]:
-        raise ValueError(f"queries and keys must agree in B and D: {tuple(queries.shape)}, {tuple(keys.shape)}")
-    if keys.shape[1] == 0 or queries.shape[1] % keys.shape[1]:
-        raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of key heads ({keys.shape[1]})")
-    if isinstance(mask, mx.array):
-        _check_mask(mask, (*queries.shape[:3], keys.shape[2]))
-    elif mask not in (None, "causal"):
-        raise ValueError(f'mask must be None, "causal" or an array, got {mask!r}')
-    if isinstance(mask, str) and queries.shape[2] > keys.shape[2]:
-        raise ValueError(f"causal: more queries ({queries.shape[2]}) than keys ({keys.shape[2]})")
-    if window is not None and not isinstance(mask, str):
-        raise ValueError('window needs mask="causal"')
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-
-
-def _check_mask(mask: mx.array, shape: tuple[int, ...]) -> None:
-    if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"mask must broadcast to {shape}, got shape {tuple(mask.shape)}")
-    if mask.dtype != mx.bool_ and not mx.issubdtype(mask.dtype, mx.floating):
-        raise ValueError(f"mask must be bool or floating, got {mask.dtype}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .family import IGNORED, LINEAR_ONLY, PHI3, Family, Values
+from .family import DYNAMIC_TOO, IGNORED, LINEAR_ONLY, PHI3, Family, Values
 
 SILU = ("silu", "swish")
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh", "gelu_accurate")  # one function
@@ -23,6 +23,17 @@ ALWAYS: Mapping[str, Values] = {
     "rope_traditional": OFF,  # mlx-lm's own key: pairs of neighbouring dimensions, which transformers does not rotate
 }
 _SILU: Mapping[str, Values] = {"hidden_act": SILU}
+_TIED: Mapping[str, Values] = {"tie_word_embeddings": (True,)}  # mlx-lm's model has no output head of its own
+
+
+_GELU = "transformers computes its GELU by tanh, and mlx-lm exactly"
+_GRANITE = {
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_bias": False,
+}
 
 
 def _ntk(**row: Any) -> Family:
@@ -41,14 +52,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": Family(fixed={**_SILU, "mlp_bias": OFF}, architecture="Olmo2ForCausalLM"),
     "granite": Family(
         fixed=_SILU,
-        defaults={
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_bias": False,
-            "mlp_bias": False,
-        },
+        defaults={**_GRANITE, "mlp_bias": False},
         architecture="GraniteForCausalLM",
     ),
     "seed_oss": Family(fixed=_SILU, defaults={"attention_bias": True}, architecture="SeedOssForCausalLM"),
@@ -62,7 +66,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmo3": Family(
         theta=500000.0,
         nested=True,
-        patterned=True,
+        pattern="layer_types",
         fixed=_SILU,
         defaults={"sliding_window": 4096},
         architecture="Olmo3ForCausalLM",
@@ -71,9 +75,9 @@ FAMILIES: Mapping[str, Family] = {
         theta=1000000.0,
         nested=True,
         local=10000.0,
-        patterned=True,
+        pattern="period",
         fixed={"hidden_activation": GELU_TANH, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
-        defaults={"query_pre_attn_scalar": 256, "sliding_window": 4096},
+        defaults={"query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6},
         first_token=True,
         architecture="Gemma3ForCausalLM",
     ),
@@ -99,7 +103,7 @@ FAMILIES: Mapping[str, Family] = {
         slides="all",
         fixed=_SILU,
         feed_forward="block_sparse_moe",
-        experts=True,
+        experts="w1w2w3",
         architecture="MixtralForCausalLM",
     ),
     "qwen2_moe": _ntk(
@@ -111,19 +115,19 @@ FAMILIES: Mapping[str, Family] = {
             "mlp_only_layers": ([],),
             "qkv_bias": (True,),
         },
-        experts=True,
+        experts="list",
         architecture="Qwen2MoeForCausalLM",
     ),
     "qwen3_moe": _ntk(
         slides="request",
         fixed=_SILU,
         defaults={"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        experts=True,
+        experts="list",
         architecture="Qwen3MoeForCausalLM",
     ),
     "gemma2": _ntk(
         slides="some",
-        fixed={"hidden_activation": GELU_TANH},
+        fixed={**_TIED, "hidden_activation": GELU_TANH},
         defaults={
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
@@ -135,7 +139,7 @@ FAMILIES: Mapping[str, Family] = {
     "phi": _ntk(partial=0.5, fixed={"hidden_act": GELU_TANH, "qk_layernorm": OFF}, architecture="PhiForCausalLM"),
     "cohere": _ntk(
         theta=500000.0,
-        fixed={**_SILU, "layer_norm_bias": OFF},  # mlx-lm's own key
+        fixed={**_TIED, **_SILU, "layer_norm_bias": OFF},  # mlx-lm's own key
         architecture="CohereForCausalLM",
     ),
     "glm4": _ntk(
@@ -145,4 +149,72 @@ FAMILIES: Mapping[str, Family] = {
         architecture="Glm4ForCausalLM",
     ),
     "stablelm": _ntk(partial=0.25, fixed=_SILU, defaults={"use_qkv_bias": False}, architecture="StableLmForCausalLM"),
+    "ministral3": Family(
+        theta=1000000.0,
+        kept=("llama_4_scaling_beta", "original_max_position_embeddings"),
+        slides="all",
+        fixed={**_SILU, "attention_bias": OFF},
+        architecture="Ministral3ForCausalLM",
+    ),
+    "granitemoe": Family(
+        fixed=_SILU,
+        defaults=_GRANITE,
+        feed_forward="block_sparse_moe",
+        experts="joined",
+        architecture="GraniteMoeForCausalLM",
+    ),
+    "exaone4": Family(
+        rotated="all, or the sliding layers only if there are any",
+        pattern="letters",
+        fixed=_SILU,
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+        architecture="Exaone4ForCausalLM",
+    ),
+    "gpt_oss": Family(
+        theta=150000.0,
+        pattern="layer_types",
+        fixed={**_SILU, "swiglu_limit": (7.0,), "swiglu_alpha": (1.702,), "attention_bias": (True,)},
+        defaults={"sliding_window": 128},
+        experts="interleaved",
+        architecture="GptOssForCausalLM",
+        differs="transformers does not round the ends of YaRN's ramp where truncate is false, and mlx-lm does",
+    ),
+    "gemma": _ntk(
+        fixed={**_TIED, "hidden_act": ("gelu", *GELU_TANH), "hidden_activation": GELU_TANH, "attention_bias": OFF},
+        first_token=True,
+        architecture="GemmaForCausalLM",
+        differs=_GELU,
+    ),
+    "starcoder2": _ntk(
+        slides="all",
+        fixed={"hidden_act": GELU_TANH, "use_bias": (True,)},
+        architecture="Starcoder2ForCausalLM",
+        differs=_GELU,
+    ),
+    "cohere2": _ntk(
+        rotated="the sliding layers only, so scaling changes little",
+        pattern="period",
+        fixed={**_TIED, **_SILU, "layer_norm_bias": OFF},
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+        architecture="Cohere2ForCausalLM",
+    ),
+    "glm4_moe": _ntk(
+        partial=0.5,
+        fixed=_SILU,
+        defaults={
+            "attention_bias": False,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": False,
+        },
+        experts="list",
+        architecture="Glm4MoeForCausalLM",
+    ),
+    "internlm2": Family(
+        ("linear", "ntk"), DYNAMIC_TOO, fixed=_SILU, projections=("wqkv",), feed_forward="feed_forward"
+    ),
 }

@@ -12,6 +12,7 @@ Values = tuple[Any, ...]
 
 IGNORED = "mlx-lm's {} ignores rope_scaling, so the scaling would be lost silently; use ntk"
 LINEAR_ONLY = "mlx-lm's {} reads linear scaling only; use linear or ntk"
+DYNAMIC_TOO = "mlx-lm's {} reads linear and dynamic scaling only; use linear or ntk"
 PHI3 = "{} can write per-frequency factors but no attention factor of its own; use linear, ntk or llama3"
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -29,10 +30,13 @@ class Family:
     nested   rope_parameters are kept per layer type, and only full-attention layers are scaled
     local    the theta of sliding layers if they have one of their own (the key is rope_local_base_freq)
     longrope scalings are written as longrope factors, the only type that transformers accepts here
+    kept     parameters of RoPE that mean something else too, and stay under every scaling
     rotated  the layers with RoPE, in words
 
     Sliding windows:
-    patterned mlx-lm reads or follows layer_types; in any other family every layer must have full attention
+    pattern   how mlx-lm is told which layers slide: "layer_types", "period" (sliding_window_pattern n: every n-th
+              layer has full attention), "letters" (sliding_window_pattern: L for a sliding layer, G for another);
+              "" if every layer must have full attention
     slides    where transformers applies sliding_window and mlx-lm does not: on "all" or "some" layers, on
               "request" (use_sliding_window), or nowhere ("")
 
@@ -45,13 +49,17 @@ class Family:
     Parts of a layer, by mlx-lm's names:
     projections  the linear layers that make q, k and v
     feed_forward the position-wise part
-    experts      the layers are, or may be, mixtures of experts, which mlx-lm stacks into one tensor
+    experts      how transformers' files keep the experts of a mixture, which mlx-lm stacks into one tensor per
+                 projection: "list" (one tensor each), "w1w2w3" (the same with Mixtral's names), "joined" (gate and up
+                 in one tensor) or "interleaved" (the same, row by row); "" without experts
 
     Text:
     first_token every text must begin with the tokenizer's first token, because the model computes nonsense without it
 
     transformers:
-    architecture the class that transformers loads it with
+    architecture the class that transformers loads it with; "" if transformers has no such model
+    differs      what transformers computes otherwise, so that only mlx-lm gives exactly the exported model; ""
+                 if both compute the same
     """
 
     methods: tuple[str, ...] = METHODS
@@ -61,13 +69,15 @@ class Family:
     nested: bool = False
     local: float | None = None
     longrope: bool = False
+    kept: tuple[str, ...] = ()
     rotated: str = "all"
-    patterned: bool = False
+    pattern: str = ""
     slides: str = ""
     fixed: Mapping[str, Values] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     projections: tuple[str, ...] = SEPARATE
     feed_forward: str = "mlp"
-    experts: bool = False
+    experts: str = ""
     first_token: bool = False
     architecture: str = ""
+    differs: str = ""

@@ -51,7 +51,7 @@ def read(config: Mapping[str, Any], kind: Family) -> tuple[dict[str, Any], dict[
     if theta is None:
         theta = parameters.get("rope_theta", kind.theta)
     chosen["rope_theta"] = theta
-    return _canonical(chosen, config), None
+    return _canonical(chosen, config, kind), None
 
 
 def _read_nested(
@@ -67,10 +67,10 @@ def _read_nested(
     else:
         local = config.get("rope_local_base_freq")
         sliding.setdefault("rope_theta", kind.local if local is None else local)
-    return _canonical(full, config), _canonical(sliding, config)
+    return _canonical(full, config, kind), _canonical(sliding, config, kind)
 
 
-def _canonical(params: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _canonical(params: dict[str, Any], config: Mapping[str, Any], kind: Family) -> dict[str, Any]:
     """One form of a set of parameters: rope_type first, floats, no nulls, nothing left to a default."""
     rope_type = params.get("rope_type") or params.get("type") or "default"
     if not isinstance(rope_type, str):
@@ -82,15 +82,17 @@ def _canonical(params: dict[str, Any], config: Mapping[str, Any]) -> dict[str, A
     if theta <= 1:
         raise ValueError(f"rope_theta must be greater than 1, not {theta:g}")
     result: dict[str, Any] = {"rope_type": rope_type, "rope_theta": theta}
-    if rope_type == "default":
-        return result
     for key, value in values.items():
+        if rope_type == "default" and key not in kind.kept:
+            continue
         if key in _INTEGERS:
             result[key] = int(positive(key, value))
         elif isinstance(value, bool | str | list | dict):
             result[key] = value
         else:
             result[key] = number(key, value)
+    if rope_type == "default":
+        return result
     if rope_type in ("yarn", "llama3", "longrope"):
         original = config.get("original_max_position_embeddings") if rope_type == "longrope" else None
         if original is not None:

@@ -56,6 +56,7 @@ def scale_rope(
         if sliding is not None and kind.local is None:  # mlx-lm has one theta for both kinds of layer
             sliding["rope_theta"] *= growth
     else:
+        _refuse_another_original(full, kind, method, window)
         full.update(_scaling(result, kind, {"rope_type": method, "factor": factor, **ramp}, window))
     result["max_position_embeddings"] = int(window * factor)
     if full["rope_type"] == "longrope":  # equal windows make the attention factor 1 in both libraries
@@ -108,6 +109,16 @@ def _refuse_overwriting(full: Mapping[str, Any], method: str) -> None:
     )
 
 
+def _refuse_another_original(full: Mapping[str, Any], kind: Family, method: str, window: int) -> None:
+    """Refuse a scaling whose original window a family reads for something else too, if that has another value."""
+    key = "original_max_position_embeddings"
+    if method in ("yarn", "llama3") and key in kind.kept and full.get(key, window) != window:
+        raise ValueError(
+            f"the model scales its queries by its {key} of {full[key]}, which {method} would set to {window}: use "
+            "linear or ntk"
+        )
+
+
 def _scaling(config: Mapping[str, Any], kind: Family, chosen: Mapping[str, Any], window: int) -> dict[str, Any]:
     """The parameters of a scaling (without rope_theta), from its type, factor and ramp."""
     params, method = dict(chosen), chosen["rope_type"]
@@ -152,7 +163,7 @@ def _rope_disagreement(
     if known and not kind.longrope and rope_type in METHODS and rope_type not in kind.methods:
         return f"its {rope_type} scaling is not read by mlx-lm's {config['model_type']}"
     if rope_type == "yarn":
-        return _yarn_disagreement(full)
+        return _yarn_disagreement(full, kind)
     if rope_type == "longrope" and full.get("short_factor") != full.get("long_factor"):
         return (
             "its longrope uses the short factors up to the original window in transformers, and always the "
@@ -163,10 +174,10 @@ def _rope_disagreement(
     return None
 
 
-def _yarn_disagreement(params: Mapping[str, Any]) -> str | None:
+def _yarn_disagreement(params: Mapping[str, Any], kind: Family) -> str | None:
     if "attention_factor" in params:
         return f"mlx-lm does not read its yarn attention_factor {params['attention_factor']}"
-    if params.get("truncate") is False:
+    if params.get("truncate") is False and not kind.differs:
         return "mlx-lm does not read its yarn truncate = false"
     if ("mscale" in params) != ("mscale_all_dim" in params):
         return "mlx-lm and transformers read its yarn mscale differently"

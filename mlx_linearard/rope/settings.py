@@ -20,14 +20,31 @@ SLIDING = "sliding_attention"
 def state_defaults(config: dict[str, Any]) -> None:
     """Write into `config` the defaults of transformers that mlx-lm does not share.
 
-    Gemma 3's layer_types become mlx-lm's sliding_window_pattern if they repeat with a period.
+    layer_types become mlx-lm's sliding_window_pattern in the families that have one.
     """
-    model_type = config.get("model_type")
-    for key, value in family_or_default(config).defaults.items():
+    kind = family_or_default(config)
+    for key, value in kind.defaults.items():
         if key not in config:
             config[key] = list(value) if isinstance(value, list) else value
-    if model_type == "gemma3_text" and (period := _period(config.get("layer_types"))):
+    if kind.pattern == "period" and (period := _period(config.get("layer_types"))):
         config["sliding_window_pattern"] = period
+    if kind.pattern == "letters":
+        _state_letters(config)
+
+
+def _state_letters(config: dict[str, Any]) -> None:
+    """Write sliding_window_pattern as letters, and layer_types beside it; None if no layer slides."""
+    pattern, layers = config["sliding_window_pattern"], config.get("num_hidden_layers")
+    if config["sliding_window"] is None or not isinstance(layers, int):
+        config["sliding_window_pattern"] = None
+        return
+    if config.get("layer_types") is None and isinstance(pattern, int) and pattern > 0:
+        config["layer_types"] = _pattern(layers, pattern)
+    elif config.get("layer_types") is None and isinstance(pattern, str) and pattern:
+        config["layer_types"] = [SLIDING if pattern[i % len(pattern)] == "L" else FULL for i in range(layers)]
+    if isinstance(config.get("layer_types"), list):
+        letters = "".join("L" if name == SLIDING else "G" for name in config["layer_types"])
+        config["sliding_window_pattern"] = letters if SLIDING in config["layer_types"] else None
 
 
 def _period(layer_types: Any) -> int | None:
@@ -65,27 +82,29 @@ def _caps(config: Mapping[str, Any]) -> str | None:
 
 def _layers(config: Mapping[str, Any], model_type: str) -> str | None:
     layer_types, count = config.get("layer_types"), config.get("num_hidden_layers")
-    if family_or_default(config).patterned:
-        window = config.get("sliding_window")
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            return f"mlx-lm's {model_type} needs a positive sliding_window, and the config has {window!r}"
+    pattern, window = family_or_default(config).pattern, config.get("sliding_window")
+    needs_window = pattern and (pattern != "letters" or config.get("sliding_window_pattern") is not None)
+    if needs_window and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        return f"mlx-lm's {model_type} needs a positive sliding_window, and the config has {window!r}"
     if layer_types is None:
         return None
     if not isinstance(layer_types, list) or (isinstance(count, int) and len(layer_types) != count):
         return f"layer_types must be a list with one entry for each of the {count} layers"
-    if model_type == "gemma3_text":
-        period = config.get("sliding_window_pattern", 6)
+    if pattern == "period":
+        period = config.get("sliding_window_pattern")
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             return f"sliding_window_pattern must be a positive integer, not {period!r}"
         if layer_types != _pattern(len(layer_types), period):
-            return "mlx-lm's gemma3_text has full attention in every n-th layer only, which its layer_types do not say"
+            return f"mlx-lm's {model_type} has full attention in every n-th layer only, which layer_types do not say"
         return None
-    others = [name for name in layer_types if name != FULL and not (model_type == "olmo3" and name == SLIDING)]
-    if not others or (others == [SLIDING] * len(others) and _never_slides(config, model_type)):
+    others = [name for name in layer_types if name != FULL and not (needs_window and name == SLIDING)]
+    if needs_window and not others and len(set(layer_types)) < 2:
+        return f"mlx-lm's {model_type} needs layers of both kinds, and layer_types has {layer_types[0]!r} only"
+    if not others or (others == [SLIDING] * len(others) and _never_slides(config)):
         return None
     return f"mlx-lm's {model_type} and transformers do not compute layer_types with {others[0]!r} alike"
 
 
-def _never_slides(config: Mapping[str, Any], model_type: str) -> bool:
+def _never_slides(config: Mapping[str, Any]) -> bool:
     """Whether sliding layers see all positions in both libraries: a window is stated, and it never binds."""
     return config.get("sliding_window") is not None and not window_binds(config)

@@ -26,7 +26,8 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 257,
     "architectures": None,  # tiny.CONFIG names Llama's
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_MIXED = ["sliding_attention", "full_attention"]
 _GRANITE = {
     "attention_multiplier": 0.25,
     "embedding_multiplier": 2.0,
@@ -44,7 +45,7 @@ OWN: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {**_GRANITE, "mlp_bias": False},
     "seed_oss": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
-    "smollm3": {"no_rope_layers": [1, 0]},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
     "olmo3": {"sliding_window": 16, "num_hidden_layers": 4},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
     "phi3": {"sliding_window": None, "pad_token_id": 0},
@@ -52,10 +53,39 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    "gemma2": {"sliding_window": 4096, "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
     "phi": {"num_key_value_heads": 4, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
     "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "use_qk_norm": False, "tie_word_embeddings": True},
     "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "ministral3": {
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8},
+            **{"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        }
+    },
+    "granitemoe": {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    "exaone4": {"sliding_window": 16, "sliding_window_pattern": "LG", "layer_types": _MIXED},
+    "gpt_oss": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "hidden_act": "silu"},
+        "layer_types": _MIXED,
+    },
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "starcoder2": {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "use_bias": True},
+    "cohere2": {
+        **{"layer_norm_eps": 1e-5, "logit_scale": 0.25, "tie_word_embeddings": True},
+        **{"sliding_window": 16, "sliding_window_pattern": 2},
+    },
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1},
+        **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True, "use_qk_norm": True},
+        **{"first_k_dense_replace": 1, "attention_bias": True, "partial_rotary_factor": 0.5, "rope_scaling": None},
+    },
+    "internlm2": {"bias": False},
     "stablelm": {"layer_norm_eps": 1e-5, "use_qkv_bias": True, "partial_rotary_factor": 0.25, "qk_layernorm": False},
 }
 

@@ -140,8 +140,8 @@ def test_without_gradient(kind, window, gpu, monkeypatch):
 
 
 def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
-    monkeypatch.setattr(module, "_fused_probabilities", module._probabilities)
-    monkeypatch.setattr(module, "_fused_d_scores", module._d_scores)
+    monkeypatch.setattr(module, "fused_probabilities", module.probabilities)
+    monkeypatch.setattr(module, "fused_d_scores", module.d_scores)
     monkeypatch.setattr(module, "on_gpu", lambda: True)
     q, k, v = inputs(97, 97)
     c = like_output(q, v)
@@ -149,7 +149,7 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
     assert_exact(got, exact(q, k, v, c, visible=allowed("causal", 97, 97)))
 
 
-def test_the_stages_of_a_gpu_are_fused_under_a_gradient_too(monkeypatch, tmp_path):
+def test_the_stages_of_a_gpu_arefused_under_a_gradient_too(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "on_gpu", lambda: True)
     q, k, v = inputs(97, 97)
     results = with_gradients(q, k, v, like_output(q, v), mask="causal", workspace_bytes=TINY)

@@ -113,8 +113,8 @@ def test_unknown_names_are_refused():
         scale_rope({}, "ntk", 2.0)
     with pytest.raises(ValueError, match="max_position_embeddings"):
         scale_rope({**config(), "max_position_embeddings": None}, "ntk", 2.0)
-    with pytest.raises(ValueError, match="GELU"):
-        scale_rope(config("gemma"), "ntk", 2.0)
+    with pytest.raises(ValueError, match="rotates whole heads"):
+        scale_rope(config("glm"), "ntk", 2.0)
 
 
 def test_a_native_scaling_is_composed_with_ntk_or_refused():

@@ -36,7 +36,7 @@ def test_a_plain_config_passes(kind):
     assert ignored_setting(settings) is None
     assert normalise(settings) == settings
     for key, value in FAMILIES[kind].defaults.items():
-        assert settings[key] == value
+        assert settings[key] == ("LLLGLL" if (kind, key) == ("exaone4", "sliding_window_pattern") else value)
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
@@ -63,7 +63,9 @@ def test_a_number_is_not_a_truth_value():
     refused("qwen2_moe", "norm_topk_prob", norm_topk_prob=0)
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma2", "gemma3_text", "olmo3"}))
+@pytest.mark.parametrize(
+    "kind", [kind for kind, row in sorted(FAMILIES.items()) if not row.pattern and kind != "gemma2"]
+)
 def test_layers_with_a_sliding_window(kind):
     mixed = [SLIDING, FULL] * 3
     assert ignored_setting(normalise(config(kind, layer_types=[FULL] * 6, sliding_window=8))) is None
@@ -98,7 +100,27 @@ def test_the_layers_of_gemma3_follow_a_period():
         refused("gemma3_text", "sliding_window_pattern", layer_types=[SLIDING] * 6, sliding_window_pattern=period)
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "olmo3"])
+def test_the_layers_of_exaone4_are_letters():
+    def exaone(**changes):
+        return normalise(config("exaone4", **changes))
+
+    mixed = [SLIDING, SLIDING, SLIDING, FULL, SLIDING, FULL]
+    given = {"layer_types": mixed, "sliding_window": 8, "sliding_window_pattern": "LLLG"}
+    assert exaone(**given)["sliding_window_pattern"] == "LLLGLG"  # layer_types win in transformers
+    assert exaone(sliding_window_pattern=3)["layer_types"] == [SLIDING, SLIDING, FULL] * 2
+    assert exaone(sliding_window=None, sliding_window_pattern="LLLG")["sliding_window_pattern"] is None
+    assert ignored_setting(exaone(**given)) is None
+    refused("exaone4", "layer_types", layer_types=[SLIDING] * 6)
+    refused("exaone4", "layer_types", layer_types=[*mixed[:5], "chunked_attention"])
+    refused("exaone4", "sliding_window", layer_types=mixed, sliding_window=0)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "olmo3"])
+def test_layers_of_one_kind_only_are_refused_where_mlx_lm_needs_both(kind):
+    refused(kind, "both kinds", layer_types=[FULL] * 6, sliding_window=8)
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "gemma3_text", "gpt_oss", "olmo3"])
 @pytest.mark.parametrize("window", [None, 0, -5, True, "512", 3.5])
 def test_sliding_layers_need_a_window(kind, window):
     refused(kind, "sliding_window", sliding_window=window)
