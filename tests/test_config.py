@@ -104,7 +104,9 @@ def test_every_example_is_a_valid_file() -> None:
     """Each YAML file reads, and so does each run of each study on top of the recipe."""
     examples = Path(__file__).parents[1] / "examples"
     paper = parse(["--config", str(examples / "paper.yaml")])
-    assert (paper.objective, paper.method, paper.layers) == ("relation", "linear", "last")
+    assert (paper.objective, paper.method, paper.layers, paper.long_weight) == ("relation", "linear", "last", 0.0)
+    for name in ("method", "objective", "long_weight"):  # whatever the defaults are
+        assert name in read_yaml(examples / "paper.yaml")
     for file in (examples / "study").glob("*.yaml"):
         study = yaml.safe_load(file.read_text())
         for name, own in study["runs"].items():

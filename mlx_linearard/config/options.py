@@ -38,6 +38,11 @@ from .checks import (
     shortened,
 )
 
+# The defaults of what is trained: what a study with this tool found best (docs/measured.md).
+METHOD, OBJECTIVE = "linear", "relation"
+LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce", 0.0, 1.0
+LEFT_OUT = ", or 0 if text or memory allow no block longer than the native window" if LONG_WEIGHT else ""
+
 
 def option(
     default: Any,
@@ -105,7 +110,7 @@ class DistillConfig:
         group="model and data",
     )
     output: str = option("linearard-run", "the run directory to write", metavar="DIR")
-    method: str = option("linear", "how RoPE is scaled", choices=METHODS, group="window")
+    method: str = option(METHOD, "how RoPE is scaled", choices=METHODS, group="window")
     factor: float = option(4.0, "how many times longer the window becomes", check=extends, metavar="X", group="window")
     yarn_beta_fast: float | None = option(
         None,
@@ -122,7 +127,7 @@ class DistillConfig:
         group="window",
     )
     objective: str = option(
-        "relation",
+        OBJECTIVE,
         "the loss: attention relations (LinearARD), the teacher's logits, both, or plain next-token cross-entropy",
         choices=OBJECTIVES,
         group="objective",
@@ -149,16 +154,16 @@ class DistillConfig:
     logits_weight: float = option(
         1.0, "weight of the logits loss in relation+logits", check=positive, metavar="W", group="objective"
     )
-    long_weight: float = option(
-        0.0,
+    long_weight: float | None = option(
+        None,
         "weight of the long part of every step: one block of long text, which teaches the student to use its new "
-        "window; 0 leaves it out",
+        f"window; 0 leaves it out (default: {LONG_WEIGHT:g}{LEFT_OUT})",
         check=not_negative,
         metavar="W",
         group="long text",
     )
     long_objective: str = option(
-        "ce",
+        LONG_OBJECTIVE,
         "what the long part teaches. ce: predict every next token (cross-entropy). longce: the same, with more weight "
         "on tokens that distant text makes more likely. recall: continue a passage that stands far above as the native "
         "model continues one that it has just read; + uses two of them",
@@ -166,7 +171,7 @@ class DistillConfig:
         group="long text",
     )
     recall_weight: float = option(
-        1.0,
+        RECALL_WEIGHT,
         "weight of recall beside ce or longce, within the long part",
         check=positive,
         metavar="W",
@@ -316,7 +321,7 @@ class DistillConfig:
             raise UserError("--steps and --tokens both set the length of the training: give one of them")
         if self.patience and not self.eval_every:
             raise UserError(f"--patience {self.patience} counts evaluations: give --eval-every as well")
-        if self.compare and self.objective != "relation":
+        if self.compare and self.objective != OBJECTIVE:
             raise UserError("--compare and --objective both choose the loss: give one of them")
         if self.mask_prompt and "ce" not in (self.objective, *objectives_of(self.compare)):
             raise UserError(
@@ -327,20 +332,33 @@ class DistillConfig:
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
-    def _check_long_part(self) -> None:
+    @property
+    def weight_of_long(self) -> float:
+        """The weight of the long part that is wanted: the given one or the default."""
+        return LONG_WEIGHT if self.long_weight is None else self.long_weight
+
+    @property
+    def needs_long(self) -> bool:
+        """Whether the user asks for a long part, so that a run is refused if it is not possible."""
+        return bool(self.long_weight or self._options_of_long())
+
+    def _options_of_long(self) -> list[str]:
+        """The given options of the long part beside its weight."""
         given = {
-            "long-seq-len": self.long_seq_len,
-            "long-data": self.long_data,
-            "long-objective": self.long_objective != "ce",
-            "recall-passage": self.recall_passage,
-            "recall-weight": self.recall_weight != 1.0,
+            "--long-seq-len": self.long_seq_len,
+            "--long-data": self.long_data,
+            "--long-objective": self.long_objective != LONG_OBJECTIVE,
+            "--recall-passage": self.recall_passage,
+            "--recall-weight": self.recall_weight != RECALL_WEIGHT,
         }
-        names = [f"--{name}" for name, value in given.items() if value]
-        if names and not self.long_weight:
+        return [name for name, value in given.items() if value]
+
+    def _check_long_part(self) -> None:
+        if not self.weight_of_long and (names := self._options_of_long()):
             raise UserError(f"{' and '.join(names)} belong to the long part: give --long-weight as well")
         if self.recall_passage and "recall" not in self.long_objective:
             raise UserError(f"--recall-passage needs recall in --long-objective, not {self.long_objective}")
-        if self.recall_weight != 1.0 and not self.long_objective.endswith("+recall"):
+        if self.recall_weight != RECALL_WEIGHT and not self.long_objective.endswith("+recall"):
             raise UserError(
                 f"--recall-weight weighs recall against ce or longce, and --long-objective is {self.long_objective}: "
                 "give ce+recall or longce+recall, or use --long-weight alone"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .plan import Sizing
+from .sizing import Sizing
 
 
 @dataclass(frozen=True)

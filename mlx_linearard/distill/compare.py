@@ -31,9 +31,9 @@ from .dry_run import NOTHING_WRITTEN, check_text
 from .listener import Listener
 from .loggers import check_loggers
 from .place import check_directories, check_model_stays, check_not_in_use, check_place
-from .plan import steps_of
 from .prepare import FREE_ON_RESUME, Job, Text, load, make_plan
 from .run import Rows, execute, read_before
+from .sizing import steps_of
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ class Manifest:
         sizes: dict[str, Any] = {name: getattr(config, name) or size for name, size in self.sizes.items()}
         if config.tokens:
             sizes["steps"] = steps_of(config.tokens, sizes["seq_len"] * config.batch_size * sizes["grad_accum"])
+        if config.long_weight is None:
+            sizes["long_weight"] = self.identity.get("long_weight")
         return dataclasses.replace(config, tokens=None, **sizes)
 
     def with_finished(self, objective: str, config: DistillConfig) -> Manifest:

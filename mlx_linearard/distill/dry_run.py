@@ -13,7 +13,7 @@ from ..models.tokenizer import tokenizer_of
 from .amounts import Amount
 from .listener import Listener
 from .plan import Plan
-from .prepare import amount_of, blocks_of, long_part_of
+from .prepare import amount_of, blocks_of, long_part_of, with_long_text
 from .text import documents_of, held_out_source, read_text
 
 COUNTING_SECONDS = 10.0  # the tokens of a long text are counted for this long
@@ -29,7 +29,7 @@ def check_text(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = A
         tokenizer = tokenizer_of(plan.path, plan.native)
         text = read_text(few, tokenizer, listener)
         blocks_of(plan.config, plan.sizing, text)
-        long_part_of(plan, text, tokenizer)
+        long_part_of(with_long_text(plan, text, listener), text, tokenizer)
         amount = amount_of(text, plan.sizing)
         if amount.training > config.data_tokens // 2 and ranks.leads:  # perhaps only the start of the text
             amount = _count_text(plan, tokenizer)

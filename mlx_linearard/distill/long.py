@@ -101,7 +101,7 @@ class LongPart:
         workspace = config.workspace << 20
         run = Objective(layers=(), ce_weight=1.0, workspace_bytes=workspace, attention=attention)
         loss = LongLoss(tuple(config.long_objective.split("+")), run, config.recall_weight)
-        return cls(config.long_weight, sizes, blocks, loss)
+        return cls(config.weight_of_long, sizes, blocks, loss)
 
     def batch(self, pair: Pair, number: int) -> LongBatch:
         """Everything that the loss of block `number` reads beside the parameters, evaluated.

@@ -1,4 +1,4 @@
-"""What a run will do, before it loads weights: its sizes for this model, text and machine, its memory, its time."""
+"""What a run will do, before it loads weights: its sizes for this model and machine, and its memory."""
 
 from __future__ import annotations
 
@@ -25,159 +25,11 @@ from ..models.shape import Shape
 from ..models.trees import named_modules
 from ..ops.fused import Choice
 from ..ops.probe import choice_of
-from .best import reference_length
+from .long_text import SHORTEST as SHORTEST_LONG
 from .long_text import LongSizes
 from .memory import FLOAT32, SHORTEST, MemoryPlan, Step, advice, longest, plan_memory
 from .objective import Objective, resolve_objective
-from .timing import Clock, Times, choose_eval_tokens
-
-STEP_TOKENS = 8192  # tokens per step of the measured recipe
-STEP_COUNT = 144
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The size of a demonstration: block length, blocks per step, steps, held-out tokens."""
-
-    seq_len: int
-    grad_accum: int
-    steps: int
-    eval_tokens: int
-
-
-# The demonstration by matrix speed in GFLOP/s: the first row whose speed the machine reaches.
-DEMOS: tuple[tuple[float, Demo], ...] = (
-    (2000.0, Demo(2048, 4, 144, 32768)),
-    (20.0, Demo(256, 2, 36, 2048)),
-    (0.0, Demo(64, 1, 28, 320)),
-)
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """Every size of a run that the configuration may leave open."""
-
-    seq_len: int
-    batch_size: int
-    grad_accum: int
-    steps: int
-    eval_tokens: int
-    eval_lengths: tuple[int, ...]
-    times: Times  # estimated
-    model: str
-    window: tuple[int, int]  # native, extended
-    processes: int = 1  # number of processes that share the blocks of a step
-    long: LongSizes | None = None  # the block of long text in every step; None without a long part
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.seq_len * self.batch_size * self.grad_accum
-
-    @property
-    def long_seq_len(self) -> int:
-        """Tokens of the block of long text in every step; 0 without a long part."""
-        return self.long.seq_len if self.long else 0
-
-    @property
-    def held_out(self) -> int:
-        """Tokens at the end of the text that are kept out of training, if there are that many."""
-        return 2 * max(self.eval_tokens, max(self.eval_lengths) + 1)
-
-    def lines(self, machine: Machine) -> Iterator[str]:
-        """The sizes in a few lines."""
-        native, extended = self.window
-        yield f"{self.model}: window {native} -> {extended} tokens"
-        shared = f", shared by {self.processes} processes" if self.processes > 1 else ""
-        yield (
-            f"{self.steps} steps of {self.tokens_per_step} tokens ({self.batch_size * self.grad_accum} blocks of "
-            f"{self.seq_len}{shared}) on {machine.name}"
-        )
-        if self.long:
-            yield f"every step also reads {self.long.described()}"
-        if machine.hint:
-            yield f"hint: {machine.hint}"
-
-
-def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ranks: Ranks = ALONE) -> Sizing:
-    """Choose the sizes that the configuration leaves open, and check the others against the native window.
-
-    `ranks` share the steps; only the first rank evaluates.
-    """
-    native_window = rope.native_window(native)
-    demo = next(demo for speed, demo in DEMOS if machine.gflops >= speed) if _is_demo(config) else None
-    seq_len = config.seq_len or (demo.seq_len if demo else min(2048, native_window))
-    if seq_len > native_window:
-        raise UserError(
-            f"--seq-len {seq_len} is above the native window of {native_window} tokens, beyond which the teacher is "
-            f"no reference: give at most {native_window}"
-        )
-    accum = config.grad_accum or (demo.grad_accum if demo else max(1, STEP_TOKENS // (seq_len * config.batch_size)))
-    per_step = seq_len * config.batch_size * accum
-    steps = config.steps or (steps_of(config.tokens, per_step) if config.tokens else 0)
-    steps = steps or (demo.steps if demo else STEP_COUNT)
-    lengths = eval_lengths(config, seq_len, native_window, machine)
-    clock = Clock(Shape.of(native), machine, config)
-    long = long_sizes(config, native_window, long_seq_len(config, native_window))
-    training = clock.training(per_step * steps, seq_len) / ranks.devices + (
-        steps * clock.long_part(long) if long else 0
-    )
-    reference = reference_length(lengths, native_window)
-    evaluations = steps // config.eval_every if config.eval_every else 0
-
-    def measuring(tokens: int) -> float:
-        return clock.measuring(tokens, lengths, reference, evaluations)
-
-    eval_tokens = config.eval_tokens or (demo.eval_tokens if demo else None)
-    eval_tokens = eval_tokens or choose_eval_tokens(training, measuring, reference)
-    return Sizing(
-        seq_len=seq_len,
-        batch_size=config.batch_size,
-        grad_accum=accum,
-        steps=steps,
-        eval_tokens=eval_tokens,
-        eval_lengths=lengths,
-        times=Times(measuring(eval_tokens), training, clock.exporting()),
-        model=config.model or "SmolLM2-135M-Instruct",
-        window=(native_window, int(native_window * config.factor)),
-        processes=ranks.size,
-        long=long,
-    )
-
-
-def long_seq_len(config: DistillConfig, native_window: int) -> int:
-    """The length of long blocks, 0 without a long part; UserError if it is above the new window."""
-    if not config.long_weight:
-        return 0
-    extended = int(native_window * config.factor)
-    length = config.long_seq_len or min(2 * native_window, extended)
-    if length > extended:
-        raise UserError(f"--long-seq-len {length} is above the new window: give at most {extended} tokens")
-    return length
-
-
-def long_sizes(config: DistillConfig, native_window: int, length: int) -> LongSizes | None:
-    """The sizes of a long block of `length` tokens, None without a long part; UserError if they do not fit it."""
-    return LongSizes.of(config.long_objective, length, native_window, config.recall_passage) if length else None
-
-
-def steps_of(tokens: int, per_step: int) -> int:
-    """The number of steps that `tokens` training tokens make; at least one."""
-    return max(1, tokens // per_step)
-
-
-def _is_demo(config: DistillConfig) -> bool:
-    return config.model is None and config.data is None
-
-
-def eval_lengths(config: DistillConfig, seq_len: int, native_window: int, machine: Machine) -> tuple[int, ...]:
-    """The lengths of --eval-lengths, ascending."""
-    if config.eval_lengths != "auto":
-        return tuple(sorted({int(part) for part in config.eval_lengths.split(",")}))
-    return (seq_len, 2 * native_window) if machine.gpu else (seq_len,)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plan
+from .sizing import Sizing, is_demo, long_sizes, size_run
 
 
 @dataclass(frozen=True)
@@ -193,6 +45,8 @@ class Plan:
     step: Step  # the sizes of a step that decide its memory, for one rank
     long_step: Step | None  # the same sizes of the long part of a step; None without a long part
     attention: Choice | None = None  # which attention runs under a gradient; None: the default, without a probe
+    long_optional: bool = False  # whether a long part is planned that nobody asked for
+    note: str | None = None  # what the plan leaves out, and why
 
     @property
     def run(self) -> RunDir:
@@ -205,11 +59,27 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The plan as text, line by line."""
         yield from self.sizing.lines(self.machine)
+        if self.note:
+            yield self.note
         yield self.memory.line()
         window, limit = self.sizing.window[0], self.machine.usable
         most = longest(self.step, limit, window)
         fits = "no sequence fits" if not most else f"the longest sequence that fits is {most} tokens"
         yield f"this machine: {limit / 1e9:.2f} GB; {fits}{' (the native window)' if most == window else ''}"
+
+    def with_long(self, most: int) -> Plan:
+        """The same plan with a long block of at most `most` tokens, a multiple of SHORTEST if possible."""
+        length = most - most % min(most, SHORTEST)
+        sizing = dataclasses.replace(self.sizing, long=long_sizes(self.config, self.sizing.window[0], length))
+        assert self.long_step is not None
+        long_step = _long_step(self.config, self.step, self.long_step.layers, sizing.long)
+        return dataclasses.replace(self, sizing=sizing, long_step=long_step)
+
+    def without_long(self) -> Plan:
+        """The same plan without a long part."""
+        config = dataclasses.replace(self.config, long_weight=0.0)
+        sizing = dataclasses.replace(self.sizing, long=None)
+        return dataclasses.replace(self, config=config, sizing=sizing, long_step=None, long_optional=False)
 
     def check(self) -> None:
         """Raise UserError, with flags that help, if the plan exceeds the machine's memory; --force allows it."""
@@ -273,22 +143,70 @@ def plan_run(
 ) -> Plan:
     """The plan of a run on `machine`. With several `ranks`, the memory is one rank's: its share of a step.
 
+    Its config says whether the run has a long part. A long part that nobody asked for is left out if it is not
+    possible, and `note` says why.
+
     Args:
         attention: which attention runs under a gradient; None: the default, without a probe.
     """
+
+    def plan(weight: float) -> Plan:
+        return _plan(dataclasses.replace(config, long_weight=weight), inspected, machine, ranks, attention)
+
+    wanted = plan(config.weight_of_long)
+    if wanted.sizing.long is None or config.needs_long:
+        return wanted
+    if why := _no_long_part(wanted):
+        return dataclasses.replace(plan(0.0), note=f"no long part: {why}")
+    return dataclasses.replace(wanted, long_optional=True)
+
+
+def _no_long_part(plan: Plan) -> str | None:
+    """Why a long part that nobody asked for is left out; None if it is not."""
+    sizing = plan.sizing
+    if is_demo(plan.config) and not sizing.long_in_demo:
+        return f"a demonstration on {plan.machine.name} would take too long with it"
+    fits = plan.long_step is None or plan_memory(plan.long_step).total <= plan.machine.usable
+    if not fits or sizing.long_seq_len <= sizing.window[0]:
+        return f"this machine's memory holds no block longer than the native window of {sizing.window[0]} tokens"
+    return None
+
+
+def _plan(
+    config: DistillConfig, inspected: Inspected, machine: Machine, ranks: Ranks, attention: Choice | None
+) -> Plan:
     dtype = working_dtype(config)
     sizing = size_run(config, inspected.checked.config, machine, ranks)
     share = ranks.share(sizing.grad_accum, sizing.batch_size)
     step = _step_of(config, inspected, dtype, sizing, share, machine.gpu)
     if attention is not None:
         step = dataclasses.replace(step, fused=attention.fused)
-    layers = len(inspected.model.layers)
-    long_step = _long_step(config, step, layers, sizing.long)
-    if long_step and not config.long_seq_len and (most := longest(long_step, machine.usable, long_step.seq_len)):
-        length = most if most == sizing.long_seq_len else most - most % min(most, SHORTEST)
-        sizing = dataclasses.replace(sizing, long=long_sizes(config, sizing.window[0], length))
-        long_step = _long_step(config, step, layers, sizing.long)
-    return Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step, attention)
+    long_step = _long_step(config, step, len(inspected.model.layers), sizing.long)
+    plan = Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step, attention)
+    if long_step is None or config.long_seq_len:
+        return plan
+    most = longest(long_step, machine.usable, long_step.seq_len)
+    return plan if most == long_step.seq_len or most < SHORTEST_LONG else plan.with_long(most)
+
+
+def fit_long_part(plan: Plan, tokens: int) -> tuple[Plan, str | None]:
+    """The plan for a long text of `tokens` tokens, and a line that says what was changed.
+
+    Blocks are made shorter if their length was left open, and if they would not be longer than the native window, a
+    long part that nobody asked for is left out.
+    """
+    sizing = plan.sizing
+    if sizing.long is None or plan.config.long_seq_len or sizing.long.text < tokens:
+        return plan, None
+    if tokens > sizing.window[0] + SHORTEST:
+        shorter = plan.with_long(tokens - 1)
+        return shorter, f"the long text has {tokens} tokens: every step reads {shorter.sizing.long_seq_len} of them"
+    if not plan.long_optional:
+        return plan, None
+    return plan.without_long(), (
+        f"no long part: the text has {tokens} tokens, too few for a block longer than the native window of "
+        f"{sizing.window[0]}"
+    )
 
 
 def _long_step(config: DistillConfig, step: Step, layers: int, sizes: LongSizes | None) -> Step | None:
@@ -309,7 +227,7 @@ def _long_step(config: DistillConfig, step: Step, layers: int, sizes: LongSizes 
 
 def trained_layers(config: DistillConfig, objective: Objective, total: int) -> int:
     """How many layers carry adapters: those that the loss depends on, all of them with a long part."""
-    return total if config.long_weight else objective.last_layer(total) + 1
+    return total if config.weight_of_long else objective.last_layer(total) + 1
 
 
 def objective_of(config: DistillConfig, model: Any) -> Objective:

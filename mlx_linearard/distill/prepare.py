@@ -28,6 +28,7 @@ from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_li
 from ..models.adapters import drop_rows
 from ..models.directory import resolve
 from ..models.pair import Pair, load_pair
+from ..models.tokenizer import tokenizer_of
 from ..models.trees import named_arrays
 from ..models.weights import check_finite, hash_of_model
 from . import checkpoint
@@ -38,7 +39,8 @@ from .long import LongPart
 from .long_text import LongBlocks
 from .objective import Objective
 from .place import check_not_in_use, check_output
-from .plan import Plan, Sizing, attention_choice, inspect_model, objective_of, plan_run, trained_layers
+from .plan import Plan, attention_choice, fit_long_part, inspect_model, objective_of, plan_run, trained_layers
+from .sizing import Sizing
 from .step import Schedule, TrainState
 from .text import Text, read_text
 
@@ -194,7 +196,9 @@ def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig
 
     A resumed run keeps its sizes, although the machine may be busier now and look slower.
     """
-    names = ["seq_len", "grad_accum", "eval_tokens", "long_seq_len"] + ([] if config.tokens else ["steps"])
+    names = ["seq_len", "grad_accum", "eval_tokens", "long_weight", "long_seq_len"] + (
+        [] if config.tokens else ["steps"]
+    )
     return dataclasses.replace(
         config, **{name: sizes[name] for name in names if getattr(config, name) is None and name in sizes}
     )
@@ -242,6 +246,8 @@ def load(plan: Plan, *, listener: Listener | None = None, ranks: Ranks = ALONE, 
 
 
 def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Job:
+    text = text or read_text(plan, tokenizer_of(plan.path, plan.native), listener)
+    plan = with_long_text(plan, text, listener)
     config, sizing = plan.config, plan.sizing
     pair = load_pair(
         plan.path,
@@ -263,7 +269,6 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
         if config.long_weight and config.lora_dropout:
             raise UserError("--long-weight with --lora-dropout needs complete batches per process: raise --grad-accum")
         drop_rows(pair.student, share.part, share.parts)
-    text = text or read_text(plan, pair.tokenizer, listener)
     for line in amount_of(text, sizing).lines(sizing):
         listener.say(line)
     return Job(
@@ -321,6 +326,14 @@ def _identity(config: DistillConfig, sizing: Sizing, path: Path, text: Text) -> 
 
 # ---------------------------------------------------------------------------------------------------
 # The text
+
+
+def with_long_text(plan: Plan, text: Text, listener: Listener) -> Plan:
+    """The plan with a long part for which there is text; says what it changes."""
+    fitted, line = fit_long_part(plan, len(text.training if text.long is None else text.long))
+    if line:
+        listener.say(line)
+    return fitted
 
 
 def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import path_word, shell_command
-from ..config import OBJECTIVES
+from ..config import OBJECTIVES, DistillConfig
 from ..files import RunDir
 from ..progress import duration
 from ..results.fields import is_whole
@@ -122,9 +122,10 @@ def _failed(export: ExportInfo) -> str:
 
 def _compare_command(facts: RunFacts) -> str:
     objective = facts.config.get("objective")
-    own = objective if objective in OBJECTIVES else "relation"
+    own = objective if objective in OBJECTIVES else DistillConfig.objective
+    default = DistillConfig.objective
     others = [name for name in ("relation", "logits") if name != own]
-    freed = () if own == "relation" else ("--objective", "relation")  # --compare is refused beside another objective
+    freed = () if own == default else ("--objective", default)  # --compare is refused beside another objective
     compare = ("--compare", ",".join([own, *others]), "--output", "DIR")
     return shell_command("mlx_linearard.distill", "--config", path_word(RunDir(facts.root).config), *freed, *compare)
 

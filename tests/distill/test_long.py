@@ -14,11 +14,14 @@ from tiny import tiny_model
 from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
-from mlx_linearard.config import DistillConfig
+from mlx_linearard.config import DistillConfig, read_yaml
+from mlx_linearard.distill.compare import compare_objectives
+from mlx_linearard.distill.listener import Listener
 from mlx_linearard.distill.long import LongPart
 from mlx_linearard.distill.long_text import LongBlocks, LongSizes, pairs_of, passages_of, short_windows
 from mlx_linearard.distill.memory import plan_memory
 from mlx_linearard.distill.objective import resolve_objective
+from mlx_linearard.distill.plan import inspect_model, plan_run
 from mlx_linearard.distill.prepare import make_plan
 from mlx_linearard.distill.step import Schedule, TrainState, train_step
 from mlx_linearard.errors import UserError
@@ -303,6 +306,99 @@ def test_the_ramp_of_yarn_reaches_the_export(model_dir: Path, text_file: Path, t
     for folder in ("model", "base"):
         config = json.loads((tmp_path / "run" / folder / "config.json").read_text())
         assert (config["rope_scaling"]["beta_fast"], config["rope_scaling"]["beta_slow"]) == (12.0, 6.0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# A long part by default
+
+
+@pytest.fixture
+def by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_linearard.config.options.LONG_WEIGHT", 0.25)
+
+
+class Says(Listener):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def prose(folder: Path, tokens: int) -> Path:
+    """A text of so many bytes, each of which is a token."""
+    file = folder / f"{tokens}.txt"
+    file.write_text(("Far text is text that nobody sees any more. " * (tokens // 40 + 1))[:tokens])
+    return file
+
+
+@pytest.mark.usefixtures("by_default")
+@pytest.mark.parametrize(
+    ("tokens", "length", "says"),
+    [
+        (4000, 256, None),
+        (300, 192, "the long text has 241 tokens: every step reads 192 of them"),
+        (200, 0, "no long part: the text has 161 tokens, too few for a block longer than the native window of 128"),
+    ],
+)
+def test_a_default_long_part_follows_the_text(
+    model_dir: Path, tmp_path: Path, tokens: int, length: int, says: str | None
+) -> None:
+    """It is never a reason to refuse a run, a run that leaves it out resumes, and so does one that has it."""
+    options = {"method": "yarn", "objective": "logits", "steps": 2, "eval_tokens": 32, "save_every": 1}
+    config = small(model_dir, prose(tmp_path, tokens), tmp_path / "run", **options)
+    said = Says()
+    assert mlx_linearard.distill(config, said) is not None
+    assert [line for line in said.lines if "long part" in line or "long text has" in line] == ([says] if says else [])
+    written = read_yaml(tmp_path / "run" / "config.yaml")
+    assert (written["long_weight"], written["long_seq_len"] or 0) == (0.25 if length else 0.0, length)
+    assert all(("long" in line) == bool(length) for line in metrics(tmp_path / "run"))
+    longer = dataclasses.replace(config, steps=3, resume=True)
+    assert mlx_linearard.distill(longer) is not None and len(metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.usefixtures("by_default")
+def test_what_the_user_asks_for_is_not_left_out(model_dir: Path, tmp_path: Path) -> None:
+    text = prose(tmp_path, 200)
+    for given in ({"long_weight": 0.25}, {"long_seq_len": 256}, {"long_objective": "longce"}):
+        with pytest.raises(UserError, match="the long text has 161 tokens, too few for one block"):
+            mlx_linearard.distill(small(model_dir, text, tmp_path / "run", **given))
+    config = small(model_dir, text, tmp_path / "run", long_weight=0.0, eval_tokens=32)
+    assert mlx_linearard.distill(config) is not None
+
+
+@pytest.mark.usefixtures("by_default")
+def test_a_default_long_part_follows_the_memory(text_file: Path, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", **WIDE)
+    plan = plan_of(folder, text_file, tmp_path, long_weight=None, long_seq_len=None)
+    assert plan.long_optional and plan.sizing.long_seq_len == 1024 and plan.config.long_weight == 0.25
+    at_window = plan_memory(dataclasses.replace(plan.long_step, seq_len=512)).total
+    without = plan_of(folder, text_file, tmp_path, at_window, long_weight=None, long_seq_len=None)
+    assert without.long_step is None and without.config.long_weight == 0.0
+    assert any("no block longer than the native window of 512 tokens" in line for line in without.lines())
+    with pytest.raises(UserError, match="--long-seq-len"):
+        plan_of(folder, text_file, tmp_path, at_window, long_weight=None, long_seq_len=1024)
+
+
+@pytest.mark.usefixtures("by_default")
+def test_a_slow_demonstration_has_no_long_part(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", **{**WIDE, "max_position_embeddings": 2048})
+    config = DistillConfig(output=str(tmp_path / "run"))
+    for speed, gpu, planned in ((100.0, False, 0), (90000.0, True, 4096)):
+        plan = plan_run(config, inspect_model(config, folder), Machine("tiny", gpu, 1 << 40, speed))
+        assert plan.sizing.long_seq_len == planned
+        assert any("a demonstration on tiny would take too long" in line for line in plan.lines()) == (not planned)
+
+
+@pytest.mark.usefixtures("by_default")
+def test_a_comparison_has_the_default_long_part_and_resumes(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"method": "yarn", "steps": 2, "eval_tokens": 32}
+    config = small(model_dir, text_file, tmp_path / "out", compare="logits,ce", **options)
+    assert compare_objectives(config) is not None
+    more = dataclasses.replace(config, compare="logits,ce,relation", resume=True)
+    assert compare_objectives(more) is not None
+    for name in ("logits", "ce", "relation"):
+        assert all(line["long"] > 0 for line in metrics(tmp_path / "out" / name))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from mlx_linearard.distill.__main__ import run as command
 from mlx_linearard.distill.amounts import Amount
 from mlx_linearard.distill.dry_run import count_tokens
 from mlx_linearard.distill.interrupt import answered
-from mlx_linearard.distill.plan import Sizing
 from mlx_linearard.distill.run import distill
+from mlx_linearard.distill.sizing import Sizing
 from mlx_linearard.distill.terminal import table
 from mlx_linearard.distill.timing import Times
 

@@ -11,9 +11,9 @@ import yaml
 
 from mlx_linearard.config import DistillConfig
 from mlx_linearard.distill.amounts import Amount, grouped
-from mlx_linearard.distill.plan import Sizing, size_run
 from mlx_linearard.distill.prepare import make_plan
 from mlx_linearard.distill.run import distill
+from mlx_linearard.distill.sizing import Sizing, size_run
 from mlx_linearard.distill.timing import MEASURING_SHARE, choose_eval_tokens
 from mlx_linearard.machine import Machine
 from tests.tiny_runs import small

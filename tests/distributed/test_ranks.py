@@ -20,7 +20,8 @@ from tiny_runs import metrics, small
 from mlx_linearard.cli import run_command
 from mlx_linearard.distill import checkpoint
 from mlx_linearard.distill.__main__ import run as command
-from mlx_linearard.distill.plan import inspect_model, plan_run, size_run
+from mlx_linearard.distill.plan import inspect_model, plan_run
+from mlx_linearard.distill.sizing import size_run
 from mlx_linearard.distributed import watchdog as watch
 from mlx_linearard.distributed.ranks import ALONE, BUFFER_BYTES, Ranks, _buffers, joined
 from mlx_linearard.distributed.watchdog import Witness
