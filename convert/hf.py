@@ -211,6 +211,16 @@ def _quantize(
     return arrays, settings
 
 
+def quantized_bytes(directory: Path, bits: int, group_size: int, dtype: str | None = None) -> tuple[int, int]:
+    """The bytes of the weights in a model directory, and those after `from_hf(quantize=True)`; nothing is computed."""
+    checked = check_model_dir(directory)
+    before = sum(array.nbytes for array in checked.arrays.values())
+    scheme = scheme_of({"bits": bits, "group_size": group_size}, "-q")
+    arrays = checked.arrays if dtype is None else _cast(checked.arrays, dtype)
+    arrays, _ = _quantize(checked, arrays, scheme)
+    return before, sum(array.nbytes for array in arrays.values())
+
+
 def dequantized(checked: Checked) -> dict[str, mx.array]:
     """The arrays with quantized layers dequantized, lazily: in the type of their scales, else of the other weights."""
     arrays = checked.arrays

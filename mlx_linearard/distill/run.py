@@ -24,7 +24,7 @@ from ..files import RunDir, disk_errors, locked, new_file, parse_json, sweep
 from ..report.load import read_run
 from ..report.render import write_report
 from ..results import store
-from ..results.records import read_pieces, write_pieces
+from ..results.records import read_pieces, write_pieces, write_windows
 from ..results.rows import ExportInfo, Results, RunInfo
 from . import checkpoint
 from .dry_run import NOTHING_WRITTEN, check_text
@@ -176,6 +176,7 @@ def remove_run(run: RunDir) -> None:
         run.before,
         run.evaluations,
         run.held_out,
+        run.held_out_tokens,
     ):
         file.unlink(missing_ok=True)
 
@@ -233,6 +234,7 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
     check_row("native", native)
     check_row("scaled", scaled)
     write_pieces(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
+    write_windows(job.run.held_out_tokens, job.text.held_out)
     rows = {"native": native.row, "scaled": scaled.row}
     store.write_results(job.run.before, Results(rows, other={MEASURED_ON: job.measured_on}))
     return native, scaled

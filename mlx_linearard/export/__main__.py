@@ -41,8 +41,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         help="of the fused weights; without it they keep their dtype",
     )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize the fused model (mlx, gguf)")
-    parser.add_argument("--q-bits", type=integer(1, 32), help="bits per weight (default: 4; 8 for gguf)")
-    parser.add_argument("--q-group-size", type=integer(1), default=64, help="weights per scale (mlx)")
+    parser.add_argument(
+        "--q-bits", type=integer(1, 32), help="bits per weight (default: 4, or those of a quantized base; 8 for gguf)"
+    )
+    parser.add_argument("--q-group-size", type=integer(1), help="weights per scale (mlx; default: 64)")
+    parser.add_argument(
+        "--no-measure",
+        dest="measure",
+        action="store_false",
+        help="do not measure what quantizing cost, beside the native model quantized alike (mlx)",
+    )
     parser.add_argument(
         "--upload-repo",
         metavar="OWNER/NAME",

@@ -12,10 +12,12 @@ from ..convert.peft import to_peft
 from ..errors import UserError
 from ..files import CARD, RunDir, check_overwrite, new_directory, read_config
 from ..models.origin import front_matter
+from ..models.quantization import Scheme
 from ..models.save import link
 from ..report.load import RunFacts, read_run
 from ..rope import native_window
 from .card import LIBRARIES, base_name, bits_of, origin_of_run, write_card
+from .quantized import advice, float_type, measure_cost, scheme_for, sizes, smaller
 from .upload import check_upload, token_of_hub, upload
 
 FORMATS = ("mlx", "hf", "peft", "adapters", "gguf")
@@ -29,7 +31,8 @@ def export(
     dtype: str | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
-    q_group_size: int = 64,
+    q_group_size: int | None = None,
+    measure: bool = True,
     overwrite: bool = False,
     upload_repo: str | None = None,
     public: bool = False,
@@ -46,6 +49,8 @@ def export(
         dtype: float32, float16 or bfloat16 for the fused weights (`mlx`, `hf`, `gguf`); None keeps their dtype.
         quantize: quantize the fused model (`mlx`, `gguf`), with `q_bits` per weight and one scale per `q_group_size`
             weights. Without `q_bits`, 4 bits; `gguf`, which has 8 bits only, takes no group size.
+            For a quantized base, the base's own bits and group size are the default of `mlx`.
+        measure: measure what quantizing cost (`mlx`), and add it to the run's results and to the card.
         overwrite: replace `out_dir`, if this tool wrote it.
         upload_repo: a repository of the hub, OWNER/NAME, to which the export is uploaded. It is made private unless
             `public`. An export that stands in `out_dir` already is uploaded as it is: this continues an upload.
@@ -82,17 +87,15 @@ def export(
                 progress(f"{out} is exported already and is uploaded as it is (--overwrite exports again)")
             upload(out, upload_repo, public=public, progress=progress)
             return out
-    if format == "mlx":
-        from_hf(
-            run.model,
-            out,
-            dtype=dtype,
-            quantize=quantize,
-            q_bits=q_bits or 4,
-            q_group_size=q_group_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    weights: list[str] = []
+    if format == "mlx" and quantize:
+        scheme = scheme_for(run, q_bits, q_group_size)
+        weights = _quantized(run, out, facts, scheme, dtype, measure, overwrite, progress)
+        facts = read_run(run.root)
+    elif format == "mlx":
+        if progress and "quantization" in read_config(run.base):
+            progress(f"q, k and v stay unquantized, so this is larger than the base: {smaller(run)}")
+        from_hf(run.model, out, dtype=dtype, overwrite=overwrite, progress=progress)
     elif format == "hf":
         to_hf(run.model, out, dtype=dtype, overwrite=overwrite, progress=progress)
     elif format == "peft":
@@ -102,10 +105,44 @@ def export(
     else:
         file = _gguf(run, out, facts, "q8_0" if quantize else dtype, overwrite, progress)
     bits = bits_of(out) if format == "mlx" else 0
-    write_card(out, facts, format, name=upload_repo or "", bits=bits, file=file)
+    write_card(out, facts, format, name=upload_repo or "", bits=bits, file=file, weights=weights)
     if upload_repo is not None:
         upload(out, upload_repo, public=public, progress=progress)
     return out
+
+
+def _quantized(
+    run: RunDir,
+    out: Path,
+    facts: RunFacts,
+    scheme: Scheme,
+    dtype: str | None,
+    measured: bool,
+    overwrite: bool,
+    progress: Callable[[str], None] | None,
+) -> list[str]:
+    """Say the sizes, write the quantized model, and measure what that cost; returns sentences for the card."""
+    say = progress or (lambda _: None)
+    dtype = dtype or float_type(run)
+    size = sizes(run, scheme, dtype).line(scheme)
+    say(size)
+    from_hf(
+        run.model,
+        out,
+        dtype=dtype,
+        quantize=True,
+        q_bits=scheme.bits,
+        q_group_size=scheme.group_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    cost = measure_cost(run, out, facts, scheme, say) if measured else None
+    if cost is None:
+        return [f"Quantized: {size}.", "What that cost was not measured."]
+    say(cost.sentence())
+    if cost.much:
+        say(advice(run, out))
+    return [f"Quantized: {size}.", cost.sentence()]
 
 
 def is_export(folder: Path, format: str) -> bool:

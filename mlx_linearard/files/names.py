@@ -47,5 +47,6 @@ class RunDir:
         self.evaluations = self.root / "evaluations.jsonl"  # the evaluations of --eval-every
         self.logs = self.root / "logs"  # what --report-to writes
         self.held_out = self.root / "held_out.json"  # each model's numbers by piece of held-out text, for paired tests
+        self.held_out_tokens = self.root / "held_out_tokens.json"  # the held-out text itself, by length
         self.items = self.root / "results.items"  # the measurements of `evaluate`, item by item
         self.comparison = self.root / "comparison.json"  # the settings that all runs of a --compare share

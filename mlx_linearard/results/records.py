@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
-from ..files import parse_json, read_json, read_text, write_json
+from ..files import parse_json, read_json, read_text, write_json, write_text
 from .fields import Field, exists, is_whole, shown
 from .rows import Training
 
@@ -86,3 +89,22 @@ def _samples(at: Field, value: Any) -> dict[str, float]:
 def write_pieces(path: Path, models: Mapping[str, Pieces]) -> None:
     """Replace held_out.json, completely or not at all."""
     write_json(path, models)
+
+
+def write_windows(path: Path, windows: Mapping[int, np.ndarray]) -> None:
+    """held_out_tokens.json: the held-out text by length, windows (n, length + 1) of token ids."""
+    write_text(path, json.dumps({str(length): ids.tolist() for length, ids in windows.items()}) + "\n")
+
+
+def read_windows(path: Path) -> dict[int, np.ndarray]:
+    """The windows (n, length + 1) int32 by length; {} if there is no such file, as in runs of earlier versions."""
+    if not exists(path):
+        return {}
+    found = {}
+    for length, rows in Field(path).by_length(read_json(path)).items():
+        at = Field(path) / length
+        ids = [[at.count(token) for token in at.items(row)] for row in at.items(rows)]
+        if not ids or any(len(row) != length + 1 for row in ids) or max(map(max, ids)) >= 1 << 31:
+            at.fail(f"must hold windows of {length + 1} token ids")
+        found[length] = np.array(ids, np.int32)
+    return found
