@@ -175,7 +175,7 @@ VERBS = {
     ),
     "verify": Verb(
         _verify,
-        "compare two models on the same tokens, or a server with a model: does it apply the RoPE scaling?",
+        "compare two models on the same tokens; with --served, tell whether a server applies the RoPE scaling",
         "a model directory or .gguf file; with --served the directory of the model that is served, or its run",
         "another one; none with --served",
         flags=(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..convert.gguf_write import to_gguf
 from ..convert.hf import from_hf, to_hf
 from ..convert.peft import to_peft
 from ..errors import UserError
-from ..files import CARD, RunDir, check_overwrite, new_directory, read_config
-from ..models.origin import front_matter
+from ..files import RunDir, check_overwrite, new_directory, read_config, remember, remembered
 from ..models.quantization import Scheme
 from ..models.save import link
+from ..models.weights import weight_files
 from ..report.load import RunFacts, read_run
 from ..rope import native_window
-from .card import LIBRARIES, base_name, bits_of, origin_of_run, write_card
+from .card import base_name, bits_of, origin_of_run, write_card
 from .quantized import advice, float_type, measure_cost, scheme_for, sizes, smaller
 from .upload import check_upload, token_of_hub, upload
 
@@ -80,9 +81,10 @@ def export(
     if overwrite:
         check_overwrite(out_dir, [run.root])
     facts, file, out = read_run(run.root), "", Path(out_dir)
+    made = _made(run, format, dtype, quantize, q_bits, q_group_size)
     if upload_repo is not None:
         check_upload(upload_repo, token_of_hub())
-        if not overwrite and is_export(out, format):
+        if not overwrite and remembered(out) == made:
             if progress:
                 progress(f"{out} is exported already and is uploaded as it is (--overwrite exports again)")
             upload(out, upload_repo, public=public, progress=progress)
@@ -106,6 +108,7 @@ def export(
         file = _gguf(run, out, facts, "q8_0" if quantize else dtype, overwrite, progress)
     bits = bits_of(out) if format == "mlx" else 0
     write_card(out, facts, format, name=upload_repo or "", bits=bits, file=file, weights=weights)
+    remember(out, made)
     if upload_repo is not None:
         upload(out, upload_repo, public=public, progress=progress)
     return out
@@ -145,13 +148,14 @@ def _quantized(
     return [f"Quantized: {size}.", cost.sentence()]
 
 
-def is_export(folder: Path, format: str) -> bool:
-    """Whether a folder holds a finished export in this format, with nothing else in it."""
-    try:
-        check_overwrite(folder)
-    except UserError:
-        return False
-    return front_matter(folder / CARD).get("library_name") == LIBRARIES[format]
+def _made(run: RunDir, *options: Any) -> dict[str, Any]:
+    """What an export is made from: the same model of the same run, with the same options, gives the same export."""
+    weights = [path.stat() for path in weight_files(run.model)]
+    return {
+        "run": str(run.root.resolve()),
+        "weights": [[stat.st_size, stat.st_mtime_ns] for stat in weights],
+        "options": list(options),
+    }
 
 
 def _gguf(

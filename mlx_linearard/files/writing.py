@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import UserError, one_line
 from .names import MARKER
 from .reading import read_object, shown, without_surrogates
 
+_MADE = "made"  # the marker's note of what a directory was made from
 _WRITTEN_BY = "mlx-linearard"  # this tool's name in the marker
 
 # The names that tempfile makes below: .NAME.new-xxxxxxxx, for files with their suffix, and .NAME.old-xxxxxxxx.
@@ -267,6 +268,20 @@ def add_file(directory: Path, name: str, text: str) -> None:
     write_text(directory / name, text)
     if ours:
         _mark(directory)
+
+
+def remember(directory: Path, made: Mapping[str, Any]) -> None:
+    """Note in the marker of a finished directory what it was made from; the note must be JSON."""
+    marker = directory / MARKER
+    write_json(marker, {**read_object(marker), _MADE: dict(made)})
+
+
+def remembered(directory: Path) -> Any:
+    """What `remember` noted, if the directory is one that this tool wrote, with nothing else in it; else None."""
+    with contextlib.suppress(UserError):
+        check_overwrite(directory)
+        return read_object(directory / MARKER).get(_MADE)
+    return None
 
 
 def _mark(directory: Path) -> None:

@@ -71,6 +71,23 @@ def test_a_broken_connection_is_continued(
     assert "uploading 0 of" in capsys.readouterr().out and len(hub.commits) == commits + 1
 
 
+def test_another_export_in_the_way_is_not_uploaded(
+    hub: Hub, run_copy: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """Another run, another option, or a retrained model does not upload what stands there."""
+    out = tmp_path / "out"
+    export_command(command(run_copy, out))
+    commits = len(hub.commits)
+    for arguments in (command(finished_run, out), command(run_copy, out, "--dtype", "float16")):
+        with pytest.raises(UserError, match="already exists"):
+            export_command(arguments)
+    os.utime(run_copy / "model" / "model.safetensors", ns=(1, 1))
+    with pytest.raises(UserError, match="already exists"):
+        export_command(command(run_copy, out))
+    assert len(hub.commits) == commits
+    assert export_command(command(run_copy, out, "--overwrite")) == 0
+
+
 def test_a_refused_token(hub: Hub, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong_secret")
     with pytest.raises(UserError, match=r"me/mine: the hub refuses the token \(HTTP 401\)") as caught:
