@@ -39,6 +39,11 @@ def remedy(error: BaseException) -> str | None:
     return next((help_ for part, help_ in REMEDIES if part.lower() in text), None)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of the platform says that the device's memory is full."""
+    return remedy(error) == _MEMORY
+
+
 def one_line(text: object) -> str:
     """`text` on a single line, for messages that quote others."""
     return " ".join(str(text).split())

@@ -81,6 +81,14 @@ def machine_of_speed(gflops: float, sharing: int = 1) -> Machine:
     return Machine(describe(), gpu, memory // sharing, gflops, working_set // sharing)
 
 
+def free_memory() -> int:
+    """Bytes that new arrays may take now; on a CUDA device without those that other programs hold."""
+    usable = machine_of_speed(0).usable
+    info: dict[str, Any] = mx.device_info() if on_gpu() else {}
+    free = int(info.get("free_memory", usable)) + mx.get_cache_memory()
+    return max(0, min(usable - mx.get_active_memory(), free))
+
+
 def _timed(a: mx.array) -> float:
     start = time.perf_counter()
     mx.eval(a @ a)

@@ -1,4 +1,8 @@
-"""Contexts that are read once, and the sequences that continue them: several of each in one forward pass."""
+"""Contexts that are read once, and the sequences that continue them: several of each in one forward pass.
+
+The classes of layers have the attributes that mlx-lm's models read of a cache. Contexts are padded on the right, which
+their masks hide. So nothing is moved when a context has been read, and shapes do not depend on lengths.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,25 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 
+def mask_of(lengths: mx.array, width: int, first: int, tokens: int, room: int, window: int | None) -> mx.array:
+    """(B, 1, T, width + room) bool: what each of `tokens` (T) of B sequences attends to.
+
+    The keys are those of contexts, of which `lengths` (B,) count, padded to `width`, and then `room` keys of tokens
+    that follow. The tokens are number `first` and on of these. window: how far attention reaches, if not everywhere.
+    """
+    keys, lengths = mx.arange(width + room)[None, None], lengths[:, None, None]
+    number = mx.arange(first, first + tokens)[None, :, None]
+    mask = (keys < lengths) | ((keys >= width) & (keys - width <= number))
+    if window:
+        place = mx.where(keys < width, keys, keys - width + lengths)
+        mask = mask & (number + lengths < place + window)
+    return mask[:, None]
+
+
 class _Context(KVCache):
     """One layer's keys and values of contexts. `window`: how far its attention reaches, if not everywhere."""
+
+    step = 8  # positions that are allocated together: contexts may be short and many
 
     def __init__(self, window: int | None):
         super().__init__()
@@ -25,7 +46,7 @@ class _Branch:
     """One layer's cache for one pass over sequences (B), each of which continues one of the contexts.
 
     keys, values: of the contexts, (C, H, S, D), padded on the right. rows: (B,), the context of each sequence.
-    offset: (B,), the length of that context. The attributes are those that mlx-lm's models read.
+    offset: (B,), the length of that context.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, rows: mx.array, offset: mx.array, window: int | None):
@@ -38,18 +59,7 @@ class _Branch:
         )
 
     def make_mask(self, tokens: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """(B, 1, T, S + T) bool: the context without its padding, and the sequence's own tokens up to each."""
-        before, own = mx.arange(self.keys.shape[2]), mx.arange(tokens)
-        offset = self.offset[:, None]
-        shape = (offset.shape[0], own.size)
-        held = mx.broadcast_to(before < offset, (shape[0], before.size))
-        place = mx.concatenate([mx.broadcast_to(before, held.shape), offset + own], axis=1)[:, None]  # (B, 1, S + T)
-        query = (offset + own)[..., None]  # (B, T, 1)
-        held = mx.concatenate([held, mx.ones(shape, dtype=mx.bool_)], axis=1)[:, None]
-        mask = held & (place <= query)
-        if window := window_size or self.window:
-            mask = mask & (query < place + window)
-        return mask[:, None]
+        return mask_of(self.offset, self.keys.shape[2], 0, tokens, tokens, window_size or self.window)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from ..data import Document, check_ids, encode, first_token, tokenize, tokenizer_errors
 from ..errors import UserError
 from ..files import TOKENIZER_FILES
-from ..machine import machine_of_speed, on_gpu
+from ..machine import free_memory, on_gpu
 from ..models.directory import check_config, check_model_dir, resolve
 from ..models.pair import load_frozen
 from ..models.shape import Shape
@@ -39,8 +39,8 @@ CHUNK, GPU_CHUNK, CUDA_CHUNK = 512, 4096, 16384  # tokens per forward pass: enou
 ROWS, GPU_ROWS, CUDA_ROWS = 64, 256, 2048  # sequences measured together at most
 GROUP, CUDA_GROUP = 4, 16  # passes: items of about as many tokens are sorted by length and scored together
 BATCH, GPU_BATCH = 8192, 1 << 20  # tokens of prompts that are read together: what an interruption loses on a CPU
-CACHE_SHARE = 0.25  # the part of memory for the KV caches of prompts that are read together
-SCORES_SHARE = 1 / 16  # the part of memory for attention scores, if that is more than SCORES_BYTES
+CACHE_SHARE, CUDA_CACHE_SHARE = 0.25, 0.4  # parts of free memory for the KV caches of prompts read together
+SCORES_SHARE = 1 / 16  # the part of free memory for attention scores, if that is more than SCORES_BYTES
 PROBE = "It was 3:45 on a naïve Sunday;\n\n  the “window” held 1234 tokens."  # tokenizers are compared on this text
 
 
@@ -199,7 +199,7 @@ class Subject:
     def passes(self) -> Passes:
         """The model's forward passes, sized to the machine."""
         gpu, cuda = on_gpu(), on_cuda()
-        usable = machine_of_speed(0).usable
+        free = free_memory()
         chunk = self.chunk or (CUDA_CHUNK if cuda else GPU_CHUNK if gpu else CHUNK)
         rows = CUDA_ROWS if cuda else GPU_ROWS if gpu else ROWS
         return Passes(
@@ -208,10 +208,10 @@ class Subject:
             chunk,
             rows=self.batch_size or rows,
             batch=GPU_BATCH if gpu else BATCH,
-            cache_bytes=int(CACHE_SHARE * usable),
+            cache_bytes=int((CUDA_CACHE_SHARE if cuda else CACHE_SHARE) * free),
             group=(CUDA_GROUP if cuda else GROUP) * chunk,
             heads=self.directory.heads,
-            scores_bytes=max(SCORES_BYTES, int(SCORES_SHARE * usable)) if gpu else SCORES_BYTES,
+            scores_bytes=max(SCORES_BYTES, int(SCORES_SHARE * free)) if gpu else SCORES_BYTES,
             few_shapes=cuda,
         )
 

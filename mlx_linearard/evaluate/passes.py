@@ -20,11 +20,14 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from ..errors import UserError
 from ..ops.tiling import FLOAT32
 from .branches import Contexts, context_caches, contexts_of
+from .together import WAYS, Merged, Together, Way
 
 SCORES_BYTES = 2 << 30  # most bytes of attention scores per pass, if a device holds them: long prompts, short chunks
 LOGITS_BYTES = 128 << 20  # most bytes of a chunk's float32 logits: a large vocabulary makes chunks shorter
-TRIED = ([3, 5, 7, 2, 9, 4, 6], [8, 1, 5])  # tokens of two sequences, read together and alone
-SAME = 0.1  # the largest difference, as a share of the largest logit: half precision is far below it
+# Tokens of two sequences, which are read together and alone, and the largest difference of their logits, as a share
+# of the logits' own spread: half precision is far below it, a wrong mask or position far above.
+TRIED = ([19, 23, 11, 29, 7, 26, 13, 21, 9, 17, 28, 12, 25, 8, 22, 15, 30, 10, 18, 27], [14, 24, 16, 20, 31])
+SAME = 0.2
 ENOUGH, FEW_ENOUGH = 0.25, 0.5  # parts of a pass: batches of this size are large enough; with few shapes
 PADDED = 1.2  # a sequence longer than this many times the mean of the batch begins another batch
 LEAST = 8  # the smallest size that sizes are rounded up to
@@ -81,16 +84,26 @@ class Passes:
 
         Some caches have no form for several sequences, and some of mlx-lm's families fail on it or ignore it.
         """
-        if not all(map(_mergeable, self.new_cache())):
-            return False
+        return self.way is not None
 
-        def together() -> mx.array:
-            caches = [self.new_cache() for _ in TRIED]
-            for cache, row in zip(caches, TRIED, strict=True):
-                self.prefill(cache, row[:-1])
-            return self.model(mx.array([row[-1:] for row in TRIED]), cache=merge(caches))[:, -1]
+    @functools.cached_property
+    def way(self) -> Way | None:
+        """How caches of several prompts are joined: the first way whose results are those of each prompt alone."""
+        for way in WAYS:
 
-        return self.agrees(together)
+            def together(way: Way = way) -> mx.array:
+                caches = [self.new_cache() for _ in TRIED]
+                for cache, row in zip(caches, TRIED, strict=True):
+                    self.prefill(cache, row[:-1])
+                return self.model(mx.array([row[-1:] for row in TRIED]), cache=way(caches, 1).layers)[:, -1]
+
+            if way.fits(self.new_cache()) and self.agrees(together):
+                return way
+        return None
+
+    def join(self, caches: list[list[Any]], room: int) -> Together | Merged:
+        """The caches of prompts as one, for at most `room` more tokens; the lists in `caches` are emptied."""
+        return (self.way or Merged)(caches, room) if len(caches) > 1 else Merged(caches, room)
 
     @functools.cached_property
     def shares(self) -> bool:
@@ -110,12 +123,18 @@ class Passes:
 
     def agrees(self, together: Callable[[], mx.array]) -> bool:
         """Whether `together` returns the last logits (2, V) of the sequences of `TRIED` as each read alone has them."""
-        alone = mx.concatenate([self.model(mx.array([row]))[:, -1] for row in TRIED])
+        alone = mx.concatenate([self._alone(row) for row in TRIED]).astype(mx.float32)
         try:
-            error = mx.abs(together() - alone).max() / mx.abs(alone).max()
-            return bool((error < SAME).item())
+            error = mx.square(together().astype(mx.float32) - alone).mean(axis=-1)
+            return bool(mx.all(error < SAME**2 * mx.var(alone, axis=-1)).item())
         except Exception:  # a family may raise any error; its sequences are then read one at a time
             return False
+
+    def _alone(self, tokens: Sequence[int]) -> mx.array:
+        """The logits (1, V) after all of `tokens`."""
+        cache = self.new_cache()
+        self.prefill(cache, tokens[:-1])
+        return self.model(mx.array([tokens[-1:]]), cache=cache)[:, -1]
 
     def read(self, rows: Sequence[Sequence[int]]) -> Contexts:
         """Contexts of the tokens `rows`: all in one pass, or one in chunks. The model `shares`."""
@@ -139,7 +158,6 @@ class Passes:
             spare = min(size, self.width(part.shape[1])) - part.shape[1] if pads else 0
             self.model(mx.array(np.pad(part, ((0, 0), (0, spare)))), cache=cache)
             mx.eval(states)  # so one chunk is prepared while the one before it is computed
-            mx.clear_cache()
             states = [layer.state for layer in cache]
             mx.async_eval(states)
             for layer in cache if spare else ():
@@ -147,7 +165,6 @@ class Passes:
             if tick:
                 tick(part.shape[1])
         mx.eval(states)
-        mx.clear_cache()
 
     def _chunk_of(self, tokens: int) -> int:
         """The tokens per pass of a prompt of some tokens."""
@@ -186,16 +203,6 @@ def padded(rows: Sequence[Sequence[int]], height: int = 0, width: int = 0) -> mx
     return mx.array(ids)
 
 
-def merge(caches: Sequence[list[Any]]) -> list[Any]:
-    """The caches of several sequences as one, a layer at a time; the lists in `caches` are emptied."""
-    merged = []
-    while caches[0]:
-        layer = [cache.pop(0) for cache in caches]
-        merged.append(layer[0].merge(layer))
-        mx.eval(merged[-1].state)
-    return merged
-
-
 def size_of(caches: list[Any]) -> int:
     """The bytes that caches hold."""
     states: Any = tree_flatten([cache.state for cache in caches])
@@ -221,7 +228,3 @@ def packed(
         have += length(thing)
     if batch:
         yield batch
-
-
-def _mergeable(cache: Any) -> bool:
-    return hasattr(cache, "merge") and all(map(_mergeable, getattr(cache, "caches", ())))

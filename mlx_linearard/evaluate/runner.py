@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, one_line
+import mlx.core as mx
+
+from ..errors import UserError, is_out_of_memory, one_line
+from ..machine import machine_of_speed
 from ..results.fields import Field
 from ..results.rows import NOT_MODELS, Comparison, Results, Row, SuiteResult
 from ..results.statistics import compare
 from ..results.store import ItemLog, Record, read_results, update_results
 from .model import Directory, Subject, digest, load_subject, same_tokenizer
 from .suites.suite import Done, Item, Suite, all_options, identity, left, metric_names, samples, summary
+
+KEPT_SHARE = 1 / 16  # the part of memory that mlx may keep for arrays to come
 
 Progress = Callable[[str, int, int], None]  # (label, tokens done, tokens in all), tokens weighed by their work
 
@@ -33,7 +39,32 @@ def run_suite(
     the longest allowed context, by default the model's own.
     Raises UserError if data or lengths do not fit.
     """
-    items = suite.items(subject.directory, window or subject.directory.window)
+    with _bounded_memory(subject):
+        return _run_suite(subject, suite, log, progress, window or subject.directory.window)
+
+
+@contextlib.contextmanager
+def _bounded_memory(subject: Subject) -> Iterator[None]:
+    """Keep freed memory from piling up while the block runs; UserError if the device's memory is full."""
+    before = mx.set_cache_limit(int(KEPT_SHARE * machine_of_speed(0).usable))
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{subject.directory.path} does not fit the memory of the device with what it reads: close other programs, "
+            "or give a smaller --chunk, --batch-size or --lengths"
+        ) from None
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
+def _run_suite(
+    subject: Subject, suite: Suite, log: ItemLog | None, progress: Progress | None, window: int
+) -> tuple[dict[str, Any], list[Record]]:
+    items = suite.items(subject.directory, window)
     done = _records_of(items, log) if log else {}
     state = _Done(f"{suite.name}, {subject.label}", items, done, progress, subject.directory.balance)
     measured = frozenset(done)

@@ -8,17 +8,19 @@ a batch, the numbers of the batch before it are read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..errors import is_out_of_memory
 from ..models.layers import hidden_at
 from ..ops.logits import TokenScores, token_scores
 from .branches import Contexts
 from .passes import LOGITS_BYTES, Passes, padded
 
+LEAST_CHUNK = 64  # tokens of a pass; memory that is too small for these is too small for the model
 LEAST_SHARED = 8  # tokens: a shorter common beginning is computed again for each sequence
 
 Score = tuple[float, bool]  # log-likelihood in nats; whether all tokens are the model's first choice
@@ -66,19 +68,33 @@ class _Batch:
 def score(passes: Passes, items: Sequence[Continuations], wanted: Sequence[bool]) -> Iterator[list[Score]]:
     """The scores of the sequences of each wanted item, in the order of the items.
 
-    An item is always in the same batch, whichever items are wanted, so its numbers do not depend on `wanted`.
+    An item is always in the same batch, whichever items are wanted, so its numbers do not depend on `wanted`. If the
+    device's memory does not hold a pass, the passes become smaller.
 
-    Raises UserError if the model computes logits that are not finite.
+    Raises UserError if the model computes logits that are not finite, and RuntimeError if no pass fits the memory.
     """
     for numbers in _groups(items, passes.group):
         group, asked = [items[number] for number in numbers], [wanted[number] for number in numbers]
-        found: Scores = {}
-        for batch in _one_ahead(_batches(passes, group, asked)):
-            found |= batch.read(passes)
-        mx.clear_cache()
+        found: Scores | None = None
+        while found is None:
+            try:
+                found = _scores(passes, group, asked)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or passes.chunk < 2 * LEAST_CHUNK:
+                    raise
+            mx.clear_cache()
+            if found is None:
+                passes = replace(passes, chunk=passes.chunk // 2)
         for i, item in enumerate(group):
             if asked[i]:
                 yield [found[i, sequence] for sequence in range(len(item.sequences))]
+
+
+def _scores(passes: Passes, group: Sequence[Continuations], wanted: Sequence[bool]) -> Scores:
+    found: Scores = {}
+    for batch in _one_ahead(_batches(passes, group, wanted)):
+        found |= batch.read(passes)
+    return found
 
 
 def _one_ahead(batches: Iterable[_Batch]) -> Iterator[_Batch]:

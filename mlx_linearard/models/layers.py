@@ -124,7 +124,7 @@ def hidden_at(
     def run(index: int, hidden: mx.array, call: Call) -> mx.array:
         hidden = real[index](hidden, *call.arguments, **call.keywords)
         if index == len(real) - 1 and isinstance(hidden, mx.array) and hidden.shape[:2] == tokens.shape:
-            found.append(hidden.reshape(1, size, -1)[:, positions])
+            found.append(hidden.reshape(size, -1)[positions][None])
         return hidden
 
     try:
@@ -136,7 +136,7 @@ def hidden_at(
             logits = model(tokens, cache=cache)  # a lazy graph: the head is not computed unless its result is used
     if len(found) == 1:
         return found[0], head(model)
-    return logits.reshape(1, size, -1)[:, positions], lambda hidden: hidden
+    return logits.reshape(size, -1)[positions][None], lambda hidden: hidden
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:

@@ -14,6 +14,7 @@ import pytest
 from mlx_lm import batch_generate
 from tiny import PROSE, tiny_model
 
+from mlx_linearard.evaluate import generation
 from mlx_linearard.evaluate.model import Question, Subject, load_subject, open_directory
 from mlx_linearard.evaluate.passes import packed
 from mlx_linearard.evaluate.suites.continuation import Request
@@ -179,8 +180,6 @@ def test_prompts_are_read_only_when_their_batch_begins(folder: Path) -> None:
 
 def test_a_batch_fits_its_memory(folder: Path) -> None:
     """Rows are added while their caches fit; the largest cache counts for those to come."""
-    from mlx_linearard.evaluate import generation
-
     subject = subject_of(folder)
     given = [generation.Prompt(prompt, 3) for prompt in prompts(subject, [200] * 6)]
     sizes: list[int] = []
@@ -200,6 +199,47 @@ def test_a_batch_fits_its_memory(folder: Path) -> None:
         sizes.clear()
         list(generation.generate(replace(subject.passes, batch=450), given, set()))
         assert sizes == [2, 2, 2]
+
+
+class Small(nn.Module):
+    """A model on a device whose memory does not hold a pass over more than `most` tokens."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.inner, self.most = model, most
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.inner.layers
+
+    def __call__(self, tokens: mx.array, cache: object = None) -> mx.array:
+        if tokens.size > self.most:
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+        return self.inner(tokens, cache=cache)
+
+
+def test_batches_become_smaller_if_the_memory_is_full(folder: Path) -> None:
+    subject = subject_of(folder)
+    items, given = requests(), prompts(subject, [30, 31, 30, 29, 30, 31, 30])
+    expected = list(subject.scores(items)), list(subject.answers(Question(p, 4) for p in given))
+    ticks: list[int] = []
+    small = replace(subject, model=Small(subject.model, 130))
+    for found, right in zip(small.scores(items), expected[0], strict=True):
+        assert np.allclose([x for x, _ in found], [x for x, _ in right], rtol=1e-5, atol=NATS)
+    own = generation._Step.after
+
+    def full(passes: object, cache: object, last: mx.array) -> generation._Step:
+        if last.size > 3:
+            raise RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory")
+        return own(passes, cache, last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation._Step, "after", full)
+        assert list(subject.answers((Question(p, 4) for p in given), ticks.append)) == expected[1]
+        assert sum(ticks) == sum(len(p) - 1 for p in given)  # prompts that are read again do not count again
+        patch.setattr(generation._Step, "after", lambda *any: full(None, None, mx.zeros(9)))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(subject.answers(Question(p, 4) for p in given))
 
 
 def test_few_shapes_are_used_for_many_sizes(folder: Path) -> None:

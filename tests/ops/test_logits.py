@@ -4,7 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_linearard.ops.logits import compare_logits, cross_entropy, gain_cross_entropy, logits_kl, token_nll
+from mlx_linearard.ops.logits import (
+    compare_logits,
+    cross_entropy,
+    gain_cross_entropy,
+    logits_kl,
+    token_nll,
+    token_scores,
+)
 
 SMALL = 20_000  # a workspace for a few positions: there are many chunks, and the last is shorter
 VOCABULARY, SIZE = 101, 12
@@ -94,6 +101,20 @@ def test_comparison_at_each_position():
     assert np.array_equal(np.array(got.agreement), agreement)
     assert np.array(token_nll(x, linear(w), targets, workspace_bytes=SMALL)) == pytest.approx(nll, rel=1e-5)
     assert compare_logits(x, y, linear(w), linear(v)).nll is None
+
+
+@pytest.mark.parametrize("workspace", [None, SMALL])
+def test_scores_of_tokens_against_float64(workspace):
+    x, w = hidden(0), weight(1)
+    logs = log_softmax(x, w)
+    targets = mx.array(np.where(np.arange(46).reshape(2, 23) % 2, logs.argmax(-1), 7))
+    scores = token_scores(x, linear(w), targets, workspace_bytes=workspace)
+    own = np.array(targets)
+    assert np.array(scores.nll) == pytest.approx(-np.take_along_axis(logs, own[..., None], -1)[..., 0], abs=1e-5)
+    assert (np.array(scores.first) == (logs.argmax(-1) == own)).all() and scores.finite.all().item()
+    x[1, 5, 3] = float("nan")
+    finite = np.array(token_scores(x, linear(w), targets, workspace_bytes=workspace).finite)
+    assert finite.sum() == 45 and not finite[1, 5]
 
 
 def test_quantized_and_capped_heads_get_their_gradient():
