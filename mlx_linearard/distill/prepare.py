@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,13 @@ from ..distributed.watchdog import BEGIN
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
 from ..files import RunDir
-from ..machine import Machine, machine_of_speed, measure_machine, on_gpu, set_limits
+from ..machine import Machine, describe, machine_of_speed, measure_machine, on_gpu, set_limits
 from ..models.adapters import drop_rows
 from ..models.directory import resolve
 from ..models.pair import Pair, load_pair
 from ..models.tokenizer import tokenizer_of
 from ..models.trees import named_arrays
-from ..models.weights import check_finite, hash_of_model
+from ..models.weights import check_finite, hash_of_model, weight_files
 from . import checkpoint
 from .amounts import Amount
 from .best import reference_length, score
@@ -109,6 +111,14 @@ class Job:
         """A hash of the weights, the scaling and the held-out windows: rows of different hashes are not comparable."""
         scaling = [self.identity[name] for name in ("model", "method", "factor", "yarn_beta_fast", "yarn_beta_slow")]
         return f"{hash_of(*self.text.held_out.values())}-{hashlib.sha256(repr(scaling).encode()).hexdigest()[:16]}"
+
+    @property
+    def measured_with(self) -> list[Any]:
+        """Everything that the rows of native and scaled depend on, to the last digit."""
+        states = [path.stat() for path in weight_files(self.pair.path)]
+        files = [[state.st_size, state.st_mtime_ns] for state in states]
+        machine = [describe(), version("mlx"), os.environ.get("MLX_ENABLE_TF32", ""), self.workspace_bytes]
+        return ["held-out", self.measured_on, files, self.config.dtype, machine]
 
     @property
     def compared_on(self) -> str:

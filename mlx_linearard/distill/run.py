@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,10 @@ from ..files import RunDir, disk_errors, locked, new_file, parse_json, sweep
 from ..report.load import read_run
 from ..report.render import write_report
 from ..results import store
-from ..results.records import read_pieces, write_pieces, write_windows
-from ..results.rows import ExportInfo, Results, RunInfo
+from ..results.fields import Field
+from ..results.kept import Kept
+from ..results.records import Pieces, pieces_of, read_pieces, write_pieces, write_windows
+from ..results.rows import ExportInfo, Results, Row, RunInfo
 from . import checkpoint
 from .dry_run import NOTHING_WRITTEN, check_text
 from .listener import Listener
@@ -224,6 +226,9 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
     """
     if job.config.resume and (saved := read_before(job.run, job.measured_on)):
         return saved
+    kept = Kept.of_user()
+    if before is None and kept and (before := read_kept(kept, job)):
+        listener.say("native and scaled were measured before, on the same weights and text: read from the cache")
     native, scaled = before or measure(
         job.pair,
         job.text.held_out,
@@ -237,6 +242,9 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
     write_windows(job.run.held_out_tokens, job.text.held_out)
     rows = {"native": native.row, "scaled": scaled.row}
     store.write_results(job.run.before, Results(rows, other={MEASURED_ON: job.measured_on}))
+    if kept:
+        pieces = {"native": native.pieces, "scaled": scaled.pieces}
+        kept.write(job.measured_with, {"rows": Results(rows).as_json(), "pieces": pieces})
     return native, scaled
 
 
@@ -256,8 +264,22 @@ def read_before(run: RunDir, measured_on: str) -> Rows | None:
         before, pieces = store.read_results(run.before), read_pieces(run.held_out)
     except UserError:  # damaged: they are measured again
         return None
-    rows = before.rows
-    if before.other.get(MEASURED_ON) != measured_on or not {"native", "scaled"} <= rows.keys() & pieces.keys():
+    return _rows_of(before.rows, pieces) if before.other.get(MEASURED_ON) == measured_on else None
+
+
+def read_kept(kept: Kept, job: Job) -> Rows | None:
+    """The rows of native and scaled that another run has measured on the same; None if none has."""
+    value = kept.read(job.measured_with)
+    try:
+        at = Field(kept.folder)
+        entries = at.mapping(value)
+        return _rows_of(Results.from_json(entries.get("rows"), at).rows, pieces_of(entries.get("pieces"), at))
+    except UserError:  # there is none, or it is damaged
+        return None
+
+
+def _rows_of(rows: Mapping[str, Row], pieces: Mapping[str, Pieces]) -> Rows | None:
+    if not {"native", "scaled"} <= rows.keys() & pieces.keys():
         return None
     native, scaled = (Fidelity.of_row(rows[name], pieces[name]) for name in ("native", "scaled"))
     return native, scaled

@@ -19,6 +19,7 @@ from ..files import RunDir
 from ..progress import Progress
 from ..report.load import read_run
 from ..report.render import write_report
+from ..results.kept import Kept
 from ..results.rows import COMPARISONS
 from ..results.statistics import NOISE
 from ..results.verdict import headline
@@ -57,7 +58,9 @@ examples:
 A stopped evaluation resumes when run again with the same options. Further lengths, depths, samples and tasks add to
 the earlier ones. Models that are measured one at a time, on the same text and into the same results file, are
 compared too. Items of a model that another results file in the same folder already has are not measured again, if
-text, options and dtype are the same. lm-evaluation-harness runs on any of these directories as well:
+text, options and dtype are the same. What was measured with the same versions on this machine is also found in
+~/.cache/mlx_linearard (MLX_LINEARARD_CACHE names another folder, --no-cache turns it off).
+lm-evaluation-harness runs on any of these directories as well:
 mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 
@@ -111,6 +114,7 @@ def parser() -> Parser:
         type=_batch_size,
         help="sequences of choice, lambada, passkey and ruler that are measured together (auto: sized to memory)",
     )
+    add("--no-cache", action="store_true", help="measure again what earlier evaluations in other folders measured")
     return command
 
 
@@ -313,10 +317,12 @@ def evaluation_of(given: argparse.Namespace) -> Evaluation:
     if "far" in request.suites and request.near is None:
         request = replace(request, near=min(directory.unscaled_window for directory in directories))
 
+    kept = None if given.no_cache else Kept.of_user()
+
     def suites(loaded: Subject | None) -> list[Suite]:
         return request.make(directories[0], loaded)
 
-    return Evaluation(directories, suites, out, reference, given.dtype, given.chunk, given.batch_size)
+    return Evaluation(directories, suites, out, reference, given.dtype, given.chunk, given.batch_size, kept)
 
 
 def _reference(given: argparse.Namespace, directories: list[Directory]) -> Directory | None:
@@ -361,9 +367,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The command's body."""
     given = parser().parse_args(arguments)
     job = evaluation_of(given)
+    again: list[str] = []
     try:
         with Progress(sys.stderr) as progress:
-            results = evaluate(job, progress=progress.tokens)
+            results = evaluate(job, progress=progress.tokens, say=again.append)
     except KeyboardInterrupt:
         print(f"finished items are kept beside {job.out}; the same command resumes from them", file=sys.stderr)
         raise
@@ -375,6 +382,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("\n" + "\n".join(lines))
         if any(NOISE in line for line in lines):
             print(f'"{NOISE}": a difference of this size often comes from chance alone (p of 0.05 or more).')
+    if again:
+        print("\n" + "\n".join(again))
+        print("They were not measured again; --no-cache and another --out measure them again.")
     print(f"\nWritten to {job.out}; the peak memory was {mx.get_peak_memory() / 1e9:.2f} GB")
     if given.run and job.out == RunDir(given.run).results:
         report = write_report(given.run)

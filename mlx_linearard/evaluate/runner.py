@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import UserError, is_out_of_memory, one_line
-from ..machine import machine_of_speed
+from ..machine import describe, machine_of_speed
 from ..results.fields import Field
+from ..results.kept import Kept
 from ..results.rows import NOT_MODELS, Comparison, Results, Row, SuiteResult
 from ..results.statistics import compare
-from ..results.store import ItemLog, Record, read_results, update_results
+from ..results.store import ItemLog, Record, read_results, update_results, valid_records
 from .model import Directory, Subject, digest, load_subject, same_tokenizer
 from .suites.suite import Done, Item, Suite, all_options, identity, left, metric_names, samples, summary
 
 KEPT_SHARE = 1 / 16  # the part of memory that mlx may keep for arrays to come
 
 Progress = Callable[[str, int, int], None]  # (label, tokens done, tokens in all), tokens weighed by their work
+Say = Callable[[str], None]
 
 
 def run_suite(
@@ -32,15 +36,18 @@ def run_suite(
     log: ItemLog | None = None,
     progress: Progress | None = None,
     window: int | None = None,
+    items: Sequence[Item] | None = None,
 ) -> tuple[dict[str, Any], list[Record]]:
     """One suite on one loaded model: (its entry in results.json, the records of its items).
 
-    Items in `log`, or in another log with the same key (see `ItemLog.elsewhere`), are not measured again. `window` is
-    the longest allowed context, by default the model's own.
+    Items in `log` are not measured again. `window` is the longest allowed context, by default the model's own.
+    `items`: those of the suite, if they are known already.
     Raises UserError if data or lengths do not fit.
     """
     with _bounded_memory(subject):
-        return _run_suite(subject, suite, log, progress, window or subject.directory.window)
+        if items is None:
+            items = suite.items(subject.directory, window or subject.directory.window)
+        return _run_suite(subject, suite, items, log, progress)
 
 
 @contextlib.contextmanager
@@ -62,10 +69,9 @@ def _bounded_memory(subject: Subject) -> Iterator[None]:
 
 
 def _run_suite(
-    subject: Subject, suite: Suite, log: ItemLog | None, progress: Progress | None, window: int
+    subject: Subject, suite: Suite, items: Sequence[Item], log: ItemLog | None, progress: Progress | None
 ) -> tuple[dict[str, Any], list[Record]]:
-    items = suite.items(subject.directory, window)
-    done = _records_of(items, log) if log else {}
+    done = log.read() if log else {}
     state = _Done(f"{suite.name}, {subject.label}", items, done, progress, subject.directory.balance)
     measured = frozenset(done)
     for item, record in zip(left(items, measured), suite.measure(subject, items, measured, state.tick), strict=True):
@@ -77,14 +83,13 @@ def _run_suite(
     return _summary(suite, records, log), records
 
 
-def _records_of(items: Sequence[Item], log: ItemLog) -> dict[str, Record]:
-    """The records of a log, after the records of `items` in other logs with the same key were added to it."""
-    done, elsewhere = log.read(), log.elsewhere()
-    for item in left(items, done):
-        if item.id in elsewhere:
-            log.append(elsewhere[item.id])
-            done[item.id] = elsewhere[item.id]
-    return done
+def _measured_before(items: Sequence[Item], log: ItemLog, kept: Mapping[str, Record]) -> int:
+    """Add to a log the records of `items` that other logs of the same key, or `kept`, have; returns how many."""
+    found = {**kept, **log.elsewhere()}
+    again = [item.id for item in left(items, log.read()) if item.id in found]
+    for name in again:
+        log.append(found[name])
+    return len(again)
 
 
 def _summary(suite: Suite, records: Sequence[Record], log: ItemLog | None) -> dict[str, Any]:
@@ -164,6 +169,17 @@ class Evaluation:
     dtype: str = "auto"
     chunk: int | None = None  # tokens per forward pass; None: sized to the machine
     batch_size: int | None = None  # sequences measured together at most; None: sized to the machine
+    kept: Kept | None = None  # measurements of earlier evaluations in other folders
+
+    def depends_on(self, directory: Directory, suite: Suite) -> dict[str, Any]:
+        """Everything that the records of a suite depend on, to the last digit."""
+        return {
+            "model": directory.fingerprint(),
+            "suite": suite.name,
+            "options": identity(suite.options, suite.parts),
+            "sizes": [self.dtype, self.chunk, self.batch_size, self.window],
+            "machine": [describe(), version("mlx"), os.environ.get("MLX_ENABLE_TF32", "")],
+        }
 
     @property
     def window(self) -> int:
@@ -171,14 +187,15 @@ class Evaluation:
         return max(directory.window for directory in self.directories)
 
 
-def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(job: Evaluation, *, progress: Progress | None = None, say: Say | None = None) -> dict[str, Any]:
     """Run an evaluation; returns the content of results.json.
 
     A suite's numbers are merged into `job.out` when the suite ends, and each item is written to a log beside it when
     the item is measured. So a stopped evaluation resumes when run again, and a part measured later (further lengths
     or tasks) adds to the earlier ones. An item that another results file of the folder has, of the same model, text,
-    options and dtype, is not measured again. `comparisons` contains all models that were measured on the same items,
-    now or earlier.
+    options and dtype, is not measured again, nor one that `job.kept` has; `say` gets a line for each suite of which
+    this is so. A model is loaded only if something is left to measure. `comparisons` contains all models that were
+    measured on the same items, now or earlier.
     """
     check(job)
     reference = _load(job, job.reference) if job.reference else None
@@ -188,12 +205,20 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
     records: dict[str, dict[str, list[Record]]] = {suite.name: {} for suite in suites}
     for directory in job.directories:
         reuse = reference is not None and directory.path == reference.directory.path
-        subject = replace(reference, directory=directory) if reuse and reference else _load(job, directory)
+        subject = replace(reference, directory=directory) if reuse and reference else None
         for suite in suites:
             key = digest([directory.fingerprint(), suite.name, identity(suite.options, suite.parts), job.dtype])
             log = ItemLog.beside(job.out, directory.label, suite.name, key)
             with log.held():
-                run_suite(subject, suite, log=log, progress=progress, window=job.window)
+                items = suite.items(directory, job.window)
+                again = _measured_before(items, log, _kept(job, directory, suite))
+                if again and say:
+                    say(f"{suite.name}, {directory.label}: {again} of {len(items)} items were measured before")
+                if left(items, log.read()):
+                    subject = subject or _load(job, directory)
+                    run_suite(subject, suite, log=log, progress=progress, items=items)
+                    if job.kept:
+                        job.kept.write(job.depends_on(directory, suite), list(log.read().values()))
                 records[suite.name][directory.label] = list(log.read().values())
                 _merge(job.out, directory.label, suite, log)
         del subject
@@ -204,6 +229,11 @@ def evaluate(job: Evaluation, *, progress: Progress | None = None) -> dict[str, 
         return old.merged(Results(comparisons=comparisons(several, everything, _baseline(job))))
 
     return update_results(job.out, compared).as_json()
+
+
+def _kept(job: Evaluation, directory: Directory, suite: Suite) -> dict[str, Record]:
+    kept = job.kept.read(job.depends_on(directory, suite)) if job.kept else None
+    return valid_records(kept) if isinstance(kept, list) else {}
 
 
 def _merge(out: Path, label: str, suite: Suite, log: ItemLog) -> None:

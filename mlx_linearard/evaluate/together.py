@@ -24,7 +24,7 @@ class Together:
         """Whether caches of a prompt have this form."""
         return all(type(layer) is KVCache for layer in layers)
 
-    def __init__(self, caches: Sequence[list[KVCache]], room: int):
+    def __init__(self, caches: Sequence[list[Any]], room: int):
         """Room for at most `room` tokens after the prompts; the lists in `caches` are emptied."""
         self.lengths = np.array([cache[0].offset for cache in caches], np.int32)
         self.width = max(cache[0].keys.shape[2] for cache in caches)

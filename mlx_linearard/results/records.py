@@ -68,9 +68,12 @@ def read_pieces(path: Path) -> dict[str, Pieces]:
     """held_out.json, by model; {} if there is no such file."""
     if not exists(path):
         return {}
-    top = Field(path)
-    models = top.mapping(read_json(path))
-    return {model: _metrics(top / model, metrics) for model, metrics in models.items()}
+    return pieces_of(read_json(path), Field(path))
+
+
+def pieces_of(value: Any, at: Field) -> dict[str, Pieces]:
+    """The pieces by model of a JSON value; UserError if it is not valid."""
+    return {model: _metrics(at / model, metrics) for model, metrics in at.mapping(value).items()}
 
 
 def _metrics(at: Field, value: Any) -> Pieces:

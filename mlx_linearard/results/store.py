@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,7 @@ class ItemLog:
 
     def read(self) -> dict[str, Record]:
         """Records by item, without lines that were damaged or cut while they were written."""
-        records = (_record(line) for line in self._text().split("\n"))
-        return {record["id"]: record for record in records if record}
+        return valid_records(map(_parsed, self._text().split("\n")))
 
     def elsewhere(self) -> dict[str, Record]:
         """Records by item of logs with the same key: of other results files in the folder, and under other labels."""
@@ -130,16 +129,23 @@ def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _record(line: str) -> Record | None:
-    """The record of a line of a log; None if the line is damaged."""
+def _parsed(line: str) -> Any:
+    """The value of a line of a log; None if the line is damaged."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-        return None
-    samples = record.get("samples")
-    numbers = isinstance(samples, dict) and all(
-        isinstance(value, int | float) and math.isfinite(value) for value in samples.values()
+
+
+def valid_records(values: Iterable[Any]) -> dict[str, Record]:
+    """The records among some values, by item."""
+    return {value["id"]: value for value in values if _is_record(value)}
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("id"), str):
+        return False
+    samples = value.get("samples")
+    return isinstance(samples, dict) and all(
+        isinstance(number, int | float) and math.isfinite(number) for number in samples.values()
     )
-    return record if numbers else None

@@ -15,6 +15,7 @@ from tiny import tiny_model
 
 from mlx_linearard.cli import run_command
 from mlx_linearard.errors import UserError
+from mlx_linearard.evaluate import runner
 from mlx_linearard.evaluate.__main__ import run
 from mlx_linearard.results.store import ItemLog, read_results, update_results
 
@@ -207,3 +208,37 @@ def test_only_items_that_are_asked_for_are_taken_over(model_dir: Path, text_file
     assert measured_tokens([*arguments, str(second), "--lengths", "16,64"], capsys) == 128
     label = next(iter(json.loads(second.read_text())))
     assert set(json.loads(second.read_text())[label]["ppl"]["by_length"]) == {"16", "64"}
+
+
+def test_another_folder_finds_what_was_measured(
+    model_dir: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is not even loaded; with --no-cache, or with another text, it is."""
+    monkeypatch.setenv("MLX_LINEARARD_CACHE", str(tmp_path / "cache"))
+
+    def evaluated(out: str, data: Path, *more: str) -> dict[str, Any]:
+        arguments = ["--model", f"native={model_dir}", "--suite", "choice", "--data", str(data), *more]
+        assert run([*arguments, "--out", str(tmp_path / out / "results.json")]) == 0
+        return json.loads((tmp_path / out / "results.json").read_text())
+
+    for folder in "abcde":
+        (tmp_path / folder).mkdir()
+    first = evaluated("a", items)
+    assert "measured before" not in capsys.readouterr().out
+    other = tmp_path / "other" / items.name
+    other.parent.mkdir()
+    other.write_text(items.read_text().replace("Question", "A question"))
+
+    loads: list[str] = []
+    own = runner.load_subject
+    monkeypatch.setattr(
+        runner, "load_subject", lambda directory, **k: loads.append(directory.label) or own(directory, **k)
+    )
+    assert evaluated("b", items) == first and not loads
+    assert "choice/few, native: 4 of 4 items were measured before\n" in capsys.readouterr().out
+    evaluated("c", other)
+    assert loads == ["native"] and "measured before" not in capsys.readouterr().out
+    assert evaluated("d", items, "--no-cache") == first and loads == ["native"] * 2
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text(file.read_text().replace('"scores"', '"samples"').replace('"id"', '"it"'))
+    assert evaluated("e", items) == first and loads == ["native"] * 3  # records that are not valid are not taken
