@@ -164,7 +164,7 @@ def child(work: dict[str, Any]) -> None:
         dtype=run.dtype,
         adapt_layers=lambda model: range(trained_layers(config, objective_of(config, model), len(model.layers))),
     )
-    objective = objective_of(config, pair.student)
+    objective = run.objective(pair.student)
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state = TrainState.start(pair, schedule)
     long = None

@@ -6,8 +6,8 @@
 Each series runs in its own process, so that no series counts the memory of another. `last` and `all` match the
 relations of the last layer or of all layers; `logits`, `relation+logits` and `ce` are the other objectives.
 `mlx-lm` is the training loop of mlx_lm.lora with --grad-checkpoint: the same adapters, model, length and optimizer,
-on the next-token loss. Peak memory is mlx's own counter and includes the weights. The exponent is the slope of
-log(peak - weights) over log(T).
+on the next-token loss, with mlx as that command runs it. Peak memory is mlx's own counter and includes the weights.
+The exponent is the slope of log(peak - weights) over log(T).
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument(
         "--memory-limit", type=int, default=None, metavar="MB", help="the --memory-limit of distill, for every series"
+    )
+    parser.add_argument(
+        "--recompute", choices=("all", "none"), default="all", help="the --recompute of distill, for every series"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the dtype of the files)"
@@ -140,6 +143,7 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
         workspace=options.workspace << 20,
         dtype=options.dtype,
         memory_limit=options.memory_limit,
+        recompute=options.recompute,
     )
     rows = []
     for row in in_own_process(work):

@@ -13,6 +13,7 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 NORMALIZATIONS = ("heads", "paper-code")
 KEEPS = ("best", "last")
 LOGGERS = ("csv", "tensorboard", "wandb", "swanlab", "trackio")
+RECOMPUTES = ("auto", "all", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST = 2**31 - 1  # the largest integer option: mlx counts rows and columns in 32 bits
 LARGEST_COUNT = 2**53  # the largest number of tokens in a text, and the largest seed

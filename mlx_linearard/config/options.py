@@ -21,6 +21,7 @@ from .checks import (
     LONG_OBJECTIVES,
     NORMALIZATIONS,
     OBJECTIVES,
+    RECOMPUTES,
     Check,
     extends,
     fraction,
@@ -297,6 +298,13 @@ class DistillConfig:
         choices=DTYPES,
     )
     workspace: int = option(256, "MB for tiles of scores", check=positive, metavar="MB")
+    recompute: str = option(
+        "auto",
+        "which layers' activations are computed again in the backward pass instead of kept in memory: all (least "
+        "memory), none (fastest), or auto: only those that do not fit into --memory-limit, by default half of the "
+        "machine's memory",
+        choices=RECOMPUTES,
+    )
     memory_limit: int | None = option(
         None,
         "MB of arrays above which mlx waits for running work and frees its cache",

@@ -95,11 +95,16 @@ class LongPart:
 
     @classmethod
     def of(
-        cls, config: DistillConfig, sizes: LongSizes, blocks: LongBlocks, attention: Choice | None = None
+        cls,
+        config: DistillConfig,
+        sizes: LongSizes,
+        blocks: LongBlocks,
+        attention: Choice | None = None,
+        kept: int = 0,
     ) -> LongPart:
-        """The long part that the options ask for, over blocks of `sizes.text` tokens."""
+        """The long part that the options ask for, over blocks of `sizes.text` tokens; `kept` is the objective's."""
         workspace = config.workspace << 20
-        run = Objective(layers=(), ce_weight=1.0, workspace_bytes=workspace, attention=attention)
+        run = Objective(layers=(), ce_weight=1.0, workspace_bytes=workspace, attention=attention, kept=kept)
         loss = LongLoss(tuple(config.long_objective.split("+")), run, config.recall_weight)
         return cls(config.weight_of_long, sizes, blocks, loss)
 

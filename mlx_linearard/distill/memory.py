@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,10 @@ from ..ops import attention, logits, mlp, relation
 from ..ops.tiling import FLOAT32
 
 # CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, and the
-# results of these are not yet released. ops/tiling.py makes a batch as small as one operation on large activations.
-CUDA_AHEAD = 10
+# results of these are not yet released. ops/tiling.py makes a batch as small as three operations.
+CUDA_AHEAD = 20
 
+KEPT_SHARE = 0.5  # the part of the machine's memory that a step may take before activations are computed again
 SHORTEST = 64  # tokens: no shorter sequence is suggested
 QUANTIZED = 4.5 / 8  # bytes per weight in 4 bits, with one scale and one bias per 64 weights
 
@@ -59,6 +61,7 @@ class Step:
     gpu: bool
     recalled: int = 0  # positions of a long block whose logits are compared with the teacher's, beside `logits`
     fused: bool | None = None  # whether mlx's attention runs under a gradient; None: the default, without a probe
+    kept: int = 0  # number of layers that keep their activations for the backward pass
 
     @property
     def tokens(self) -> int:
@@ -69,6 +72,18 @@ class Step:
     def qkv(self) -> int:
         """The widths of q, k and v, added."""
         return (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+
+    @property
+    def retained(self) -> int:
+        """Bytes that a layer keeps beyond its input, instead of recomputing them.
+
+        That is its inputs' norm and its middle, q, k, v and the output of attention, four arrays of the feed-forward
+        part, and x A of the adapters with, in half precision, the float32 copies of x.
+        """
+        q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn
+        numbers = (2 * self.shape.width + self.qkv + q + 4 * ffn) * self.size
+        adapted = self.rank + (self.shape.width if self.rank and self.size != FLOAT32 else 0)
+        return self.tokens * (numbers + adapted * FLOAT32)
 
     @property
     def related(self) -> int:
@@ -103,6 +118,53 @@ def plan_memory(step: Step) -> MemoryPlan:
     return max([*_backward(step), _update(step)], key=lambda plan: plan.total)
 
 
+def keeping(step: Step, config: DistillConfig, usable: int) -> Step:
+    """`step` with as many layers keeping their activations as --recompute says, on a machine of `usable` bytes."""
+    if config.recompute == "all":
+        return step
+    if config.recompute == "none":
+        return dataclasses.replace(step, kept=step.layers)
+    limit = int(KEPT_SHARE * usable) if config.memory_limit is None else min(config.memory_limit << 20, usable)
+    plans = (plan_memory(dataclasses.replace(step, kept=n)).total for n in range(1, step.layers + 1))
+    return dataclasses.replace(step, kept=sum(1 for _ in itertools.takewhile(lambda total: total <= limit, plans)))
+
+
+def kept_line(step: Step, name: str) -> str:
+    """How many layers keep their activations, in one line; `name` is put after "activations"."""
+    rest = "the others compute them again" if step.kept < step.layers else "none are computed again"
+    held = step.kept * step.retained / 1e9
+    return f"activations{name}: {step.kept} of {step.layers} layers keep theirs ({held:.2f} GB), {rest}"
+
+
+def relation_workspace(workspace: int, shape: Shape, relations: str, tokens: int, size: int, *, gpu: bool) -> int:
+    """The workspace of a layer's relations, in bytes.
+
+    The gradient of a layer takes more than the relations' own arrays. On a GPU their tiles take the difference: fewer
+    and larger tiles are faster, and the step takes no more memory at its fullest moment.
+
+    Args:
+        tokens: positions of a forward pass. size: bytes per number of an activation.
+    """
+    if not gpu:
+        return workspace
+    related = sum(shape.heads_of(relations)) * shape.head_dim
+    wide = mlp.peak_bytes(tokens, shape.ffn, size, workspace=workspace)
+    return max(workspace, tokens * (_held(shape, related) - _live(shape, related)) * size + wide)
+
+
+def _held(shape: Shape, arriving: int) -> int:
+    """Numbers per position while the gradient is in the feed-forward part, without its wide arrays.
+
+    The residual stream and its norms; q, k, v before and after RoPE, and the output of attention.
+    """
+    return 7 * shape.width + 7 * shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim + arriving
+
+
+def _live(shape: Shape, related: int) -> int:
+    """Numbers per position beside the tiles of relations: both models' q, k, v, the gradients, the hidden states."""
+    return 3 * related + 2 * shape.width
+
+
 def longest(step: Step, limit: int, most: int) -> int:
     """The longest sequence, at most `most` tokens, whose plan stays within `limit` bytes; 0 if there is none."""
     fits, above = 0, most + 1
@@ -127,7 +189,7 @@ def _backward(step: Step) -> Iterator[MemoryPlan]:
     adapters = (2 + (step.grad_accum > 1)) * step.trained + coming
     cuda = step.gpu and not mx.metal.is_available()
     ahead = CUDA_AHEAD * step.tokens * step.shape.width * step.size if cuda else 0
-    for moment, activations, workspace in _moments(step):
+    for moment, activations, workspace in (*_moments(step), *_moments_keeping(step)):
         yield MemoryPlan(
             step.weights, adapters, 4 * step.trained, kept * step.size + activations, workspace + ahead, moment
         )
@@ -138,6 +200,24 @@ def _update(step: Step) -> MemoryPlan:
     return MemoryPlan(step.weights, (2 + 1 + 2) * step.trained, 6 * step.trained, 0, 0, "update")
 
 
+def _moments_keeping(step: Step) -> Iterator[tuple[str, int, int]]:
+    """The moments at which the layers that keep their activations hold them: the gradient enters the last of them.
+
+    What this layer keeps is a part of what its gradient holds. Its feed-forward part is not in chunks. Without logits
+    the last layer ends at its q, k, v and keeps little.
+    """
+    if not step.kept:
+        return
+    held = (step.kept - (not step.logits and not step.recalled)) * step.retained
+    wide = mlp.ALONE * step.tokens * step.shape.ffn * step.size
+    for moment, activations, workspace in _moments(step):
+        if moment in ("relations", "logits"):
+            yield moment, held + activations, workspace
+        else:
+            whole = activations + (wide if moment == "feed-forward" else workspace)
+            yield moment, held + max(0, whole - step.retained), 0
+
+
 def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
     """(moment, bytes of activations, bytes of workspace) of the fullest layer."""
     shape, tokens, dim = step.shape, step.tokens, step.shape.head_dim
@@ -145,15 +225,14 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
     arriving = step.related  # gradients in q, k, v, multiplied by the cotangent
     adapted = tokens * step.rank * FLOAT32  # x A: float32, as the adapters are
     if step.supervised:
-        # Both models' q, k and v, the gradients, the hidden states.
-        live = tokens * (3 * step.related + 2 * shape.width) * step.size
-        sizes = dim, dim, step.workspace, step.size != FLOAT32, step.gpu
+        live = tokens * _live(shape, step.related) * step.size
+        space = relation_workspace(step.workspace, shape, step.relations, tokens, step.size, gpu=step.gpu)
+        sizes = dim, dim, space, step.size != FLOAT32, step.gpu
         heads = set(shape.heads_of(step.relations))  # one relation is finished before the next begins
         tiles = max(relation.peak_bytes(step.batch, n, step.seq_len, *sizes) for n in heads)
         yield "relations", live, tiles
     if step.logits or step.recalled or step.layers > 1:
-        # The residual stream and its norms; q, k, v before and after RoPE, and the output of attention.
-        held = 7 * shape.width + 7 * q + 4 * k + arriving
+        held = _held(shape, arriving)
         wide = mlp.peak_bytes(tokens, shape.ffn, step.size, workspace=step.workspace)
         yield "feed-forward", tokens * held * step.size + 3 * adapted, wide
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
@@ -186,7 +265,7 @@ def advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
     def fits(**changes: Any) -> bool:
         return plan_memory(dataclasses.replace(step, **changes)).total <= limit
 
-    options = []
+    options = ["--recompute auto"] if step.kept and fits(kept=0) else []
     if (length := longest(step, limit, step.seq_len)) >= SHORTEST:
         options.append(f"--seq-len {length // SHORTEST * SHORTEST}")
     if batch := bisect.bisect_left(range(1, step.batch), True, key=lambda n: not fits(batch=n)):

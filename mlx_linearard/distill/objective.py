@@ -3,11 +3,12 @@
 Teacher and student run layer by layer, as pairs. One closure per layer runs both, consumes q, k and v inside
 the layer, and returns the hidden states, the relation losses and the gradients of the losses in q, k and v.
 Nothing else of the layer is kept; the backward pass recomputes the student's half of the layer from its input.
+The last `Objective.kept` layers keep their activations instead: the same operations, more memory, less time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,15 +17,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UserError
+from ..machine import on_gpu
 from ..models.adapters import Leaves, holding
 from ..models.layers import Call, attention_of, enter, head, run_layer
 from ..models.pair import Pair
+from ..models.shape import Shape
 from ..ops.attention import attention_in_training, attention_no_grad
 from ..ops.fused import Choice
 from ..ops.logits import cross_entropy, logits_kl
 from ..ops.mlp import in_chunks, width_of
 from ..ops.relation import relation_kl_with_grad
-from ..ops.tiling import in_order
+from ..ops.tiling import first, in_order
+from .memory import relation_workspace
 
 RELATIONS = "qkv"
 
@@ -41,6 +45,7 @@ class Objective:
     ce_weight: float = 0.0
     workspace_bytes: int = 256 << 20
     attention: Choice | None = None  # which attention runs under a gradient; None: the default, without a probe
+    kept: int = 0  # how many of the layers that run keep their activations, from the last one on
 
     @property
     def needs_logits(self) -> bool:
@@ -160,6 +165,7 @@ def _run_layers(
             calls_s[index],
             supervised=index in objective.layers,
             stops=index == last and not objective.needs_logits,
+            keeps=index > last - objective.kept,
             dropout_seed=None if dropout_seed is None else dropout_seed * total + index,
         )
         hidden_t, hidden_s, loss = layer(hidden_t, hidden_s, leaves_of.get(index, {}))
@@ -173,7 +179,7 @@ def _run_layers(
 
 @dataclass(frozen=True)
 class _PairedLayer:
-    """One layer of teacher and student as a function whose backward pass recomputes the student's half.
+    """One layer of teacher and student as a function whose backward pass recomputes the student's half, or keeps it.
 
     It holds modules and options, and no arrays of the batch: the graph keeps only the function's arguments alive.
     """
@@ -185,16 +191,42 @@ class _PairedLayer:
     call_s: Call
     supervised: bool
     stops: bool  # True: nothing after this layer's q, k, v is needed
+    keeps: bool  # True: the student's activations stay in memory until the backward pass
     dropout_seed: int | None
 
     def __call__(
         self, hidden_t: mx.array, hidden_s: mx.array, leaves: Leaves
     ) -> tuple[mx.array, mx.array, mx.array | None]:
         names = list(leaves)
+        if self.keeps:
+            return self._keeping(names, hidden_t, hidden_s, *leaves.values())
         function: Any = mx.custom_function(partial(self._forward, names))
         function.vjp(partial(self._backward, names))
         hidden_t, hidden_s, losses, *_ = function(hidden_t, hidden_s, *leaves.values())
         return hidden_t, hidden_s, losses if self.supervised else None
+
+    def _keeping(
+        self, names: list[str], hidden_t: mx.array, hidden_s: mx.array, *leaves: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """The same as plain operations, whose activations mlx keeps for the backward pass."""
+        next_s, *qkv_s = self._student(names, hidden_s, *leaves)
+        if not self.objective.needs_teacher:
+            return hidden_t, next_s, None
+        next_t, qkv_t, scale_t = self._teacher(mx.stop_gradient(hidden_t))
+        if not self.supervised:
+            return next_t, next_s, None
+
+        @mx.custom_function
+        def relations(*qkv: mx.array) -> list[mx.array]:
+            losses, gradients = self._relations(list(qkv[: len(qkv_s)]), list(qkv[len(qkv_s) :]), scale_t)
+            return [losses, *gradients]
+
+        @relations.vjp
+        def _(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+            return [*_scaled(outputs[1:], cotangents[0]), *(mx.zeros_like(y) for y in primals[len(qkv_s) :])]
+
+        losses: mx.array = first(relations(*qkv_s, *qkv_t))
+        return (hidden_t, hidden_s, losses) if self.stops else (next_t, next_s, losses)
 
     def _forward(self, names: list[str], hidden_t: mx.array, hidden_s: mx.array, *leaves: mx.array) -> list[mx.array]:
         """[teacher hidden, student hidden, losses (R,), dq, dk, dv]; the gradients are those of the losses."""
@@ -211,6 +243,7 @@ class _PairedLayer:
 
     def _relations(self, qkv_s: list[mx.array], qkv_t: list[mx.array], scale: float) -> tuple[mx.array, list[mx.array]]:
         losses, gradients = list[mx.array](), list[mx.array]()
+        workspace = self._relation_workspace(qkv_s[0])
         for student, teacher in zip(qkv_s, qkv_t, strict=True):
             # One relation after another: otherwise their tiles would be in memory at the same time.
             student, teacher = in_order([student, teacher], [*losses[-1:], *gradients[-1:]])
@@ -219,12 +252,18 @@ class _PairedLayer:
                 teacher,
                 scale_student=scale,
                 scale_teacher=scale,
-                workspace_bytes=self.objective.workspace_bytes,
+                workspace_bytes=workspace,
             )
             weight = self._weight(student.shape[1])
             losses.append(loss * weight)
             gradients.append(gradient * mx.array(weight, gradient.dtype))
         return mx.stack(losses), gradients
+
+    def _relation_workspace(self, related: mx.array) -> int:
+        """The workspace of the relations of arrays (B, H, T, D)."""
+        shape, tokens = Shape.of(self.pair.native_config), related.shape[0] * related.shape[2]
+        limit, relations = self.objective.workspace_bytes, self.objective.relations
+        return relation_workspace(limit, shape, relations, tokens, related.dtype.size, gpu=on_gpu())
 
     def _weight(self, heads: int) -> float:
         """1, or with the normalization of the paper's code the relation's number of heads over the query heads."""
@@ -277,7 +316,8 @@ class _PairedLayer:
         if self.dropout_seed is not None:
             mx.random.seed(self.dropout_seed)  # the same dropout in both passes
         with holding(layer, dict(zip(names, leaves, strict=True))):
-            next_hidden = run_layer(layer, hidden, self.call_s, attend, self._in_chunks)
+            wrap = _whole if self.keeps else self._in_chunks
+            next_hidden = run_layer(layer, hidden, self.call_s, attend, wrap)
         return [next_hidden, *(seen if self.supervised else [])]
 
     def _in_chunks(self, feed_forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
@@ -288,7 +328,7 @@ class _PairedLayer:
     ) -> list[mx.array]:
         hidden_t, hidden_s, *leaves = primals
         _, ct_hidden, ct_losses, *_ = cotangents
-        ct_qkv = [g * ct_losses[i].astype(g.dtype) for i, g in enumerate(outputs[3:])]
+        ct_qkv = _scaled(outputs[3:], ct_losses)
         # Recompute only when the gradient has arrived: otherwise all recomputed layers would be in memory.
         hidden_s, *leaves = mx.depends([hidden_s, *leaves], [ct_hidden, *ct_qkv])
         half: Callable[..., list[mx.array]] = partial(self._student, names)
@@ -297,6 +337,16 @@ class _PairedLayer:
         else:
             _, gradients = mx.vjp(half, [hidden_s, *leaves], [ct_hidden, *ct_qkv])
         return [mx.zeros_like(hidden_t), *gradients]
+
+
+def _scaled(gradients: Sequence[mx.array], cotangents: mx.array) -> list[mx.array]:
+    """The gradient of each loss times the loss's cotangent; the cotangents are (R,)."""
+    return [g * cotangents[i].astype(g.dtype) for i, g in enumerate(gradients)]
+
+
+def _whole(feed_forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """A feed-forward part as it is: in chunks it would be recomputed."""
+    return feed_forward
 
 
 def _pick(relations: str, *qkv: mx.array) -> list[mx.array]:

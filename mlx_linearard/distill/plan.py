@@ -27,7 +27,7 @@ from ..ops.fused import Choice
 from ..ops.probe import choice_of
 from .long_text import SHORTEST as SHORTEST_LONG
 from .long_text import LongSizes
-from .memory import FLOAT32, SHORTEST, MemoryPlan, Step, advice, longest, plan_memory
+from .memory import FLOAT32, SHORTEST, MemoryPlan, Step, advice, keeping, kept_line, longest, plan_memory
 from .objective import Objective, resolve_objective
 from .sizing import Sizing, is_demo, long_sizes, size_run
 
@@ -52,6 +52,11 @@ class Plan:
     def run(self) -> RunDir:
         return RunDir(self.config.output)
 
+    def objective(self, student: Any) -> Objective:
+        """The objective of the run, for its student."""
+        chosen = objective_of(self.config, student)
+        return dataclasses.replace(chosen, attention=self.attention, kept=self.step.kept)
+
     @property
     def memory(self) -> MemoryPlan:
         return max(map(plan_memory, filter(None, (self.step, self.long_step))), key=lambda plan: plan.total)
@@ -62,8 +67,10 @@ class Plan:
         if self.note:
             yield self.note
         yield self.memory.line()
+        steps = ((self.step, ""), (self.long_step, " of long text"))
+        yield from (kept_line(step, name) for step, name in steps if step and step.kept)
         window, limit = self.sizing.window[0], self.machine.usable
-        most = longest(self.step, limit, window)
+        most = longest(self._least(self.step), limit, window)
         fits = "no sequence fits" if not most else f"the longest sequence that fits is {most} tokens"
         yield f"this machine: {limit / 1e9:.2f} GB; {fits}{' (the native window)' if most == window else ''}"
 
@@ -73,13 +80,23 @@ class Plan:
         sizing = dataclasses.replace(self.sizing, long=long_sizes(self.config, self.sizing.window[0], length))
         assert self.long_step is not None
         long_step = _long_step(self.config, self.step, self.long_step.layers, sizing.long)
-        return dataclasses.replace(self, sizing=sizing, long_step=long_step)
+        return dataclasses.replace(self, sizing=sizing, long_step=long_step).keeping()
 
     def without_long(self) -> Plan:
         """The same plan without a long part."""
         config = dataclasses.replace(self.config, long_weight=0.0)
         sizing = dataclasses.replace(self.sizing, long=None)
         return dataclasses.replace(self, config=config, sizing=sizing, long_step=None, long_optional=False)
+
+    def keeping(self) -> Plan:
+        """The same plan with as many layers keeping their activations as --recompute says."""
+        limit = self.machine.usable
+        long_step = self.long_step and keeping(self.long_step, self.config, limit)
+        return dataclasses.replace(self, step=keeping(self.step, self.config, limit), long_step=long_step)
+
+    def _least(self, step: Step) -> Step:
+        """`step` with as few kept activations as --recompute allows."""
+        return step if self.config.recompute == "none" else dataclasses.replace(step, kept=0)
 
     def check(self) -> None:
         """Raise UserError, with flags that help, if the plan exceeds the machine's memory; --force allows it."""
@@ -184,9 +201,11 @@ def _plan(
     long_step = _long_step(config, step, len(inspected.model.layers), sizing.long)
     plan = Plan(config, inspected.path, inspected.checked.config, dtype, machine, sizing, step, long_step, attention)
     if long_step is None or config.long_seq_len:
-        return plan
+        return plan.keeping()
     most = longest(long_step, machine.usable, long_step.seq_len)
-    return plan if most == long_step.seq_len or most < SHORTEST_LONG else plan.with_long(most)
+    if SHORTEST_LONG <= most < long_step.seq_len:
+        plan = plan.with_long(most)
+    return plan.keeping()
 
 
 def fit_long_part(plan: Plan, tokens: int) -> tuple[Plan, str | None]:
@@ -219,6 +238,7 @@ def _long_step(config: DistillConfig, step: Step, layers: int, sizes: LongSizes 
         supervised=0,
         logits=None if config.long_objective == "recall" else "ce",
         recalled=sizes.recalled,
+        kept=0,
         batch=1,
         seq_len=sizes.seq_len,
         grad_accum=max(2, step.grad_accum),

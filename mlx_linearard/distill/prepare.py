@@ -56,6 +56,7 @@ FREE_ON_RESUME = {
     "eval_tokens",
     "eval_lengths",
     "workspace",
+    "recompute",
     "memory_limit",
     "cache_limit",
     "wired_limit",
@@ -286,7 +287,7 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
         sizing=sizing,
         machine=plan.machine,
         pair=pair,
-        objective=dataclasses.replace(objective_of(config, pair.student), attention=plan.attention),
+        objective=plan.objective(pair.student),
         schedule=_schedule(config, sizing),
         text=text,
         blocks=blocks_of(config, sizing, text),
@@ -352,7 +353,7 @@ def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | Non
         return None
     tokens = text.training if text.long is None else text.long
     blocks = LongBlocks.of(tokens, sizes.text, plan.config.seed, text.long_starts, text.first)
-    return LongPart.of(plan.config, sizes, blocks, plan.attention)
+    return LongPart.of(plan.config, sizes, blocks, plan.attention, plan.long_step.kept if plan.long_step else 0)
 
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:

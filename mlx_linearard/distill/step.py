@@ -21,9 +21,11 @@ from ..machine import on_gpu
 from ..models.adapters import Leaves
 from ..models.pair import Pair
 from ..models.trees import named_arrays
+from .gradient import BlockLoss, Found, Gradients
 from .guard import Guard
-from .long import LongBatch, LongPart
-from .objective import Objective, objective_loss
+from .long import LongPart
+from .objective import Objective
+from .vectors import Update, VectorUpdate
 
 _LONG_SEEDS = 1 << 31  # the dropout of long blocks draws from seeds that no short block uses
 
@@ -80,8 +82,8 @@ class TrainState:
     best: Best | None = None
 
     def __post_init__(self) -> None:
-        # On a GPU thousands of small operations would cost more than the gradients' own computation.
-        self.update = mx.compile(partial(_updated, self.optimizer)) if on_gpu() else partial(_updated, self.optimizer)
+        plain = partial(_updated, self.optimizer)
+        self.update: Update = VectorUpdate(mx.compile(plain)) if on_gpu() else plain
 
     @classmethod
     def start(cls, pair: Pair, schedule: Schedule) -> TrainState:
@@ -96,7 +98,11 @@ class TrainState:
         return Snapshot(self.parameters, _copy(self.optimizer.state))
 
     def frozen(self) -> TrainState:
-        """A copy of the present state that later steps do not change; the arrays are shared."""
+        """A copy of the present state that later steps do not change, and that another thread may read.
+
+        The arrays are shared.
+        """
+        mx.eval(self.parameters, self.optimizer.state, self.good.parameters, self.good.optimizer)
         optimizer = copy.copy(self.optimizer)
         optimizer.state = _copy(self.optimizer.state)
         best = None if self.best is None else dataclasses.replace(self.best)
@@ -158,6 +164,7 @@ def train_step(
     share: Share = WHOLE,
     long: LongPart | None = None,
     weights: list[mx.array] | None = None,
+    gradients_of: Gradients | None = None,
 ) -> StepRecord:
     """One optimizer step over `batches`; the update is made if the guard accepts the loss and the gradient.
 
@@ -168,15 +175,17 @@ def train_step(
         batches: (B, T + 1) int32 each, of equal weight.
         long: what is added to the mean over the batches, if the run has a long part.
         weights: of each batch's targets in cross-entropy, (B, T) float32 each; None if all count the same.
+        gradients_of: the functions of this pair that the steps of a run share; by default they are not compiled.
     Raises:
         LostProcess: another rank has ended; the state is unchanged.
     """
     started = time.perf_counter()
     pair.set_parameters(state.parameters)  # otherwise the arrays from loading would stay in memory
     mx.reset_peak_memory()
-    sums = _accumulate(pair, objective, schedule, state, batches, share, weights)
+    gradients_of = gradients_of or Gradients(pair, compiles=False)
+    sums = _accumulate(gradients_of, objective, schedule, state, batches, share, weights)
     if long:
-        sums = _with_long(sums, pair, schedule, state, long, ranks)
+        sums = _with_long(sums, gradients_of, schedule, state, long, ranks)
     losses, parts, gradients = ranks.mean(sums)
     norm = (_compiled_norm if on_gpu() else gradient_norm)(gradients)
     rate = schedule.rate(state.step) * state.guard.factor
@@ -205,37 +214,32 @@ def _number(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
 
 
-Sums = tuple[mx.array, dict[str, mx.array], list[Leaves]]  # loss, its parts, gradients
-
-
 def _accumulate(
-    pair: Pair,
+    gradients_of: Gradients,
     objective: Objective,
     schedule: Schedule,
     state: TrainState,
     batches: list[mx.array],
     share: Share,
     weights: list[mx.array] | None,
-) -> Sums:
+) -> Found:
     """Mean loss, parts and gradients over the batches; each batch is evaluated and released before the next one."""
     passes = len(batches) * share.groups
     first = (schedule.seed % 2**24 << 32) + state.step * passes + share.passes(passes).start
-
-    def loss_of(parameters: list[Leaves], tokens: mx.array, dropout_seed: int | None, counted: mx.array | None) -> Any:
-        return objective_loss(pair, objective, parameters, tokens, dropout_seed, counted)
-
-    total: Any = None
+    loss, total = BlockLoss(objective), None
     for i, tokens in enumerate(batches):
-        seed = first + i if pair.adapter.dropout > 0 else None
-        counted = weights[i] if weights else None
-        (loss, parts), gradients = mx.value_and_grad(loss_of)(state.parameters, tokens, seed, counted)
-        now = (loss, parts, gradients)
-        total = now if total is None else tree_map(mx.add, total, now)
+        seed = first + i if gradients_of.pair.adapter.dropout > 0 else None
+        batch = {"tokens": tokens, **({"weights": weights[i]} if weights else {})}
+        found: Any = gradients_of(loss, state.parameters, batch, seed)
+        total = found if total is None else tree_map(mx.add, total, found)
+        del found  # so that the sum can take its place
         mx.eval(total)
     return total if len(batches) == 1 else tree_map(lambda x: x / len(batches), total)
 
 
-def _with_long(short: Sums, pair: Pair, schedule: Schedule, state: TrainState, long: LongPart, ranks: Ranks) -> Sums:
+def _with_long(
+    short: Found, gradients_of: Gradients, schedule: Schedule, state: TrainState, long: LongPart, ranks: Ranks
+) -> Found:
     """The short part plus `long.weight` times the long one.
 
     One rank reads the block, in turn, and counts it once for every rank, so that the mean over the ranks is right.
@@ -244,15 +248,11 @@ def _with_long(short: Sums, pair: Pair, schedule: Schedule, state: TrainState, l
     if ranks.rank != state.step % ranks.size:
         zeros = {name: mx.array(0.0) for name in ("long", *long.loss.parts)}
         return loss, {**parts, **zeros}, gradients
-    batch = long.batch(pair, state.step)
-    dropout_seed = _LONG_SEEDS + state.step if pair.adapter.dropout > 0 else None
+    batch = long.batch(gradients_of.pair, state.step)
+    dropout_seed = _LONG_SEEDS + state.step if gradients_of.pair.adapter.dropout > 0 else None
     if dropout_seed is not None:
         dropout_seed += schedule.seed % 2**24 << 32
-
-    def loss_of(parameters: list[Leaves], batch: LongBatch) -> Any:
-        return long.loss(pair, parameters, batch, dropout_seed)
-
-    (own, own_parts), own_gradients = mx.value_and_grad(loss_of)(state.parameters, batch)
+    own, own_parts, own_gradients = gradients_of(long.loss, state.parameters, batch, dropout_seed)
     weight = long.weight * ranks.size
     total = tree_map(lambda a, b: a + b * mx.array(weight, b.dtype), (loss, gradients), (own, own_gradients))
     own_parts = {name: value * ranks.size for name, value in {"long": own, **own_parts}.items()}
@@ -275,7 +275,8 @@ def _update(state: TrainState, gradients: list[Leaves], norm: mx.array, rate: fl
     scale = mx.minimum(1.0, clip / (norm + 1e-12)) if clip else mx.array(1.0)
     now = {**before.optimizer, "learning_rate": mx.array(rate)}
     parameters, optimizer, finite = state.update(state.parameters, now, gradients, scale)
-    mx.eval(parameters, optimizer, finite)
+    if not isinstance(state.update, VectorUpdate):  # it evaluates its vectors; the arrays are views of them
+        mx.eval(parameters, optimizer, finite)
     if not finite.item():
         state.restore(before)
         return "weights not finite after the update"
@@ -309,12 +310,13 @@ def train(
     """Make the steps from `state.step` to the last; yields a record after each, so the caller can save or stop."""
     share = ranks.share(schedule.grad_accum, schedule.batch_size)
     rows = share.rows(schedule.batch_size)
+    gradients_of = Gradients(pair)
     while state.step < schedule.steps:
         first = state.step * schedule.grad_accum
         passes = share.passes(schedule.grad_accum)
         batches = [mx.array(blocks.batch(first + i, schedule.batch_size)[rows]) for i in passes]
         weights = _target_weights(blocks, first, schedule, share)
-        yield train_step(pair, objective, schedule, state, batches, ranks, share, long, weights)
+        yield train_step(pair, objective, schedule, state, batches, ranks, share, long, weights, gradients_of)
 
 
 def _target_weights(blocks: Blocks, first: int, schedule: Schedule, share: Share) -> list[mx.array] | None:

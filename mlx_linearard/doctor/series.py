@@ -9,9 +9,11 @@ memory of another, and a slow series can be ended.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,17 +26,24 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import OBJECTIVES
+from ..distill.gradient import Gradients
 from ..distill.objective import resolve_objective
 from ..distill.step import Schedule, TrainState, train_step
 from ..files import read_config
 from ..machine import describe
 from ..models.adapters import qkv_keys
 from ..models.pair import load_pair
+from ..ops.row_kernel import on_cuda
+from ..ops.tiling import without_settings
 from ..rope import normalise, scale_rope
 
 SERIES = ("last", "all", "logits", "relation+logits", "ce", "mlx-lm")
 RANK, SCALE, FACTOR = 64, 2.0, 4.0
 LARGEST_ID = 250  # random token ids are below this number; every model has them
+CUDA_TOKENS, CUDA_STEPS = (
+    65536,
+    40,
+)  # short steps settle late on CUDA: so many tokens are timed, in so many steps at most
 GROWTH = 2.0  # the time of a step grows at most as length to this power
 
 Measure = Callable[[int], tuple[int, float]]  # length -> (peak bytes, tokens per second)
@@ -52,6 +61,13 @@ class Work:
     workspace: int = 256 << 20  # bytes
     dtype: str | None = None  # dtype of the weights in memory; None keeps the dtype of the files
     memory_limit: int | None = None  # MB
+    recompute: str = "all"  # all or none, as distill's --recompute
+
+    def timed(self, length: int) -> int:
+        """How many steps are timed."""
+        if not self.steps or not on_cuda():
+            return self.steps
+        return max(self.steps, min(CUDA_STEPS, CUDA_TOKENS // length))
 
     def about(self, length: int) -> dict[str, Any]:
         """The columns that name a row."""
@@ -91,6 +107,7 @@ def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
             "tokens_per_second": round(speed, 1),
             "workspace_mb": work.workspace >> 20,
             "memory_limit_mb": work.memory_limit or "",
+            "recompute": "" if work.series == "mlx-lm" else work.recompute,
         }
 
 
@@ -99,29 +116,37 @@ def own_step(work: Work) -> Measure:
     pair = load_pair(work.model, method="linear", factor=FACTOR, lora_rank=RANK, lora_scale=SCALE, dtype=work.dtype)
     name, layers = (work.series, "last") if work.series in OBJECTIVES else ("relation", work.series)
     objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work.workspace)
+    if work.recompute == "none":
+        objective = dataclasses.replace(objective, kept=objective.last_layer(len(pair.student.layers)) + 1)
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
-    state = TrainState.start(pair, schedule)
+    state, gradients_of = TrainState.start(pair, schedule), Gradients(pair)
 
     def measure(length: int) -> tuple[int, float]:
         peak, speeds = 0, []
-        for step in range(work.steps + 1):
+        for step in range(work.timed(length) + 1):
             tokens = mx.random.randint(0, LARGEST_ID, (1, length + 1))
             mx.eval(tokens)
-            record = train_step(pair, objective, schedule, state, [tokens])
+            record = train_step(pair, objective, schedule, state, [tokens], gradients_of=gradients_of)
             peak = max(peak, record.peak_memory)
             speeds += [record.tokens / record.seconds] if step or not work.steps else []
-        return peak, sorted(speeds)[len(speeds) // 2]
+        return peak, _settled(speeds)
 
     return measure
 
 
+def _settled(speeds: list[float]) -> float:
+    """The median of the second half."""
+    return statistics.median(speeds[len(speeds) // 2 :])
+
+
 def mlx_lm_step(work: Work) -> Measure:
-    """mlx-lm's training loop with --grad-checkpoint, on the same adapters; the last step's speed."""
+    """mlx-lm's training loop with --grad-checkpoint, on the same adapters, with mlx as its own command runs it."""
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, grad_checkpoint, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
+    without_settings()
     config = scale_rope(normalise(read_config(work.model)), "linear", FACTOR)
     model, _ = load_model(Path(work.model), lazy=True, model_config=config)
     if work.dtype:
@@ -135,12 +160,12 @@ def mlx_lm_step(work: Work) -> Measure:
 
     def measure(length: int) -> tuple[int, float]:
         tokens = [(mx.random.randint(0, LARGEST_ID, (length + 1,)).tolist(), 0) for _ in range(2)]
-        speed: Any = _LastSpeed()  # a TrainingCallback
+        reports: Any = _Reports()  # a TrainingCallback
         mx.reset_peak_memory()
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:  # noqa: PTH123
             args = TrainingArgs(
                 batch_size=1,
-                iters=1 + max(1, work.steps),
+                iters=1 + max(1, work.timed(length)),
                 val_batches=0,
                 steps_per_report=1,
                 steps_per_eval=10**9,
@@ -149,19 +174,20 @@ def mlx_lm_step(work: Work) -> Measure:
                 adapter_file=str(Path(folder) / "a.safetensors"),
             )
             with contextlib.redirect_stdout(nowhere):
-                train(model, optim.AdamW(learning_rate=1e-4), _Rows(tokens), None, args=args, training_callback=speed)
-        return mx.get_peak_memory(), speed.value
+                train(model, optim.AdamW(learning_rate=1e-4), _Rows(tokens), None, args=args, training_callback=reports)
+        return mx.get_peak_memory(), _settled(reports.speeds[1:])
 
     return measure
 
 
-class _LastSpeed:
-    """The tokens per second of mlx-lm's last step; the first one compiles."""
+class _Reports:
+    """The tokens per second of mlx-lm's steps; the first one compiles."""
 
-    value = 0.0
+    def __init__(self) -> None:
+        self.speeds: list[float] = []
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
-        self.value = info["tokens_per_second"]
+        self.speeds.append(info["tokens_per_second"])
 
     def on_val_loss_report(self, info: dict[str, Any]) -> None:
         pass

@@ -49,7 +49,7 @@ def peak(folder: Path, found: Plan, **options: object) -> int:
         adapt_layers=lambda model: range(objective_of(config, model).last_layer(len(model.layers)) + 1),
     )
     schedule = Schedule(9, 1, found.sizing.grad_accum, 1e-4, 0, 0.0, 5.0, 0)
-    objective, state, most = objective_of(config, pair.student), TrainState.start(pair, schedule), 0
+    objective, state, most = found.objective(pair.student), TrainState.start(pair, schedule), 0
     for _ in range(3):
         batches = [mx.random.randint(0, 250, (found.sizing.batch_size, found.sizing.seq_len + 1))]
         batches *= found.sizing.grad_accum
@@ -73,7 +73,8 @@ def test_weights_and_adapters_are_what_loading_takes(tmp_path: Path, bits: int |
 @pytest.mark.parametrize(
     "options",
     [
-        {"seq_len": 512},
+        {"seq_len": 512, "recompute": "all"},
+        {"seq_len": 512, "recompute": "none"},
         # Minutes on mlx's own BLAS.
         pytest.param({"seq_len": 512, "layers": "all"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 1024, "layers": "all", "workspace": 8, "grad_accum": 2}, marks=pytest.mark.slow),
@@ -81,7 +82,7 @@ def test_weights_and_adapters_are_what_loading_takes(tmp_path: Path, bits: int |
         pytest.param({"seq_len": 512, "objective": "ce"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 128, "batch_size": 4, "fine_tune_type": "full"}, marks=pytest.mark.slow),
     ],
-    ids=["last", "all", "workspace", "logits", "ce", "full"],
+    ids=["last", "kept", "all", "workspace", "logits", "ce", "full"],
 )
 def test_the_plan_is_near_the_peak(tmp_path: Path, options: dict) -> None:
     folder = tiny_model(tmp_path / "m", **LONG)
