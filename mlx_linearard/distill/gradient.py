@@ -55,6 +55,11 @@ class Gradients:
         self._functions: dict[Loss, Callable[[list[Leaves], Batch], Found]] = {}
         self._built: set[tuple[Any, ...]] = set()
 
+    @property
+    def compiled(self) -> int:
+        """How many functions have been compiled: one for each loss and shape."""
+        return len(self._built)
+
     def __call__(self, loss: Loss, parameters: list[Leaves], batch: Batch, dropout_seed: int | None = None) -> Found:
         """(loss, parts, gradients) of a batch. On a GPU the gradients are joined to one vector."""
         if self.compiles and (found := self._compiled(loss, parameters, batch)) is not None:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..evaluate.held_out import Fidelity
 from ..files import disk_errors
 from .best import judge
+from .gradient import Gradients
 from .interrupt import SIGNALS, Request, stop_requests
 from .listener import Listener
 from .prepare import Job
@@ -28,7 +29,7 @@ def train_run(job: Job, state: TrainState, scaled: Fidelity | None, listener: Li
         KeyboardInterrupt: a signal asked a rank to stop; the state is saved.
         UserError: the guard gives up, and the state is saved; or the disk is full.
     """
-    ranks, rescue = job.ranks, _Rescue(job)
+    ranks, rescue, first = job.ranks, _Rescue(job), state.step
     # mlx.launch sends SIGTERM to ranks that still save when others have stopped, so there only Ctrl-C counts twice.
     hurried = SIGNALS if ranks.size == 1 else (signal.SIGINT,)
     stops = stop_requests(hurried, lambda: listener.stopping(min(state.step + 1, job.schedule.steps)))
@@ -37,7 +38,13 @@ def train_run(job: Job, state: TrainState, scaled: Fidelity | None, listener: Li
             ensure_best(job, state, scaled)
             save_if_due(job, state, improved=evaluate_if_due(job, state, listener))
         if not ranks.any(out_of_patience(job, state, listener)):
-            for record in train(job.pair, job.objective, job.schedule, job.blocks, state, ranks, job.long):
+            gradients_of = Gradients(job.pair)
+            if gradients_of.compiles:
+                listener.say("compiling the step: the first one takes some seconds longer, minutes on a new machine")
+            of_job = (job.pair, job.objective, job.schedule, job.blocks, state, ranks, job.long)
+            for record in train(*of_job, gradients_of):
+                if gradients_of.failure and record.step == first + 1:
+                    listener.say(f"steps are not compiled on this machine: {gradients_of.failure}")
                 if ranks.leads:
                     log(job, record, listener)
                     rescue.keep(state)

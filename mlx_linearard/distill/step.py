@@ -133,11 +133,13 @@ class StepRecord:
     peak_memory: int  # bytes, of mlx
     skipped: str | None = None  # the guard's reason for making no update
     rate_factor: float = 1.0  # the guard's factor of the learning rate of the next step
+    compiled: bool = False  # whether functions were compiled, which took a part of `seconds`
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object. Numbers that are not finite are null.
 
-        `skipped` and `rate_factor` are present only if the guard skipped the step or keeps the rate lowered.
+        `skipped` and `rate_factor` are present only if the guard skipped the step or keeps the rate lowered, and
+        `compiled` only if something was compiled.
         """
         numbers = {"loss": self.loss, **self.parts, "grad_norm": self.grad_norm}
         guarded = {"skipped": self.skipped} if self.skipped else {}
@@ -150,6 +152,7 @@ class StepRecord:
             "tokens_per_second": round(self.tokens / self.seconds, 2),
             "peak_memory_gb": round(self.peak_memory / 1e9, 4),
             **guarded,
+            **({"compiled": True} if self.compiled else {}),
             **({"rate_factor": self.rate_factor} if self.skipped or self.rate_factor < 1 else {}),
         }
 
@@ -183,6 +186,7 @@ def train_step(
     pair.set_parameters(state.parameters)  # otherwise the arrays from loading would stay in memory
     mx.reset_peak_memory()
     gradients_of = gradients_of or Gradients(pair, compiles=False)
+    compiled = gradients_of.compiled
     sums = _accumulate(gradients_of, objective, schedule, state, batches, share, weights)
     if long:
         sums = _with_long(sums, gradients_of, schedule, state, long, ranks)
@@ -207,6 +211,7 @@ def train_step(
         peak_memory=mx.get_peak_memory(),
         skipped=skipped,
         rate_factor=state.guard.factor,
+        compiled=gradients_of.compiled > compiled,
     )
 
 
@@ -226,13 +231,14 @@ def _accumulate(
     """Mean loss, parts and gradients over the batches; each batch is evaluated and released before the next one."""
     passes = len(batches) * share.groups
     first = (schedule.seed % 2**24 << 32) + state.step * passes + share.passes(passes).start
-    loss, total = BlockLoss(objective), None
+    loss = BlockLoss(objective)
+    total: Any = None
     for i, tokens in enumerate(batches):
         seed = first + i if gradients_of.pair.adapter.dropout > 0 else None
         batch = {"tokens": tokens, **({"weights": weights[i]} if weights else {})}
-        found: Any = gradients_of(loss, state.parameters, batch, seed)
+        found = gradients_of(loss, state.parameters, batch, seed)
         total = found if total is None else tree_map(mx.add, total, found)
-        del found  # so that the sum can take its place
+        del found  # so that the sum takes its place
         mx.eval(total)
     return total if len(batches) == 1 else tree_map(lambda x: x / len(batches), total)
 
@@ -306,11 +312,12 @@ def train(
     state: TrainState,
     ranks: Ranks = ALONE,
     long: LongPart | None = None,
+    gradients_of: Gradients | None = None,
 ) -> Iterator[StepRecord]:
     """Make the steps from `state.step` to the last; yields a record after each, so the caller can save or stop."""
     share = ranks.share(schedule.grad_accum, schedule.batch_size)
     rows = share.rows(schedule.batch_size)
-    gradients_of = Gradients(pair)
+    gradients_of = gradients_of or Gradients(pair)
     while state.step < schedule.steps:
         first = state.step * schedule.grad_accum
         passes = share.passes(schedule.grad_accum)

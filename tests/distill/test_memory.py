@@ -142,7 +142,7 @@ def test_a_dry_run_reads_no_weights(
 )
 def test_a_plan_beyond_the_machine_is_refused_with_what_helps(tmp_path: Path, options: dict, advice: str) -> None:
     folder = tiny_model(tmp_path / "m", **LONG)
-    options = {"seq_len": 1024, "batch_size": 4, **options}
+    options = {"seq_len": 1024, "batch_size": 4, "recompute": "all", **options}
     found = planned(folder, **options)
     small = dataclasses.replace(found, machine=dataclasses.replace(MACHINE, limit=int(found.memory.total * 0.9)))
     with pytest.raises(UserError, match=advice) as caught:
@@ -154,6 +154,13 @@ def test_a_plan_beyond_the_machine_is_refused_with_what_helps(tmp_path: Path, op
     if length:
         shorter = dataclasses.replace(found.step, seq_len=int(length[1]))
         assert plan_memory(shorter).total <= small.machine.usable
+
+
+def test_a_run_that_keeps_too_much_is_told_to_recompute(tmp_path: Path) -> None:
+    found = planned(tiny_model(tmp_path / "m", **LONG), seq_len=1024, recompute="none")
+    small = dataclasses.replace(found, machine=dataclasses.replace(MACHINE, limit=found.memory.total - 1))
+    with pytest.raises(UserError, match="--recompute auto"):
+        small.check()
 
 
 def test_a_refused_run_writes_nothing_and_force_runs_it(
