@@ -409,7 +409,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_posit
 
 def plan_of(folder: Path, text: Path, tmp_path: Path, memory: int = 1 << 40, **options: object):
     machine = Machine("tiny", False, memory, 10.0)
-    return make_plan(small(folder, text, tmp_path / "run", **{**LONG, **options}), machine)
+    return make_plan(small(folder, text, tmp_path / "run", **{**LONG, "recompute": "all", **options}), machine)
 
 
 def test_the_default_length_is_twice_the_native_window_or_what_fits(text_file: Path, tmp_path: Path) -> None:
