@@ -170,7 +170,7 @@ def child(work: dict[str, Any]) -> None:
     long = None
     if sizes := run.sizing.long:
         text = np.random.default_rng(0).integers(0, 1000, sizes.seq_len + 1).astype(np.int32)
-        long = LongPart.of(config, sizes, LongBlocks.of(text, sizes.text, 0, None))
+        long = LongPart.of(config, sizes, LongBlocks.of(text, sizes.text, 0, np.zeros(1, np.int64)))
     peak = 0
     for _ in range(STEPS):
         tokens = mx.random.randint(0, 1000, (1, run.sizing.seq_len + 1))
