@@ -192,6 +192,9 @@ def _answer(value: Any, url: str) -> Answer:
     usage = value.get("usage")
     read = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
     tokens, logprobs = _logprobs(choice.get("logprobs"))
+    made = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
+    if logprobs and isinstance(made, int) and made != len(logprobs):  # llama.cpp leaves out parts of a character
+        tokens = logprobs = None
     return Answer(text, read if isinstance(read, int) and read > 0 else None, tokens, logprobs)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from mlx_linearard.convert.gguf_write import to_gguf
 from mlx_linearard.convert.hf import scale
+from mlx_linearard.convert.served import verify_served
 from mlx_lm.utils import load_model
 from test_gguf_write import model
 
@@ -97,3 +100,52 @@ def test_llama_cpp_computes_the_same_beyond_the_old_window(tmp_path: Path, kind:
     assert (expected.max(-1) - expected[np.arange(NEW), tokens] < ROUNDING).all()  # the same greedy tokens, or a tie
     if method:  # the same check would find a scaling that is not applied
         assert distance(found, ours(base, ids, tokens)) > 5 * ROUNDING
+
+
+SERVER = """
+import sys
+import xllamacpp as x
+options = x.CommonParams()
+options.model.path, options.n_ctx, options.n_parallel, options.warmup = sys.argv[1], 256, 1, False
+options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+server = x.Server(options)
+print("AT", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def serving(path: Path) -> Iterator[str]:
+    """The address of llama.cpp's own server while the block runs."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", SERVER, str(path)], text=True, **pipes) as process:
+        assert process.stdin and process.stdout
+        yield next(line for line in process.stdout if line.startswith("AT ")).split()[1]
+        process.stdin.close()
+        process.wait(30)
+
+
+def test_verify_served_asks_llama_cpp(tmp_path: Path) -> None:
+    """Live for the GGUF export, and not live for a file of the same weights without the scaling."""
+    base = model(tmp_path / "base", num_hidden_layers=4)
+    plain_text_only(base)
+    yarn = scale(base, tmp_path / "yarn", method="yarn", factor=4.0)
+    with serving(to_gguf(yarn, tmp_path / "yarn.gguf")) as url:
+        assert verify_served(url, yarn).live
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    with serving(to_gguf(base, tmp_path / "base.gguf")) as url:
+        result = verify_served(url, yarn)
+    assert not result.live and "as if there were no scaling" in result.reason
+
+
+def plain_text_only(directory: Path) -> None:
+    """Make the model prefer ASCII characters: llama.cpp names no parts of other characters."""
+    path = directory / "model.safetensors"
+    arrays = dict(mx.load(str(path)))
+    vocab = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    ascii_ids = {index for token, index in vocab.items() if len(token) == 1 and token.isascii()}
+    kept = mx.array([float(index in ascii_ids) for index in range(tiny.VOCAB)])
+    arrays["lm_head.weight"] = arrays["lm_head.weight"] * kept[:, None]
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), arrays)
