@@ -7,9 +7,11 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProcess, UserError, error_line, remedy
@@ -60,6 +62,16 @@ def shell_lines(words: Sequence[object], width: int | None = None, indent: str =
         else:
             lines[-1] += f" {group}"
     return "\n".join(lines)
+
+
+def runnable(words: Sequence[object]) -> tuple[object, ...]:
+    """A command line that runs where this process runs: `python -m COMMAND` if the command is not on the PATH."""
+    name = str(words[0])
+    if shutil.which(name):
+        return tuple(words)
+    found, own = shutil.which("python"), Path(sys.executable)
+    same = found is not None and Path(found).absolute() == own.absolute()
+    return ("python" if same else path_word(own), "-m", *words)
 
 
 def path_word(path: str | os.PathLike[str]) -> str:

@@ -357,6 +357,8 @@ def write_results(job: Job, rows: dict[str, Fidelity], result: Result) -> None:
         method=job.config.method,
         factor=job.config.factor,
         objective=job.config.objective,
+        long_weight=job.config.long_weight,
+        valid_data=job.config.valid_data,
         native_window=job.pair.native_window,
         training_tokens=(job.sizing.tokens_per_step + job.sizing.long_seq_len) * result.steps,
         steps=result.steps,

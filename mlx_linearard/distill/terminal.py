@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import path_word, shell_lines
+from ..cli import path_word, runnable, shell_lines
 from ..files import RunDir
 from ..progress import Progress, duration
 from ..report.load import read_run
@@ -74,7 +74,7 @@ class Printer(Listener):
     def commands(self, commands: Sequence[Sequence[object]]) -> None:
         """Command lines, indented, each as wide as the terminal at most."""
         for words in commands:
-            self._progress.say(shell_lines(words, self._progress.width, indent="    "), whole=True)
+            self._progress.say(shell_lines(runnable(words), self._progress.width, indent="    "), whole=True)
 
     def table(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """The rows of a results.json, between blank lines."""

@@ -18,11 +18,15 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, the CSS class that colours it, and its points in ascending x."""
+    """A line: its name, the CSS class that colours it, and its points in ascending x.
+
+    band: the range of a point's error, as (x, low, high).
+    """
 
     name: str
     style: str
     points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def line_chart(
         _text(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 4, x_label, "label middle"),
     ]
     for item in series:
+        parts += _band(item, x, y)
+    for item in series:
         parts += _line(item, x, y)
     return "\n".join([*parts, "</svg>"])
 
@@ -134,6 +140,16 @@ def _x_axis(x: Axis, form: Callable[[float], str]) -> list[str]:
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{base}" y2="{base + 4}"/>')
         parts.append(_text(at, base + 17, form(tick), "tick middle"))
     return parts
+
+
+def _band(item: Series, x: Axis, y: Axis) -> list[str]:
+    """The area between the lower and the upper ends of a line's errors; nothing if they are the line itself."""
+    if all(low == high for _, low, high in item.band):
+        return []
+    edge = [(a, high) for a, _, high in item.band] + [(a, low) for a, low, _ in reversed(item.band)]
+    places = [(x.place(a, LEFT, WIDTH - RIGHT), y.place(b, HEIGHT - BOTTOM, TOP)) for a, b in edge]
+    path = " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(places))
+    return [f'<path class="band {item.style}" d="{path} Z"/>']
 
 
 def _line(item: Series, x: Axis, y: Axis) -> list[str]:

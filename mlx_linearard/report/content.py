@@ -1,28 +1,27 @@
-"""What the report contains: the verdict's notes, tables, figures, and the settings of the run."""
+"""What the report says: the verdict's notes, the next steps, tables, and the settings of the run."""
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import path_word, shell_command
+from ..cli import path_word, runnable, shell_command
 from ..config import OBJECTIVES, DistillConfig
 from ..files import RunDir
 from ..progress import duration
-from ..results.fields import is_whole
 from ..results.info import ExportInfo, RunInfo
+from ..results.next_steps import DISTILL, next_steps
 from ..results.objectives import perplexity_text
 from ..results.records import Step
-from ..results.rows import NATIVE, RESTORED, SCALED, PairedTest, Training, Value
-from ..results.statistics import BETTER, KL, MAX_NATS, NOISE, WORSE, p_in_words
+from ..results.rows import NATIVE, SCALED, PairedTest, Training, Value
+from ..results.statistics import BETTER, KL, NOISE, WORSE, p_in_words
 from ..results.suites import Note, unmeasured
 from ..results.verdict import finished, headline, notes_on_suites, verdict
-from .charts import Axis, Series, doubling_axis, heat_map, line_chart, linear_axis, log_axis, tokens
+from .charts import tokens
 from .load import RunFacts
+from .parts import MISSING, Table
 
 SUITE_TITLES = {
     "ppl": "Perplexity on the evaluation text",
@@ -30,40 +29,13 @@ SUITE_TITLES = {
     "lambada": "Last word (LAMBADA)",
     "passkey": "Pass key",
     "ruler": "RULER, per cent",
+    "far": "Gain from text beyond the native window, nats per token",
 }
 TESTS = (
     "± is one standard error; “of native” and “won back” are of {of}. Tests are paired by item: "
     "McNemar's exact test of decisions, a bootstrap of means; “inside the noise” is p of 0.05 or more."
 )
-STYLES = {"relation": "one", "logits": "two", "relation+logits": "three", "ce": "four"}  # CSS classes
-WIDE = 8.0  # ratio of the largest to the smallest value; above it an axis is logarithmic
-MISSING = "–"
 MAX_FACTOR = 1e6  # the largest factor of a window that the heading shows
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table. The first column is text, all others are numbers; `notes` are below the table."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A titled chart with its legend (name, style), and the same numbers as a table."""
-
-    title: str
-    svg: str
-    legend: Sequence[tuple[str, str]] = ()
-    data: Table | None = None
-
-
-def style_of(name: str) -> str:
-    """The CSS class that colours a model."""
-    return name if name in (NATIVE, SCALED, RESTORED) else STYLES.get(name, "other")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -127,7 +99,14 @@ def _compare_command(facts: RunFacts) -> str:
     others = [name for name in ("relation", "logits") if name != own]
     freed = () if own == default else ("--objective", default)  # --compare is refused beside another objective
     compare = ("--compare", ",".join([own, *others]), "--output", "DIR")
-    return shell_command("mlx_linearard.distill", "--config", path_word(RunDir(facts.root).config), *freed, *compare)
+    config = path_word(RunDir(facts.root).config)
+    return shell_command(*runnable((DISTILL, "--config", config, *freed, *compare)))
+
+
+def next_commands(facts: RunFacts) -> list[tuple[str, list[str]]]:
+    """The steps that the end of a run names: the text and the command lines of each."""
+    steps = next_steps(facts, facts.root)
+    return [(step.text, [shell_command(*runnable(words)) for words in step.commands]) for step in steps]
 
 
 def settings(facts: RunFacts) -> list[tuple[str, str]]:
@@ -313,92 +292,3 @@ def _compared(facts: RunFacts, suite: str, metric: str) -> dict[str, str]:
             if not facts.objectives or test.b == NATIVE:
                 columns[f"{label} vs {test.b}"] = _outcome(test)
     return columns
-
-
-# ---------------------------------------------------------------------------------------------------
-# Figures
-
-
-def figures(facts: RunFacts) -> Iterator[Figure]:
-    """Loss, perplexity by length and by position, memory, pass key: each if there are numbers for it."""
-    curves = facts.curves or {facts.in_question: facts.steps}
-    losses = {name: [(s.step, s.loss) for s in steps if s.loss is not None] for name, steps in curves.items()}
-    losses = {name: points for name, points in losses.items() if len(points) > 1}
-    for name, points in losses.items():
-        title = f"Training loss, {name}" if facts.objectives else "Training loss"
-        yield _over_steps({name: points}, title, "nats")
-    for of in (lambda name: facts.row(name).perplexity, facts.suite_perplexity):
-        by_length = {name: values for name in facts.models if len(values := of(name)) > 1}
-        if by_length:
-            yield _perplexity_figure("Perplexity by length", "tokens", by_length)
-            break
-    by_position = max((_by_position(facts, of) for of in (_suite_positions, _held_out_positions)), key=len)
-    if by_position:
-        yield _perplexity_figure("Perplexity by position", "position in the text, up to", by_position)
-    if losses:
-        memory = {name: [(step.step, step.memory) for step in curves[name]] for name in losses}
-        yield _over_steps(memory, "Peak memory", "GB", zero=True)
-    for name in facts.models:
-        suite = facts.row(name).suites.get("passkey")
-        if suite and any(suite.grid.values()):
-            yield _passkey_figure(name, suite.grid)
-
-
-def _by_position(facts: RunFacts, of: Callable[[RunFacts, str], dict[int, float]]) -> dict[str, dict[int, float]]:
-    return {name: values for name in facts.models if (values := of(facts, name))}
-
-
-def _suite_positions(facts: RunFacts, name: str) -> dict[int, float]:
-    suite = facts.row(name).suites.get("ppl")
-    return {bucket.end: bucket.perplexity for bucket in suite.by_position} if suite else {}
-
-
-def _held_out_positions(facts: RunFacts, name: str) -> dict[int, float]:
-    """By the end of each bucket of positions: the first is a piece long, each other as long as all before it."""
-    named = [(metric.partition("perplexity@")[2], values) for metric, values in facts.pieces.get(name, {}).items()]
-    by_length = {int(length): values for length, values in named if is_whole(length) and values}
-    if not by_length:
-        return {}
-    length = max(by_length)
-    numbered = [(int(piece.split("/")[2]), value) for piece, value in by_length[length].items()]
-    count = 1 + max(number for number, _ in numbered)
-    if count == 1:  # one point is no curve
-        return {}
-    buckets: dict[int, list[float]] = {}
-    for number, value in numbered:
-        buckets.setdefault(min(1 << number.bit_length(), count), []).append(value)
-    return {
-        round(end * length / count): math.exp(min(math.fsum(values) / len(values), MAX_NATS))
-        for end, values in sorted(buckets.items())
-    }
-
-
-def _over_steps(
-    curves: Mapping[str, Sequence[tuple[float, float]]], title: str, unit: str, *, zero: bool = False
-) -> Figure:
-    series = [Series(name, style_of(name), points) for name, points in curves.items()]
-    points = [point for item in series for point in item.points]
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    x = Axis(first, last, tuple(t for t in linear_axis([first, last]).ticks if first <= t <= last))
-    y = linear_axis([y for _, y in points], zero=zero)
-    svg = line_chart(series, x, y, x_label="step", y_label=f"{title}, {unit}")
-    return Figure(f"{title}, {unit}", svg, [(item.name, item.style) for item in series] if len(series) > 1 else ())
-
-
-def _perplexity_figure(title: str, x_label: str, rows: Mapping[str, Mapping[int, float]]) -> Figure:
-    series = [Series(name, style_of(name), sorted(values.items())) for name, values in rows.items()]
-    values = [v for own in rows.values() for v in own.values()]
-    lengths = sorted({n for own in rows.values() for n in own})
-    y = log_axis(values) if max(values) > WIDE * min(values) else linear_axis(values, zero=True)
-    svg = line_chart(series, doubling_axis(lengths), y, x_label=x_label, y_label=title, x_format=tokens)
-    cells = [[name, *(perplexity_text(own[n]) if n in own else MISSING for n in lengths)] for name, own in rows.items()]
-    data = Table(title, ["", *(tokens(n) for n in lengths)], cells)
-    return Figure(title, svg, [(item.name, item.style) for item in series], data)
-
-
-def _passkey_figure(name: str, grid: Mapping[int, Mapping[int, float]]) -> Figure:
-    depths = sorted({depth for cells in grid.values() for depth in cells})
-    cells = [[f"{d}%", *(f"{grid[n][d]:.0%}" if d in grid[n] else MISSING for n in sorted(grid))] for d in depths]
-    title = f"Pass key found, {name}, by depth"
-    data = Table(title, ["depth", *(tokens(n) for n in sorted(grid))], cells)
-    return Figure(title, heat_map(grid, x_label="tokens", y_label="depth of the key"), (), data)

@@ -14,9 +14,11 @@ from markupsafe import Markup
 
 from ..files import RunDir, write_text
 from ..results.fields import visible
-from ..results.verdict import headline
-from .content import figures, heading, notes, provenance, settings, style_of, tables, training_summary
+from ..results.verdict import headline, mood
+from .content import heading, next_commands, notes, provenance, settings, tables, training_summary
+from .figures import figures
 from .load import RunFacts, read_run
+from .parts import style_of
 
 HTML, MARKDOWN = "report.html", "report.md"  # the templates
 
@@ -52,12 +54,16 @@ def to_markdown(facts: RunFacts) -> str:
 
 def _content(facts: RunFacts) -> dict[str, Any]:
     title, subtitle = heading(facts)
+    steps = next_commands(facts)
+    said = {command for _, commands in steps for command in commands}
     lists = (("Run", provenance(facts)), ("Configuration", settings(facts)))
     return {
         "title": title,
         "subtitle": subtitle,
         "headline": headline(facts),
-        "notes": notes(facts),
+        "mood": mood(facts),
+        "next": steps,
+        "notes": [note for note in notes(facts) if note.command not in said],
         "tables": list(tables(facts)),
         "lists": [(name, pairs) for name, pairs in lists if pairs],
     }

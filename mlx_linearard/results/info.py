@@ -54,6 +54,8 @@ class RunInfo:
     method: str | None = None
     factor: float | None = None
     objective: str | None = None
+    long_weight: float | None = None  # of the long part of every step; 0 without one
+    valid_data: str | None = None  # the source of held-out text, if it has one of its own
     native_window: int | None = None  # tokens
     training_tokens: int | None = None
     steps: int | None = None
@@ -75,8 +77,8 @@ class RunInfo:
     def from_json(cls, value: Any, at: Field) -> RunInfo:
         entries = at.mapping(value)
         read: dict[str, Callable[[Any], Any]] = {
-            **{name: (at / name).text for name in ("method", "objective", "machine")},
-            **{name: (at / name).number for name in ("factor", "seconds")},
+            **{name: (at / name).text for name in ("method", "objective", "machine", "valid_data")},
+            **{name: (at / name).number for name in ("factor", "seconds", "long_weight")},
             **{
                 name: (at / name).count
                 for name in (

@@ -9,13 +9,17 @@ from pathlib import Path
 from ..cli import path_word
 from ..files import RunDir
 from .info import RunInfo
+from .long_window import LongWindow
+from .moods import BAD, PARTLY, UNKNOWN
 from .objectives import NOT_NEEDED
 from .rows import NATIVE, RESTORED, SCALED
 from .statistics import KL
 from .suites import COPYING, KEPT, shortfalls
-from .verdict import Measured, finished
+from .verdict import Measured, finished, long_of
 
 DISTILL, EVALUATE = "mlx_linearard.distill", "mlx_linearard.evaluate"
+LONG_WEIGHT = 0.2  # of the long part: lowered perplexity at long lengths most at little cost in KL
+MORE_SAMPLES = 32
 Command = tuple[object, ...]
 
 
@@ -35,8 +39,10 @@ def next_steps(measured: Measured, root: Path) -> Iterator[NextStep]:
     best = measured.contest.best(KL) if measured.objectives else RESTORED
     run = RunDir(root / best if measured.objectives else root)
     info = measured.results.run or RunInfo()
-    if _falls_short(measured, best):
+    short = _falls_short(measured, best)
+    if short:
         yield from _train_on(info, run, one=not measured.objectives)
+    yield from _long(long_of(measured), info, run, path_word(root), short=short)
     model = path_word(run.model)
     yield NextStep(
         "Use the model, or serve it:",
@@ -49,12 +55,30 @@ def next_steps(measured: Measured, root: Path) -> Iterator[NextStep]:
         )
 
 
+def _long(long: LongWindow, info: RunInfo, run: RunDir, root: str, *, short: bool) -> Iterator[NextStep]:
+    """What helps the use of the long window, or what shows whether it is used."""
+    weight = 2 * info.long_weight if info.long_weight else LONG_WEIGHT
+    if long.mood in (BAD, PARTLY) and not (short and info.method != "yarn"):  # another method comes first
+        text = "Teach it to use the long window: train on long text" + (
+            ", with more weight:" if info.long_weight else ":"
+        )
+        more = ("--long-weight", f"{weight:g}", "--output", _beside(run, "long"))
+        yield NextStep(text, ((DISTILL, "--config", path_word(run.config), *more),))
+    elif long.mood == UNKNOWN:
+        words = [EVALUATE, "--run", root, "--suite", "far", "--data", path_word(info.valid_data or "TEXT")]
+        of = "" if info.valid_data else " (TEXT: long documents that were not trained on)"
+        title = f"Measure whether the long window is used{of}:"
+        if long.measured:
+            title, words = f"Measure the long window on more text{of}:", [*words, "--samples", str(MORE_SAMPLES)]
+        yield NextStep(title, (tuple(words),))
+
+
 def _falls_short(measured: Measured, name: str) -> bool:
     """Whether the verdict does not call the model restored, although scaling cost something."""
     scaled, own = measured.row(SCALED).kl, measured.row(name).kl
     if scaled is None or own is None:
         return False
-    lost = any(one.certain for one in shortfalls(measured.results, name, measured.window))
+    lost = any(one.certain and not one.beyond for one in shortfalls(measured.results, name, measured.window))
     return lost or (scaled >= NOT_NEEDED and 1 - own / scaled < KEPT)
 
 

@@ -53,6 +53,8 @@ def _shared_info(own: RunInfo, rows: Mapping[str, Row]) -> RunInfo:
     return RunInfo(
         method=own.method,
         factor=own.factor,
+        long_weight=own.long_weight,
+        valid_data=own.valid_data,
         native_window=own.native_window,
         training_tokens=max(training.tokens for training in trained),
         seconds=round(sum(training.seconds for training in trained), 1),

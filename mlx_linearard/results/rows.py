@@ -13,6 +13,7 @@ from typing import Any
 
 from .fields import Field, Json, optional, other_entries, present
 from .info import ExportInfo, RunInfo
+from .positions import Bucket, Gain, gains_of
 
 NATIVE, SCALED, RESTORED = "native", "scaled", "restored"  # the rows of every run
 COMPARISONS, EXPORT, RUN = "comparisons", "export", "run"
@@ -169,31 +170,11 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Perplexity of the tokens at positions from `start` to `end`, `end` not included."""
-
-    start: int
-    end: int
-    perplexity: float
-
-    def as_json(self) -> Json:
-        return {"start": self.start, "end": self.end, "perplexity": self.perplexity}
-
-    @classmethod
-    def from_json(cls, value: Any, at: Field) -> Bucket:
-        entries = at.mapping(value)
-        return cls(
-            (at / "start").count(entries.get("start")),
-            (at / "end").count(entries.get("end"), 1),
-            (at / "perplexity").positive(entries.get("perplexity")),
-        )
-
-
-@dataclass(frozen=True)
 class SuiteResult:
     """The results of one suite for one model.
 
     by_length: perplexity by length. by_position: perplexity by position in the longest windows.
+    gain_by_position: by length, the gain from far context at the end of a text.
     grid: length -> depth in per cent -> fraction of the keys that were found.
     options: everything, except the model, on which the numbers depend; items: the file name of the item log.
     """
@@ -201,6 +182,7 @@ class SuiteResult:
     metrics: Mapping[str, Value]
     by_length: Mapping[int, float] = field(default_factory=dict)
     by_position: Sequence[Bucket] = ()
+    gain_by_position: Mapping[int, Sequence[Gain]] = field(default_factory=dict)
     grid: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None
     items: str | None = None
@@ -208,10 +190,12 @@ class SuiteResult:
 
     def as_json(self) -> Json:
         grid = {str(n): {str(depth): v for depth, v in cells.items()} for n, cells in self.grid.items()}
+        gains = {str(n): [gain.as_json() for gain in own] for n, own in self.gain_by_position.items()}
         return {
             "metrics": {name: value.as_json() for name, value in self.metrics.items()},
             **({"by_length": _with_string_keys(self.by_length)} if self.by_length else {}),
             **({"by_position": [bucket.as_json() for bucket in self.by_position]} if self.by_position else {}),
+            **({"gain_by_position": gains} if gains else {}),
             **({"grid": grid} if grid else {}),
             **self.other,
             **present(options=self.options, items=self.items),
@@ -228,6 +212,7 @@ class SuiteResult:
             {name: Value.from_json(entry, at / name) for name, entry in metrics.items()},
             {n: (at / "by_length" / n).positive(v) for n, v in lengths.items()},
             tuple(Bucket.from_json(bucket, at / "by_position") for bucket in buckets),
+            gains_of(entries.get("gain_by_position", {}), at / "gain_by_position"),
             {
                 n: {
                     d: (at / "grid" / n / d).fraction(v)

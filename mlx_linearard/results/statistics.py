@@ -17,6 +17,8 @@ FEWEST = 5  # paired samples; with fewer no test is made
 BETTER, WORSE, EQUAL, NOISE, TOO_FEW = OUTCOMES
 MAX_NATS = 700.0  # the largest mean whose exponential is taken: exp(700) is about 1e304
 
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5% of Student's t, 1 to 10 degrees
+
 Samples = Mapping[str, float]  # item -> number
 
 
@@ -46,6 +48,15 @@ def summarize(values: Sequence[float], metric: Metric) -> Value:
         mean = math.exp(min(mean, MAX_NATS))
         stderr = None if stderr is None else mean * stderr
     return Value(mean, stderr, n)
+
+
+def margin(value: Value) -> float | None:
+    """Half the 95% interval of a mean, by Student's t; None if one sample cannot give one."""
+    if value.stderr is None or value.n is None or value.n < 2:
+        return None
+    freedom = value.n - 1
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.6 / freedom  # within 0.01
+    return quantile * value.stderr
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import path_word, shell_command
+from ..cli import path_word, runnable, shell_command
 from .fields import is_whole, visible
 from .rows import NATIVE, SCALED, PairedTest, Results, Row, Value
 from .statistics import EQUAL, NOISE, WORSE
@@ -92,10 +92,10 @@ def shortfalls(results: Results, name: str, window: int | None) -> list[Shortfal
     """
     short = []
     for metric in key_metrics(results.rows.get(name, Row())):
-        own = _value(results.rows, name, metric.suite, metric.metric)
+        own = value_of(results.rows, name, metric.suite, metric.metric)
         beyond = window is not None and metric.length is not None and metric.length > window
-        reference = _inside(results.rows, metric, window) if beyond else metric.metric
-        native = _value(results.rows, NATIVE, metric.suite, reference) if reference else None
+        reference = inside(results.rows, metric, window) if beyond else metric.metric
+        native = value_of(results.rows, NATIVE, metric.suite, reference) if reference else None
         if own and native and own.value < KEPT * native.value:
             at = f" at {reference.partition('@')[2]}" if beyond and reference else ""
             text = f"{metric.title}: {metric.show(own.value)} against {metric.show(native.value)} native{at}"
@@ -115,14 +115,14 @@ def worst_of_each(short: Sequence[Shortfall]) -> list[Shortfall]:
     return list(least.values())
 
 
-def _inside(rows: Rows, metric: KeyMetric, window: int | None) -> str | None:
+def inside(rows: Rows, metric: KeyMetric, window: int | None) -> str | None:
     """The same metric at native's longest length inside its window."""
     same = [other for other in key_metrics(rows.get(NATIVE, Row())) if other.suite == metric.suite]
     inside = [other for other in same if (other.length or 0) <= (window or 0)]
     return max(inside, key=lambda other: other.length or 0).metric if inside else None
 
 
-def _value(rows: Rows, name: str, suite: str, metric: str) -> Value | None:
+def value_of(rows: Rows, name: str, suite: str, metric: str) -> Value | None:
     result = rows.get(name, Row()).suites.get(suite)
     return result.metrics.get(metric) if result else None
 
@@ -150,7 +150,7 @@ def no_better_than_scaled(results: Results, name: str) -> list[KeyMetric]:
 
 def unmeasured(rows: Rows, names: Sequence[str], window: int | None, run: Path) -> Iterator[Note]:
     """Measurements that a finished run lacks and a user needs, each with the command that makes it."""
-    command = ("mlx_linearard.evaluate", "--run", path_word(run))
+    command = runnable(("mlx_linearard.evaluate", "--run", path_word(run)))
     everywhere = set.intersection(*(_kinds(rows.get(name, Row())) for name in (NATIVE, *names)))
     if not everywhere & set(COPYING):
         yield Note(

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .info import RunInfo
-from .objectives import NOT_NEEDED, ObjectiveVerdict, listed, perplexity_text
+from .long_window import LongWindow, long_window
+from .moods import BAD, GOOD, PARTLY, UNKNOWN, both
+from .objectives import NOT_NEEDED, ObjectiveVerdict, listed
 from .records import Pieces
 from .rows import NATIVE, RESTORED, SCALED, Compared, Results, Row
 from .statistics import HELD_OUT_METRICS, KL, NOISE, compare
@@ -16,7 +18,6 @@ from .suites import (
     KEPT,
     Note,
     Shortfall,
-    key_metrics,
     no_better_than_scaled,
     shortfalls,
     worst_of_each,
@@ -24,6 +25,7 @@ from .suites import (
 
 HELPED = 0.25  # fraction of the KL lost by scaling; below it training helped little
 PREDICTING = " in predicting the next token"  # the only thing that KL and perplexity measure
+UNFINISHED = "The run is not finished, so there is no verdict yet."
 ORDER = (NATIVE, SCALED, RESTORED)
 
 ByLength = Mapping[int, float]
@@ -82,21 +84,45 @@ class Measured:
 
 
 def verdict(measured: Measured) -> list[str]:
-    """All sentences: what training won back, and perplexity at short and long lengths; or, of a comparison, which
-    objective won back most and whether that is more than chance."""
+    """All sentences: whether short text is restored, and whether the long window is used; or, of a comparison, which
+    objective won back most and whether that is more than chance, and whether its model uses the long window."""
     if measured.objectives:
-        return [*measured.contest.sentences(), *_not_restored(measured)]
-    scaled, restored = measured.row(SCALED).kl, measured.row(RESTORED).kl
-    if scaled is None or restored is None:
-        return ["The run is not finished, so there is no verdict yet."]
-    return [_outcome(measured, scaled, restored), *_perplexities(measured)]
+        return [*measured.contest.sentences(), *_not_restored(measured), *_long_of_best(measured)]
+    if _unfinished(measured):
+        return [UNFINISHED]
+    return [_short(measured)[1], long_of(measured).sentence]
 
 
 def headline(measured: Measured) -> list[str]:
     """The two sentences of the verdict; of a comparison, the others are notes."""
     if measured.objectives:
-        return [*measured.contest.headline(), *_not_restored(measured)]
+        return [*measured.contest.headline(), *_not_restored(measured), *_long_of_best(measured)]
     return verdict(measured)
+
+
+def mood(measured: Measured) -> str:
+    """How good the verdict is, one of `moods`; of a comparison, that of its best objective."""
+    export = measured.results.export
+    if export and export.failed:
+        return BAD
+    if _unfinished(measured):
+        return UNKNOWN
+    return both(_short(measured)[0], long_of(measured).mood)
+
+
+def long_of(measured: Measured) -> LongWindow:
+    """Whether the model in question, in a comparison the best, uses the long window."""
+    return long_window(measured.results, _best(measured), measured.window)
+
+
+def _unfinished(measured: Measured) -> bool:
+    if measured.objectives:
+        return not measured.contest.finished
+    return measured.row(SCALED).kl is None or measured.row(RESTORED).kl is None
+
+
+def _best(measured: Measured) -> str:
+    return measured.contest.best(KL) if measured.objectives else RESTORED
 
 
 def notes_on_suites(measured: Measured) -> Iterator[Note]:
@@ -107,6 +133,9 @@ def notes_on_suites(measured: Measured) -> Iterator[Note]:
         if same := no_better_than_scaled(measured.results, name):
             titles = listed([metric.title for metric in same])
             yield Note(f"{name.capitalize()} is no better than the simple scaled model in {titles}.")
+        if lengths := _no_better_perplexity(measured, name):
+            at = listed([str(length) for length in lengths])
+            yield Note(f"The simple scaled model has at least as low a perplexity as {name} at {at} tokens.")
 
 
 def finished(measured: Measured) -> list[str]:
@@ -119,79 +148,61 @@ def finished(measured: Measured) -> list[str]:
 # One run
 
 
-def _outcome(measured: Measured, scaled: float, restored: float) -> str:
-    """The conclusion from the KL, and the suites that contradict it."""
+def _short(measured: Measured) -> tuple[str, str]:
+    """(mood, sentence) about short text: the conclusion from the KL, and the suites that contradict it."""
+    name = _best(measured)
+    scaled, restored = measured.row(SCALED).kl or 0.0, measured.row(name).kl or 0.0
+    lost = [one.text for one in worst_of_each(_shortfalls(measured, name, certain=True, beyond=False))]
+    state, text = _predictions(measured, scaled, 1 - restored / scaled if scaled else 0.0, bool(lost))
     change = f"KL to the native model: {scaled:.3g} nats per token scaled, {restored:.3g} restored"
-    won = 1 - restored / scaled if scaled else 0.0
-    lost = [one.text for one in worst_of_each(_shortfalls(measured, RESTORED, certain=True))]
-    text = _predictions(measured, scaled, won, bool(lost))
     besides = f"; not restored: {'; '.join(lost)}" if lost else ""
-    return f"{text} ({change}){besides}."
+    return state, f"{text} ({change}){besides}."
 
 
-def _predictions(measured: Measured, scaled: float, won: float, lost: bool) -> str:
+def _predictions(measured: Measured, scaled: float, won: float, lost: bool) -> tuple[str, str]:
     """`won`: the fraction of the KL that training won back; `lost`: whether a suite is certainly below native."""
     if scaled < NOT_NEEDED:
         where = PREDICTING if lost else ""
-        return f"The simple scaled model is already as good as the native one{where}, so training was not needed"
+        text = f"The simple scaled model is already as good as the native one{where}, so training was not needed"
+        return PARTLY if lost else GOOD, text
     if won <= 0:
-        return "Training did not help: the simple scaled model is at least as good"
-    own = measured.kl_tests.get(RESTORED)
+        return BAD, "Training did not help: the simple scaled model is at least as good"
+    own = measured.kl_tests.get(_best(measured))
     test = own.test_against(SCALED) if own else None
     if test and test.outcome == NOISE:
-        return "Training made no difference to the simple scaled model beyond chance"
+        return BAD, "Training made no difference to the simple scaled model beyond chance"
     part = f"{_percent(won)} of what scaling cost"
     if won < HELPED:
-        return f"Training helped little: it won back {part}"
+        return BAD, f"Training helped little: it won back {part}"
     if won < KEPT:
-        return f"Training helped, but did not restore the model: it won back {part}"
+        return PARTLY, f"Short text is restored in part: training won back {part}"
     if lost:
-        return f"Training won back {part}{PREDICTING}, but did not restore the model"
-    return f"Training restored the model: it won back {part}" + ("" if _measured_copying(measured) else PREDICTING)
+        return PARTLY, f"Short text is restored in part: training won back {part}{PREDICTING}"
+    alone = "" if _measured_copying(measured) else PREDICTING
+    return GOOD, f"Short text is restored: training won back {part}{alone}"
 
 
 def _measured_copying(measured: Measured) -> bool:
-    """Whether finding and copying details of a long text was measured."""
-    return all(any(suite in measured.row(name).suites for suite in COPYING) for name in (NATIVE, RESTORED))
+    """Whether finding and copying details of a text was measured."""
+    names = (NATIVE, _best(measured))
+    return all(any(suite in measured.row(name).suites for suite in COPYING) for name in names)
 
 
-def _shortfalls(measured: Measured, name: str, *, certain: bool) -> list[Shortfall]:
-    return [one for one in shortfalls(measured.results, name, measured.window) if one.certain == certain]
+def _shortfalls(measured: Measured, name: str, *, certain: bool, beyond: bool | None = None) -> list[Shortfall]:
+    """The shortfalls inside the native window, beyond it, or both."""
+    short = shortfalls(measured.results, name, measured.window)
+    return [one for one in short if one.certain == certain and beyond in (None, one.beyond)]
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f}%" if fraction < 0.995 else f"{100 * fraction:.1f}%"
 
 
-def _perplexities(measured: Measured) -> Iterator[str]:
-    own = {name: measured.row(name).perplexity for name in ORDER}
-    if not (lengths := _common_lengths(own)):
-        return
-    window = measured.window
-    text = f"Perplexity at {lengths[0]} tokens is {_of_all(own, lengths[0])}"
-    if window:
-        suite = {name: measured.suite_perplexity(name) for name in ORDER}
-        long = next(((by_name, n[-1]) for by_name in (own, suite) if (n := _common_lengths(by_name, window))), None)
-        if long is not None:
-            text += f"; at {long[1]}, beyond the native window of {window}, it is {_of_all(*long)}"
-        elif any((metric.length or 0) > window for metric in key_metrics(measured.row(RESTORED))):
-            text += f"; it was not measured beyond the native window of {window} tokens"
-        else:
-            text += f"; nothing was measured beyond the native window of {window} tokens"
-    yield text + "."
-
-
-def _common_lengths(by_name: Mapping[str, ByLength], above: int = 0) -> list[int]:
-    """The lengths at which all models were measured, ascending."""
-    return sorted(n for n in set.intersection(*(set(values) for values in by_name.values())) if n > above)
-
-
-def _of_all(by_name: Mapping[str, ByLength], length: int) -> str:
-    """The three values, and a warning if the untrained model does as well."""
-    native, scaled, restored = (perplexity_text(by_name[name][length]) for name in ORDER)
-    better = by_name[SCALED][length] <= by_name[RESTORED][length]
-    warning = ", so that the simple scaled model is at least as good there" if better else ""
-    return f"{native} native, {scaled} scaled and {restored} restored{warning}"
+def _no_better_perplexity(measured: Measured, name: str) -> list[int]:
+    """The lengths at which the simple scaled model has at least as low a perplexity, although scaling cost some."""
+    native, scaled, own = (measured.row(row).perplexity for row in (NATIVE, SCALED, name))
+    common = sorted(native.keys() & scaled.keys() & own.keys())
+    return [n for n in common if scaled[n] <= own[n] and native[n] < own[n]]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -206,3 +217,10 @@ def _not_restored(measured: Measured) -> Iterator[str]:
     }
     if parts := [f"with {name}, {'; '.join(texts)}" for name, texts in lost.items() if texts]:
         yield f"Not restored: {'. '.join(parts)}."
+
+
+def _long_of_best(measured: Measured) -> Iterator[str]:
+    """Whether the model of the best objective uses the long window."""
+    if measured.contest.finished:
+        sentence = long_of(measured).sentence
+        yield f"With {_best(measured)}: {sentence[0].lower()}{sentence[1:]}"

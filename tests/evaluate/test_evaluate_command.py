@@ -401,5 +401,5 @@ def test_the_report_of_a_run_follows_its_evaluation(
         run(["--run", str(root), "--suite", "ppl", "--data", str(text_file), "--lengths", "64", "--tokens", "64"]) == 0
     )
     printed = capsys.readouterr().out
-    assert "Training restored the model" in printed and f"The report is {root / 'report.html'}" in printed
+    assert "Short text is restored" in printed and f"The report is {root / 'report.html'}" in printed
     assert "Perplexity on the evaluation text" in (root / "report.html").read_text()

@@ -67,13 +67,15 @@ def test_the_gain_is_that_of_two_plain_passes(folder: Path, chunk: int | None) -
         assert record["samples"][f"gain@{length}"] == pytest.approx(gains[record["id"]].mean(), abs=NATS)
     value = entry["metrics"]["gain@300"]
     assert value["n"] == 3 and value["stderr"] > 0
-    positions = entry["gain_by_position"]
+    positions = entry["gain_by_position"]["300"]
+    assert set(entry["gain_by_position"]) == {"200", "300"}
     assert [(p["start"], p["end"]) for p in positions][:2] == [(275, 278), (278, 281)] and len(positions) == 10
     assert positions[-1]["end"] == 300
-    longest = np.mean([gains[f"300/{i}"] for i in range(3)], axis=0)
+    longest = np.array([gains[f"300/{i}"] for i in range(3)])
     for part in positions:
-        own = longest[part["start"] - 275 : part["end"] - 275].mean()
-        assert part["gain"] == pytest.approx(own, abs=NATS)
+        own = longest[:, part["start"] - 275 : part["end"] - 275].mean(axis=1)
+        assert part["gain"] == pytest.approx(own.mean(), abs=NATS)
+        assert part["stderr"] == pytest.approx(own.std(ddof=1) / 3**0.5, abs=NATS)
 
 
 def test_a_model_that_ignores_what_is_far_gains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +103,7 @@ def test_models_are_compared_by_their_gain(folder: Path, texts: Path, tmp_path: 
     assert set(results["scaled"]["far"]["metrics"]) == {"gain@512", "gain@256"}
     compared = results["comparisons"]["far"]["metrics"]
     assert set(compared["gain@512"]) == {"scaled", "native"} and set(compared["gain@256"]) == {"scaled"}
-    assert len(results["scaled"]["far"]["gain_by_position"]) == 10
+    assert [len(v) for v in results["scaled"]["far"]["gain_by_position"].values()] == [10, 10]
 
 
 def test_as_a_function(folder: Path, texts: Path) -> None:

@@ -23,7 +23,8 @@ from mlx_linearard.distill.run import distill
 from mlx_linearard.errors import UserError
 from mlx_linearard.report.__main__ import run as command
 from mlx_linearard.report.charts import Series, heat_map, line_chart, linear_axis, log_axis, number, tokens
-from mlx_linearard.report.content import figures, notes
+from mlx_linearard.report.content import notes
+from mlx_linearard.report.figures import figures
 from mlx_linearard.report.load import read_run
 from mlx_linearard.report.render import write_report
 from mlx_linearard.results.verdict import headline, verdict
@@ -46,7 +47,7 @@ def test_the_page_needs_no_other_file_and_shows_everything(tmp_path: Path) -> No
     assert not re.search(r"url\(|@import|https?:", text) and "script" not in page.tags
     assert page.tags.count("svg") == 6  # loss, length, position, two pass keys, memory
     for part in (
-        "Training restored the model",
+        "Short text is restored",
         "Multiple choice: piqa",
         "0.500 ± 0.1",
         "96%",
@@ -99,7 +100,7 @@ def test_the_markdown_twin_has_the_same_tables(tmp_path: Path) -> None:
     write_report(root)
     twin = (root / "report.md").read_text()
     assert "| restored | 34.20 | 31.20 | 0.1530 | 80.0% | 91% |" in twin
-    assert "Training restored the model: it won back 91% of what scaling cost" in twin
+    assert "Short text is restored: training won back 91% of what scaling cost" in twin
     widths: dict[str, set[int]] = {}
     heading = ""
     for line in twin.splitlines():
@@ -112,14 +113,13 @@ def test_the_markdown_twin_has_the_same_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scaled", "restored", "says"),
     [
-        (a_row(1.7, 164.3), a_row(0.153, 34.2), "Training restored the model: it won back 91%"),
-        (a_row(1.7, 164.3), a_row(0.85, 60.0), "did not restore the model: it won back 50%"),
+        (a_row(1.7, 164.3), a_row(0.153, 34.2), "Short text is restored: training won back 91%"),
+        (a_row(1.7, 164.3), a_row(0.85, 60.0), "Short text is restored in part: training won back 50%"),
         (a_row(1.7, 164.3), a_row(1.6, 150.0), "Training helped little: it won back 6%"),
         (a_row(1.7, 164.3), a_row(1.9, 170.0), "Training did not help: the simple scaled model is at least as good"),
         (a_row(0.004, 31.0), a_row(0.002, 31.0), "already as good as the native one, so training was not needed"),
-        (a_row(0.1, 36.0), a_row(0.02, 36.5), "so that the simple scaled model is at least as good there"),
-        (a_row(1.7, 164.3, 174.0), a_row(0.1, 33.0, 31.2), "at 16384, beyond the native window of 8192, it is 57.20"),
-        (a_row(1.7, 164.3), a_row(0.1, 33.0), "nothing was measured beyond the native window of 8192 tokens"),
+        (a_row(1.7, 164.3, 174.0), a_row(0.1, 33.0, 31.2), "perplexity is 31.20 at 16384 tokens, against 30.90 native"),
+        (a_row(1.7, 164.3), a_row(0.1, 33.0), "Whether the long window is used was not measured."),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(
@@ -249,10 +249,10 @@ def test_a_model_that_lost_copying_is_not_called_restored(tmp_path: Path) -> Non
     facts = read_run(with_ruler(tmp_path / "run", 30.3, 0.0))
     first, second = verdict(facts)
     assert first.startswith(
-        "Training won back 92% of what scaling cost in predicting the next token, but did not restore"
+        "Short text is restored in part: training won back 92% of what scaling cost in predicting the next token"
     )
     assert "not restored: RULER at 4096 tokens: 0.0% against 30.3% native" in first
-    assert "Training restored the model" not in first + second
+    assert "Short text is restored:" not in first + second
     assert facts.root == tmp_path / "run"
     assert not any("Finding a detail in a long text" in note.text for note in notes(facts))
     write_report(facts.root)
@@ -276,7 +276,7 @@ def test_only_what_cannot_be_chance_is_called_lost(
     facts = read_run(with_ruler(tmp_path / "run", native, restored, outcome))
     assert ("not restored: RULER" in verdict(facts)[0]) == (sure is True)
     assert any("too few samples to rule out chance: RULER" in note.text for note in notes(facts)) == (sure is False)
-    assert ("Training restored the model: it won back 92%" in verdict(facts)[0]) == (sure is not True)
+    assert ("Short text is restored: training won back 92%" in verdict(facts)[0]) == (sure is not True)
 
 
 def test_beyond_the_native_window_native_inside_it_is_the_measure(tmp_path: Path) -> None:
@@ -288,8 +288,9 @@ def test_beyond_the_native_window_native_inside_it_is_the_measure(tmp_path: Path
         name: a_row(kl, 30.9, passkey={"metrics": metrics[name]}) for name, kl in (("native", 0.0), ("restored", 0.1))
     }
     facts = read_run(a_run(tmp_path / "run", **rows))
-    assert "not restored: the pass key at 16384 tokens: 10% against 90% native at 8192" in verdict(facts)[0]
-    assert "8192 tokens: 88%" not in verdict(facts)[0] and "it was not measured beyond" in verdict(facts)[1]
+    short, long = verdict(facts)
+    assert long == "The long window is not used: the pass key at 16384 tokens: 10% against 90% native at 8192."
+    assert "8192 tokens: 88%" not in short and "16384" not in short and short.startswith("Short text is restored:")
 
 
 def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,8 @@ import numpy as np
 
 from ...data import hash_of
 from ...errors import UserError
-from ...results.statistics import Metric
+from ...results.positions import Gain
+from ...results.statistics import Metric, summarize
 from ...results.store import Record
 from ..model import Directory, Subject, Tick
 from .ppl import check_length
@@ -29,7 +31,7 @@ class FarContext:
     the difference of its log-probabilities in nats; it is positive if the far context is used.
 
     Metric: `gain@LENGTH`, the mean over texts of the mean gain of their tokens. In results.json, `gain_by_position`
-    has the mean gain in ten parts of the last tokens, for the longest length.
+    has the mean gain in ten parts of the last tokens, by length. Standard errors are over texts.
     """
 
     documents: Sequence[np.ndarray]
@@ -100,13 +102,14 @@ class FarContext:
         return Metric()
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
-        """`gain_by_position`: parts of the longest texts' last tokens, counted from the end; `end` is not included."""
-        longest = max(record["length"] for record in records)
-        rows = np.array([record["gains"] for record in records if record["length"] == longest], np.float64)
-        edges = np.cumsum([0, *map(len, np.array_split(np.arange(self.last), self._parts))]) + longest - self.last
-        return {
-            "gain_by_position": [
-                {"start": int(start), "end": int(end), "gain": float(gain)}
-                for start, end, gain in zip(edges, edges[1:], rows.mean(axis=0), strict=False)
-            ]
-        }
+        """`gain_by_position` by length: parts of the last tokens, with the standard error over texts."""
+        lengths = sorted({record["length"] for record in records})
+        return {"gain_by_position": {str(n): [gain.as_json() for gain in self._gains(records, n)] for n in lengths}}
+
+    def _gains(self, records: Sequence[Record], length: int) -> Iterator[Gain]:
+        rows = np.array([record["gains"] for record in records if record["length"] == length], np.float64)
+        sizes = list(map(len, np.array_split(np.arange(self.last), self._parts)))
+        edges = np.cumsum([0, *sizes]) + length - self.last
+        for i, (start, end) in enumerate(itertools.pairwise(map(int, edges))):
+            part = summarize(rows[:, i].tolist(), Metric())
+            yield Gain(start, end, part.value, part.stderr)
