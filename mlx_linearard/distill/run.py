@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..config import DistillConfig, to_yaml
 from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
+from ..evaluate.writing import write
 from ..export.card import bits_of, write_card
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
@@ -238,6 +240,8 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
     )
     check_row("native", native)
     check_row("scaled", scaled)
+    native = sampled(job, native, job.pair.teacher)
+    scaled = sampled(job, scaled, job.pair.student)
     write_pieces(job.run.held_out, {"native": native.pieces, "scaled": scaled.pieces})
     write_windows(job.run.held_out_tokens, job.text.held_out)
     rows = {"native": native.row, "scaled": scaled.row}
@@ -246,6 +250,13 @@ def measure_start(job: Job, listener: Listener, before: Rows | None) -> Rows:
         pieces = {"native": native.pieces, "scaled": scaled.pieces}
         kept.write(job.measured_with, {"rows": Results(rows).as_json(), "pieces": pieces})
     return native, scaled
+
+
+def sampled(job: Job, row: Fidelity, model: Any) -> Fidelity:
+    """`row` with what the model writes after the start of the first held-out window, if it has nothing yet."""
+    if row.sample:
+        return row
+    return dataclasses.replace(row, sample=write(job.pair, model, next(iter(job.text.held_out.values()))[0]))
 
 
 def check_row(name: str, row: Fidelity) -> None:
@@ -293,6 +304,7 @@ def finish(job: Job, state: TrainState, before: Rows, listener: Listener, starte
     """Choose the state to keep, export it, verify the export, and write results.json and the report."""
     native, scaled = before
     restored, exported_step = choose_state(job, state, scaled, listener)
+    restored = sampled(job, restored, job.pair.student)
     listener.measured("restored", state.step, restored.row)
     verified = export(job, listener)
     seconds = time.perf_counter() - started

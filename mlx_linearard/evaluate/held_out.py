@@ -16,6 +16,7 @@ from ..models.pair import Pair
 from ..ops.logits import compare_logits, token_nll
 from ..ops.mlp import width_of
 from ..results.rows import Row
+from ..results.sample import Sample
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Pieces = dict[str, dict[str, float]]  # metric -> piece of held-out text -> mean over its tokens
@@ -36,16 +37,18 @@ class Fidelity:
     kl: float | None = None
     agreement: float | None = None
     pieces: Pieces = field(default_factory=dict)
+    sample: Sample | None = None  # what the model writes after a prompt of this text
 
     @property
     def row(self) -> Row:
         """The row of results.json; the pieces are kept in another file."""
-        return Row(self.perplexity, self.kl, self.agreement)
+        return Row(self.perplexity, self.kl, self.agreement, sample=self.sample)
 
     @classmethod
     def of_row(cls, row: Row, pieces: Mapping[str, Mapping[str, float]]) -> Fidelity:
         """The inverse of `row`, with the pieces."""
-        return cls(dict(row.perplexity), row.kl, row.agreement, {name: dict(own) for name, own in pieces.items()})
+        copied = {name: dict(own) for name, own in pieces.items()}
+        return cls(dict(row.perplexity), row.kl, row.agreement, copied, row.sample)
 
     def as_json(self) -> dict[str, Any]:
         """The row in results.json, where lengths are strings."""

@@ -109,6 +109,13 @@ def next_commands(facts: RunFacts) -> list[tuple[str, list[str]]]:
     return [(step.text, [shell_command(*runnable(words)) for words in step.commands]) for step in steps]
 
 
+def samples(facts: RunFacts) -> tuple[str, list[tuple[str, str]]]:
+    """(prompt, what each model writes after it); without a prompt if no model wrote anything."""
+    found = {name: sample for name in facts.models if (sample := facts.row(name).sample)}
+    prompt = next((sample.prompt for sample in found.values()), "")
+    return prompt, [(name, sample.text) for name, sample in found.items() if sample.prompt == prompt]
+
+
 def settings(facts: RunFacts) -> list[tuple[str, str]]:
     """The configuration as (option, value), without the options that are not set."""
     idle = "objective" if facts.objectives else "compare"

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ..files import RunDir, write_text
 from ..results.fields import visible
 from ..results.verdict import headline, mood
-from .content import heading, next_commands, notes, provenance, settings, tables, training_summary
+from .content import heading, next_commands, notes, provenance, samples, settings, tables, training_summary
 from .figures import figures
 from .load import RunFacts, read_run
 from .parts import style_of
@@ -65,6 +65,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "next": steps,
         "notes": [note for note in notes(facts) if note.command not in said],
         "tables": list(tables(facts)),
+        "samples": samples(facts),
         "lists": [(name, pairs) for name, pairs in lists if pairs],
     }
 

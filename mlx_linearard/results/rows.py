@@ -14,6 +14,7 @@ from typing import Any
 from .fields import Field, Json, optional, other_entries, present
 from .info import ExportInfo, RunInfo
 from .positions import Bucket, Gain, gains_of
+from .sample import Sample
 
 NATIVE, SCALED, RESTORED = "native", "scaled", "restored"  # the rows of every run
 COMPARISONS, EXPORT, RUN = "comparisons", "export", "run"
@@ -253,6 +254,7 @@ class Row:
 
     perplexity: by length, on the held-out text of the run. kl: to the native teacher, in nats per token.
     agreement: top-1 agreement with the native teacher, a fraction. suites: by name. training: of an objective.
+    sample: what the model writes after a prompt of held-out text.
     """
 
     perplexity: Mapping[int, float] = field(default_factory=dict)
@@ -260,6 +262,7 @@ class Row:
     agreement: float | None = None
     suites: Mapping[str, SuiteResult] = field(default_factory=dict)
     training: Training | None = None
+    sample: Sample | None = None
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> Json:
@@ -273,6 +276,7 @@ class Row:
             **self.other,
             **{name: suite.as_json() for name, suite in self.suites.items()},
             **({"training": self.training.as_json()} if self.training else {}),
+            **({"sample": self.sample.as_json()} if self.sample else {}),
         }
 
     @classmethod
@@ -282,7 +286,7 @@ class Row:
         suites = {
             name: SuiteResult.from_json(entry, at / name)
             for name, entry in entries.items()
-            if isinstance(entry, dict) and "metrics" in entry
+            if isinstance(entry, dict) and "metrics" in entry and name != "sample"
         }
         return cls(
             {n: (at / "perplexity" / n).positive(v) for n, v in lengths.items()},
@@ -290,7 +294,8 @@ class Row:
             optional((at / "agreement").fraction, entries.get("agreement")),
             suites,
             optional(lambda value: Training.from_json(value, at / "training"), entries.get("training")),
-            other_entries(entries, ["perplexity", "kl", "agreement", "training", *suites]),
+            optional(lambda value: Sample.from_json(value, at / "sample"), entries.get("sample")),
+            other_entries(entries, ["perplexity", "kl", "agreement", "training", "sample", *suites]),
         )
 
     def merged(self, new: Row) -> Row:
@@ -301,6 +306,7 @@ class Row:
             self.agreement if new.agreement is None else new.agreement,
             {**self.suites, **new.suites},
             new.training or self.training,
+            new.sample or self.sample,
             {**self.other, **new.other},
         )
 

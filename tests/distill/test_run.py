@@ -55,6 +55,9 @@ def test_a_run_leaves_what_the_contract_says(
     assert results["native"]["kl"] == 0 and results["native"]["agreement"] == 1
     assert 0 < results["restored"]["kl"] < results["scaled"]["kl"]
     assert results["export"]["kl"] < 1e-6
+    samples = [results[name]["sample"] for name in ("native", "scaled", "restored")]
+    assert len({sample["prompt"] for sample in samples}) == 1 and len(samples[0]["prompt"]) == 16  # half a window
+    assert all(sample["text"] for sample in samples) and samples[1] != samples[0]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, 9)) and metrics[0]["learning_rate"] > 0
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 8

@@ -77,8 +77,8 @@ def assert_plain_markdown(twin: str) -> None:
     outside = re.sub(r"(`+)(?:(?!`).|(?!\1)`+)*?\1(?!`)", "", re.sub(r"\\.", "", twin))
     assert not re.search(r"<|\]\(|!\[|`", outside), outside
     own = (
-        r"# .*|## (What to .*|Text that .*|Gain.*|Comparison|Objectives|Run|Configuration|Perplexity.*|Training.*|"
-        r"Pass key.*|Multiple choice.*)"
+        r"# .*|## (What to .*|Text that each.*|Gain.*|Comparison|Objectives|Run|Configuration|Perplexity.*|"
+        r"Training.*|Pass key.*|Multiple choice.*)"
     )
     lines = twin.splitlines()
     assert all(re.fullmatch(own, line) for line in lines if line.startswith("#")), lines

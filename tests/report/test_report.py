@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from run_files import Page, a_comparison, a_row, a_run, held_out
 
-from mlx_linearard.cli import run_command
+from mlx_linearard.cli import run_command, runnable, shell_command
 from mlx_linearard.config import OBJECTIVES, DistillConfig
 from mlx_linearard.distill.listener import Listener
 from mlx_linearard.distill.run import distill
@@ -27,12 +27,13 @@ from mlx_linearard.report.content import notes
 from mlx_linearard.report.figures import figures
 from mlx_linearard.report.load import read_run
 from mlx_linearard.report.render import write_report
+from mlx_linearard.results.next_steps import next_steps
 from mlx_linearard.results.verdict import headline, verdict
 
 
 def test_the_page_names_the_long_part(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    assert "long text" not in write_report(run).read_text()
+    assert "long text: " not in write_report(run).read_text()
     with (run / "config.yaml").open("a") as file:
         file.write("long_weight: 0.2\nlong_objective: ce+recall\nlong_seq_len: 16384\n")
     assert "long text: 0.2 × ce+recall on blocks of 16384 tokens" in write_report(run).read_text()
@@ -371,6 +372,78 @@ def test_a_comparison_says_what_an_objective_did_not_restore(tmp_path: Path) -> 
     write_report(root)
     page = Page((root / "report.html").read_text()).text
     assert "won back most" in page and "Training took" in page and "--suite choice,lambada" in page
+
+
+def far(gain: float, stderr: float | None = 0.02) -> dict[str, Any]:
+    """The suite `far` at 16384 tokens; the gain grows towards the end of the text."""
+    parts = [
+        {"start": start, "end": start + 100, "gain": gain * (start - 5384) / 10000, "stderr": stderr}
+        for start in range(15384, 16384, 100)
+    ]
+    value = {"value": gain, "stderr": stderr, "n": 32 if stderr else 1}
+    return {"metrics": {"gain@16384": value}, "gain_by_position": {"16384": parts}}
+
+
+def test_the_gain_from_far_text_has_a_picture_a_table_and_a_sentence(tmp_path: Path) -> None:
+    rows = {"scaled": a_row(1.7, 164.3, far=far(-0.1)), "restored": a_row(0.1, 31.0, far=far(0.2))}
+    root = a_run(tmp_path / "run", **rows)
+    figure = next(f for f in figures(read_run(root)) if f.title.startswith("Gain from far text"))
+    picture = ET.fromstring(figure.svg)
+    bands = [e for e in picture.iter() if "band" in e.get("class", "")]
+    assert [e.get("class") for e in bands] == ["band scaled", "band restored"]
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", bands[1].get("d", ""))]
+    line = next(e.get("d", "") for e in picture.iter() if e.get("class") == "line restored")
+    middle = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", line)]
+    assert len(heights) == 20 and all(a < b < c for a, b, c in zip(heights[:10], middle, heights[:9:-1], strict=True))
+    assert figure.data and figure.data.rows[1][:2] == ["restored", "0.200 ± 0.02"]
+    text = Page(write_report(root).read_text()).text
+    for part in ("The long window is used: text beyond the old window helps", "gain@16384", "0.200 ± 0.02"):
+        assert part in text, part
+    one = read_run(a_run(tmp_path / "one", restored=a_row(0.1, 31.0, far=far(0.2, None))))
+    svg = next(f.svg for f in figures(one) if f.title.startswith("Gain from far text"))
+    assert "band" not in svg and "line restored" in svg
+
+
+@pytest.mark.parametrize(
+    ("gain", "kl", "colour"), [(0.2, 0.1, "good"), (-0.2, 0.1, "partly"), (0.2, 2.0, "bad"), (None, 0.1, "unknown")]
+)
+def test_the_box_has_the_colour_of_the_verdict(tmp_path: Path, gain: float | None, kl: float, colour: str) -> None:
+    suites = {} if gain is None else {"far": far(gain)}
+    text = write_report(a_run(tmp_path / "run", restored=a_row(kl, 31.0, **suites))).read_text()
+    assert re.findall(r'class="verdict (\w+)"', text) == [colour] and f".{colour} {{ --mood" in text
+
+
+def test_what_to_do_next_is_what_the_run_says(tmp_path: Path) -> None:
+    """The same commands as at the end of a run; each once, though a note would give it too."""
+    root = a_run(tmp_path / "run", native=a_row(0.0, 30.9), restored=a_row(0.1, 31.0))
+    write_report(root)
+    page, twin = Page((root / "report.html").read_text()).text, (root / "report.md").read_text()
+    facts = read_run(root)
+    for step in next_steps(facts, root):
+        for words in step.commands:
+            line = shell_command(*runnable(words))
+            assert page.count(line) == twin.count(line) == 1
+    assert "--suite far" in page
+
+
+def test_what_each_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
+    def wrote(text: str, prompt: str = "Once <b>upon</b> a time") -> dict[str, Any]:
+        return {"prompt": prompt, "text": text}
+
+    rows = {
+        "native": a_row(0.0, 30.9, sample=wrote("there was <script>alert(1)</script>\n\n# a king")),
+        "scaled": a_row(1.7, 164.3, sample=wrote("x")),
+        "restored": a_row(0.1, 31.0, sample=wrote("y", "another prompt")),
+    }
+    root = a_run(tmp_path / "run", **rows)
+    page = Page(write_report(root).read_text())
+    assert "script" not in page.tags and "there was <script>alert(1)</script>" in page.text
+    assert "Once <b>upon</b> a time" in page.text and "another prompt" not in page.text
+    twin = (root / "report.md").read_text()
+    assert "<script>" not in twin and "- native: there was &lt;script&gt;alert(1)&lt;/script&gt; \\# a king" in twin
+    (root / "results.json").write_text(json.dumps({"native": {"kl": 0.0, "sample": {"prompt": 3, "text": "x"}}}))
+    with pytest.raises(UserError, match=r"native\.sample\.prompt must be a string"):
+        read_run(root)
 
 
 # ---------------------------------------------------------------------------------------------------
