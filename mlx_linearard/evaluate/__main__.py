@@ -55,6 +55,10 @@ examples:
   mlx_linearard.evaluate --run RUN --suite ppl,fidelity --data book.txt
   mlx_linearard.evaluate --model RUN/model --against native=NATIVE --suite choice --data choice=piqa.jsonl
 
+samples:
+  With 32, an average of five tasks of ruler has a standard error of at most 4.0 points, with 3 of at most 12.9: what
+  a GPU measures by default decides more than what a CPU does. --samples 32 gives the same on a CPU, in more time.
+
 A stopped evaluation resumes when run again with the same options. Further lengths, depths, samples and tasks add to
 the earlier ones. Models that are measured one at a time, on the same text and into the same results file, are
 compared too. Items of a model that another results file in the same folder already has are not measured again, if
