@@ -18,7 +18,7 @@ from .suites import COPYING, KEPT, shortfalls
 from .verdict import Measured, finished, long_of
 
 DISTILL, EVALUATE = "mlx_linearard.distill", "mlx_linearard.evaluate"
-LONG_WEIGHT = 0.2  # of the long part: lowered perplexity at long lengths most at little cost in KL
+LONG_WEIGHT = 0.2  # of the long part: lowered perplexity at long lengths at little cost in KL
 MORE_SAMPLES = 32
 Command = tuple[object, ...]
 
