@@ -233,7 +233,7 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
         yield "relations", live, tiles
     if step.logits or step.recalled or step.layers > 1:
         held = _held(shape, arriving)
-        wide = mlp.peak_bytes(tokens, shape.ffn, step.size, workspace=step.workspace)
+        wide = mlp.peak_bytes(tokens, shape.ffn_held, step.size, workspace=step.workspace)
         yield "feed-forward", tokens * held * step.size + 3 * adapted, wide
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
         scores = attention.peak_bytes(

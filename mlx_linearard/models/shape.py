@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.mlp import width_of
+from ..ops.mlp import active_width, width_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int  # width of the widest feed-forward part; in a mixture of experts, the widths of the chosen experts added
+    ffn: int  # width of the widest feed-forward part; in a mixture, those of a position's experts added
+    ffn_held: int  # the width that decides memory (ops.mlp.width_of)
     vocabulary: int
     tied: bool
 
@@ -31,7 +32,8 @@ class Shape:
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or width // heads),
-            ffn=width_of(config),
+            ffn=active_width(config),
+            ffn_held=width_of(config),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
         )

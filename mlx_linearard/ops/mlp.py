@@ -22,11 +22,30 @@ SMALLEST = 64  # positions: smaller products are slow
 PositionWise = Callable[[mx.array], mx.array]
 
 
-def width_of(config: Mapping[str, Any]) -> int:
-    """The width of the widest activation of a feed-forward part; for a mixture, that of its chosen experts together."""
+def active_width(config: Mapping[str, Any]) -> int:
+    """The width of a position's feed-forward part; for a mixture, those of its chosen and shared experts together."""
     dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
-    experts = int(config.get("num_experts_per_tok") or 1) * int(config.get("moe_intermediate_size") or dense)
-    return max(dense, experts)
+    chosen, inner, shared = _experts(config, dense)
+    return max(dense, chosen * inner + shared)
+
+
+def width_of(config: Mapping[str, Any]) -> int:
+    """The width of which a gradient holds `ALONE` arrays.
+
+    mlx sorts a mixture's positions by expert, so a gradient holds 11 arrays as wide as an expert and 8 as wide as the
+    hidden state, for each chosen expert (measured on the CPU).
+    """
+    dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    chosen, inner, shared = _experts(config, dense)
+    return max(dense, chosen * (11 * inner // ALONE + int(config["hidden_size"])) + shared)
+
+
+def _experts(config: Mapping[str, Any], dense: int) -> tuple[int, int, int]:
+    """(experts chosen per position, the width of one, the width of the shared ones together); zeros without experts."""
+    chosen = int(config.get("num_experts_per_tok") or 0)
+    inner = int(config.get("moe_intermediate_size") or dense)
+    shared = config.get("shared_expert_intermediate_size") or int(config.get("n_shared_experts") or 0) * inner
+    return (chosen, inner, int(shared)) if chosen else (0, 0, 0)
 
 
 def chunk_size(positions: int, width: int, size: int, workspace: int) -> int:

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import family_models
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -41,7 +42,7 @@ def peak(folder: Path, found: Plan, **options: object) -> int:
     config = DistillConfig(model=str(folder), lora_rank=8, **options)
     pair = load_pair(
         folder,
-        method="linear",
+        method=config.method,
         factor=4.0,
         lora_rank=8,
         fine_tune_type=config.fine_tune_type,
@@ -90,6 +91,17 @@ def test_the_plan_is_near_the_peak(tmp_path: Path, options: dict) -> None:
     found = planned(folder, **options)
     resident = mx.get_active_memory()  # what other tests left
     assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "glm4_moe"])
+def test_the_plan_knows_experts(tmp_path: Path, kind: str) -> None:
+    wide = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 3, "max_position_embeddings": 2048}
+    folder = family_models.write(tmp_path / "m", kind, **wide)
+    options = {"seq_len": 1024, "objective": "logits", "batch_size": 1, "grad_accum": 1, "method": "ntk"}
+    found = planned(folder, **options)
+    resident = mx.get_active_memory()
+    assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.15)
 
 
 def test_what_grows_with_length_is_linear_and_tiles_are_bounded() -> None:

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models import llama, mixtral
 
 from mlx_linearard.models.layers import FEED_FORWARD
-from mlx_linearard.ops.mlp import ALONE, ARRAYS, SMALLEST, chunk_size, in_chunks, peak_bytes, width_of
+from mlx_linearard.ops.mlp import ALONE, ARRAYS, SMALLEST, active_width, chunk_size, in_chunks, peak_bytes, width_of
 
 WIDTH = 384
 DENSE = {
@@ -46,9 +46,12 @@ def part_of(config: dict) -> nn.Module:
 
 def test_the_width_counts_the_chosen_experts() -> None:
     assert width_of(DENSE) == WIDTH
-    assert width_of(MIXTURE) == WIDTH // 2 * 2
+    assert active_width(MIXTURE) == WIDTH // 2 * 2
+    assert width_of(MIXTURE) == 2 * (11 * (WIDTH // 2) // 8 + MIXTURE["hidden_size"])
     assert width_of({"hidden_size": 64}) == 256
-    assert width_of({**MIXTURE, "moe_intermediate_size": 100}) == 200
+    assert active_width({**MIXTURE, "moe_intermediate_size": 100}) == 200
+    assert active_width({**MIXTURE, "moe_intermediate_size": 100, "n_shared_experts": 2}) == 400
+    assert active_width({**MIXTURE, "moe_intermediate_size": 100, "shared_expert_intermediate_size": 50}) == 250
 
 
 @pytest.mark.parametrize("positions", [1, SMALLEST, SMALLEST + 1, 1000])
