@@ -24,7 +24,7 @@ from ..models.save import (
     write_config,
 )
 from ..models.tokenizer_files import copy_tokenizer
-from ..rope import disagreement, family, scale_rope
+from ..rope import PREFIX, disagreement, family, is_wrapper, scale_rope, text_model
 from .experts import unstack
 
 Progress = Callable[[str], None]
@@ -88,7 +88,8 @@ def to_hf(
     """Convert an mlx-lm directory to one that transformers' AutoModelForCausalLM loads; return its path.
 
     Quantized layers are dequantized: to `dtype`, or by default to the type of their scales. The config carries RoPE in
-    both spellings. Raises UserError if the source is damaged or if mlx-lm and transformers would disagree.
+    both spellings. A multimodal config becomes that of its text model, which is all that mlx-lm keeps. Raises
+    UserError if the source is damaged or if mlx-lm and transformers would disagree.
     """
     directory = resolve(source)
     checked = check_model_dir(directory)
@@ -99,6 +100,9 @@ def to_hf(
     if not kind.architecture:
         raise UserError(f"{directory}: transformers has no {config['model_type']} model that it could load")
     arrays = dequantized(checked)
+    if is_wrapper(config):  # mlx-lm's directories have no vision tower: what is left is a text model
+        config = text_model(config)
+        arrays = {name.removeprefix(PREFIX): arrays.pop(name) for name in list(arrays)}
     if kind.experts:
         arrays = unstack(arrays, kind.experts)
     for key in ("quantization", "quantization_config"):
@@ -108,7 +112,7 @@ def to_hf(
     kinds = {FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in FLOAT_NAMES}
     if len(kinds) == 1:
         config["dtype"] = config["torch_dtype"] = kinds.pop()
-    if not config.get("architectures"):
+    if not config.get("architectures") or is_wrapper(checked.config):
         config["architectures"] = [kind.architecture]
     with model_directory(
         target,

@@ -154,7 +154,7 @@ def holding(layer: nn.Module, leaves: Leaves) -> Iterator[None]:
 
 def qkv_keys(model: Any) -> tuple[str, ...]:
     """Paths, inside a layer, of the projections that make q, k and v; UserError for an architecture without them."""
-    names = family_or_default({"model_type": model.model_type}).projections
+    names = family_or_default({"model_type": getattr(model, "language_model", model).model_type}).projections
     for layer in model.layers:
         path, attention = attention_of(layer) or ("", {})
         if all(name in attention for name in names):

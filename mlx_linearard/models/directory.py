@@ -5,6 +5,7 @@ Nothing here runs a model's own code. Everything that is wrong ends in one UserE
 
 from __future__ import annotations
 
+import copy
 import glob
 import importlib.util
 import re
@@ -21,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
-from ..rope import FAMILIES, family, ignored_setting, native_window, normalise
+from ..rope import FAMILIES, PREFIX, family, ignored_setting, native_window, normalise, wrap
 from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer, token_ids
 from .tokenizer_files import MORE_TEMPLATES
@@ -151,7 +152,7 @@ def build(config: Mapping[str, Any], tensors: int, where: Path) -> nn.Module:
         raise UserError(f"{where}: {config['num_hidden_layers']} layers, but the weights have {tensors} tensors")
     try:
         model_class, args_class = _get_classes(dict(config))
-        return model_class(args_class.from_dict(dict(config)))
+        return model_class(args_class.from_dict(copy.deepcopy(dict(config))))  # mlx-lm changes a text_config
     except Exception as error:  # mlx-lm's constructors raise many types for a bad value
         text = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where} does not describe a {config['model_type']} model ({text})") from None
@@ -226,9 +227,10 @@ def _assemble(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Check
     stored = stored_tensors(directory)
     where = directory / CONFIG
     unneeded = copied_head(config, stored)
-    heads = [name for name in stored if name.startswith(HEAD) and name not in unneeded]
+    heads = [name for name in stored if _is_head(name) and name not in unneeded]
     if heads or config.get("tie_word_embeddings") is None:  # the libraries have different defaults for it
         config["tie_word_embeddings"] = not heads
+        wrap(config)
     model = build(config, len(stored), where)
     used = {name: tensor for name, tensor in stored.items() if name not in unneeded}
     arrays = sanitize(model, load_lazily(used), directory)
@@ -238,7 +240,7 @@ def _assemble(directory: Path, config: dict[str, Any]) -> tuple[nn.Module, Check
         config["quantization"] = config["quantization_config"]
     parameters: Any = tree_flatten(model.parameters())
     wanted = {name: tuple(value.shape) for name, value in parameters}
-    if lost := [name for name in heads if name not in wanted]:
+    if lost := [name for name in heads if not any(other.endswith(name) for other in wanted)]:
         raise UserError(
             f"{directory}: {lost[0]} differs from the embedding, and mlx-lm's {config['model_type']} has no output "
             "head of its own: it would compute different logits"
@@ -251,6 +253,10 @@ def copied_head(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> list
     """The stored tensors of an output head that only repeat the embedding of a tied model."""
     if config.get("tie_word_embeddings") is False:
         return []
-    heads = [name for name in stored if name.startswith(HEAD)]
-    twins = {name: stored.get(EMBEDDING + name.removeprefix(HEAD)) for name in heads}
+    heads = [name for name in stored if _is_head(name)]
+    twins = {name: stored.get(name.replace(HEAD, EMBEDDING)) for name in heads}
     return heads if all(twin and same_values(stored[name], twin) for name, twin in twins.items()) else []
+
+
+def _is_head(name: str) -> bool:
+    return name.removeprefix(PREFIX).startswith(HEAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def share(teacher: Any, config: dict[str, Any]) -> Any:
 
     The initial weights of the new model are never evaluated, so there is no second copy at any time.
     """
-    student = type(teacher)(type(teacher.args).from_dict(config))
+    student = type(teacher)(type(teacher.args).from_dict(copy.deepcopy(config)))  # mlx-lm changes a text_config
     with_weights = [(name, module) for name, module in named_modules(teacher.leaf_modules()) if module.parameters()]
     student.update_modules(tree_unflatten(with_weights))
     student.update(teacher.parameters())

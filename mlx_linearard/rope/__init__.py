@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES
+from .families import FAMILIES, WRAPPERS
 from .family import METHODS, Family
 from .frequencies import attention_factor, inverse_frequencies
 from .lookup import family, family_or_default, native_window
@@ -10,11 +10,14 @@ from .parameters import normalise, rotary_dims
 from .refused import REFUSED
 from .scale import disagreement, scale_rope
 from .settings import ignored_setting
+from .wrapper import PREFIX, is_wrapper, text_model, wrap
 
 __all__ = [
     "FAMILIES",
     "METHODS",
+    "PREFIX",
     "REFUSED",
+    "WRAPPERS",
     "Family",
     "attention_factor",
     "disagreement",
@@ -22,8 +25,11 @@ __all__ = [
     "family_or_default",
     "ignored_setting",
     "inverse_frequencies",
+    "is_wrapper",
     "native_window",
     "normalise",
     "rotary_dims",
     "scale_rope",
+    "text_model",
+    "wrap",
 ]

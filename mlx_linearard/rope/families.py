@@ -218,3 +218,7 @@ FAMILIES: Mapping[str, Family] = {
         ("linear", "ntk"), DYNAMIC_TOO, fixed=_SILU, projections=("wqkv",), feed_forward="feed_forward"
     ),
 }
+
+# Multimodal configs of which mlx-lm reads the text model alone: the types that `text_config` may have, the first by
+# default.
+WRAPPERS: Mapping[str, tuple[str, ...]] = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}

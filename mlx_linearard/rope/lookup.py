@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .families import FAMILIES
+from .families import FAMILIES, WRAPPERS
 from .family import Family
 from .refused import REFUSED
 from .values import number
@@ -13,11 +13,26 @@ from .values import number
 LONGEST = 1 << 31  # tokens; positions are 32-bit integers
 
 
+def text_type(config: Mapping[str, Any]) -> str:
+    """The model_type of a config, or that of its text model if it is one of `WRAPPERS`."""
+    model_type, text = str(config.get("model_type")), config.get("text_config")
+    if model_type not in WRAPPERS or not isinstance(text, Mapping):
+        return model_type
+    return str(text.get("model_type", WRAPPERS[model_type][0]))
+
+
 def family(config: Mapping[str, Any]) -> Family:
     """The row of `FAMILIES` for a config; ValueError that names what is missing if its model_type has none."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError("the config has no model_type")
+    if model_type in WRAPPERS:
+        if (inner := text_type(config)) not in WRAPPERS[model_type]:
+            raise ValueError(
+                f"the text model of {model_type!r} is not supported: it is {inner!r}, not "
+                f"{' or '.join(WRAPPERS[model_type])}"
+            )
+        return FAMILIES[inner]
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in REFUSED:
@@ -28,7 +43,7 @@ def family(config: Mapping[str, Any]) -> Family:
 
 def family_or_default(config: Mapping[str, Any]) -> Family:
     """The row of `FAMILIES` for a config, or a family without peculiarities."""
-    return FAMILIES.get(str(config.get("model_type")), Family())
+    return FAMILIES.get(text_type(config), Family())
 
 
 def native_window(config: Mapping[str, Any]) -> int:

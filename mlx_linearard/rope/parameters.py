@@ -16,6 +16,7 @@ from .family import Family
 from .lookup import family_or_default, native_window, window_binds
 from .settings import FULL, SLIDING, state_defaults
 from .values import mapping, number, positive
+from .wrapper import unwrap, wrap
 
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0  # the defaults of low_freq_factor and high_freq_factor
 _INTEGERS = ("original_max_position_embeddings",)
@@ -29,6 +30,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     share are stated. Normalising twice gives the same as once. ValueError if a value has the wrong type.
     """
     result = copy.deepcopy(dict(config))
+    unwrap(result)
     kind = family_or_default(config)
     full, sliding = read(result, kind)
     write(result, kind, full, sliding)
@@ -36,6 +38,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     _state_full_attention(result)
     if "moe" in str(config.get("model_type")) and "num_local_experts" in result:
         result.setdefault("num_experts", result["num_local_experts"])  # transformers 5 writes only num_local_experts
+    wrap(result)
     return result
 
 

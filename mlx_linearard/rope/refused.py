@@ -11,7 +11,7 @@ from collections.abc import Mapping
 _LATENT = "its attention is multi-head latent attention, whose keys and values are compressed: it has no plain q, k, v"
 _STATE = "it mixes attention with state-space, convolution or linear-attention layers, which have no q, k, v"
 _ONLY_STATE = "it has no attention and no RoPE, only state-space or linear-attention layers"
-_MULTIMODAL = "it is multimodal, and only text models are read"
+_MULTIMODAL = "it is multimodal, and only the text models in gemma3 and mistral3 are read out of such a config"
 _POSITIONS = "it has learned positions and no RoPE to scale"
 _LAYOUT = "its attention is not made of plain q, k, v projections that see each position once"
 _UNCOMPARED = "transformers has no such model to compare it with, so nothing shows which config keys mlx-lm ignores"
@@ -29,7 +29,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     _ONLY_STATE: ("falcon_mamba", "mamba", "mamba2", "rwkv7"),
     _MULTIMODAL: (
-        "gemma3", "gemma3n", "gemma4", "gemma4_unified", "lfm2-vl", "llama4", "llava", "minimax_m3_vl", "mistral3",
+        "gemma3n", "gemma4", "gemma4_unified", "lfm2-vl", "llama4", "llava", "minimax_m3_vl",
         "muse_glimmer", "muse_spark", "pixtral", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe",
     ),
     _POSITIONS: ("gpt2", "gpt_bigcode"),

@@ -8,10 +8,11 @@ from typing import Any
 from .families import FAMILIES
 from .family import METHODS, Family
 from .frequencies import YARN_FAST, YARN_SLOW, frequencies
-from .lookup import LONGEST, family, family_or_default, native_window, window_binds
+from .lookup import LONGEST, family, family_or_default, native_window, text_type, window_binds
 from .parameters import LLAMA3_HIGH, LLAMA3_LOW, normalise, read, rotary_dims, write
 from .settings import ignored_setting
 from .values import number, positive
+from .wrapper import wrap
 
 
 def scale_rope(
@@ -63,6 +64,7 @@ def scale_rope(
         full["original_max_position_embeddings"] = result["max_position_embeddings"]
         result["original_max_position_embeddings"] = result["max_position_embeddings"]
     write(result, kind, full, sliding)
+    wrap(result)
     if reason := disagreement(result):
         raise ValueError(f"{name} cannot be scaled by {factor:g}: {reason}")
     return result
@@ -159,7 +161,7 @@ def _rope_disagreement(
             return "its sliding layers have a rope_theta of their own, which mlx-lm does not read"
     if rope_type == "default":
         return None
-    known = str(config.get("model_type")) in FAMILIES
+    known = text_type(config) in FAMILIES
     if known and not kind.longrope and rope_type in METHODS and rope_type not in kind.methods:
         return f"its {rope_type} scaling is not read by mlx-lm's {config['model_type']}"
     if rope_type == "yarn":

@@ -90,8 +90,16 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+# The text models of multimodal configs.
+WRAPPED = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+
+
 def config(kind: str, **changes: Any) -> dict[str, Any]:
-    """The tiny config of a family."""
+    """The tiny config of a family, or of a multimodal model of it."""
+    if kind in WRAPPED:
+        inner = WRAPPED[kind]
+        text = {key: value for key, value in config(inner, **changes).items() if value is not None}
+        return {"model_type": kind, "architectures": None, "vocab_size": 258, "text_config": text}
     return {**_BASE, "model_type": kind, **OWN[kind], **changes}
 
 

@@ -19,9 +19,9 @@ from mlx_linearard.errors import UserError
 from mlx_linearard.export.fuse import write_fused
 from mlx_linearard.export.verify import TOLERANCE
 from mlx_linearard.models.pair import Pair, load_pair
-from mlx_linearard.rope import FAMILIES
+from mlx_linearard.rope import FAMILIES, WRAPPERS, family
 
-KINDS = sorted(FAMILIES)
+KINDS = sorted([*FAMILIES, *WRAPPERS])
 WINDOW, FACTOR = family_models.WINDOW, family_models.FACTOR
 LONG = 2 * WINDOW
 TOKENS = (np.arange(2 * LONG) * 7919 % 251).astype(np.int32)
@@ -35,9 +35,10 @@ DIFFERENT = 2e-2  # two kinds of GELU
 
 def best_method(kind: str) -> str:
     """The method that the family's users would choose; ntk keeps a scaling that the model has already."""
-    native = family_models.config(kind).get("rope_parameters")
+    config = family_models.config(kind)
+    native = config.get("text_config", config).get("rope_parameters")
     wanted = ("ntk",) if native else ("yarn", "llama3", "linear", "ntk")
-    return next(method for method in wanted if method in FAMILIES[kind].methods)
+    return next(method for method in wanted if method in family(config).methods)
 
 
 def distilled(folder: Path, kind: str, objective: str, **options) -> tuple[Pair, list[float]]:
@@ -61,6 +62,7 @@ def logits(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
 
 def test_every_family_has_a_tiny_model() -> None:
     assert family_models.OWN.keys() == FAMILIES.keys()
+    assert family_models.WRAPPED.keys() == WRAPPERS.keys()
 
 
 def check(folder: Path, kind: str, objective: str, **model) -> Pair:
@@ -110,17 +112,18 @@ def test_the_result_of_a_family_is_the_same_everywhere(
     tmp_path: Path, kind: str, bits: int | None, objective: str
 ) -> None:
     """In bfloat16 as in memory; with the same weights in float32, transformers on torch agrees below and beyond."""
+    row = family(family_models.config(kind))
     # mlx has no bfloat16 experts on the CPU; 4 bits with bfloat16 scales have values that bfloat16 cannot hold
-    exact = bits is not None or (FAMILIES[kind].experts and mx.default_device() == mx.cpu)
+    exact = bits is not None or (row.experts and mx.default_device() == mx.cpu)
     check(tmp_path, kind, objective, bits=bits, dtype="float32" if exact else "bfloat16")
     fused = reload(tmp_path / "fused")
     fused.set_dtype(mx.float32)
     ours = logits(fused)
-    if not FAMILIES[kind].architecture:
+    if not row.architecture:
         with pytest.raises(UserError, match=f"transformers has no {kind}"):
             torch_logits_of(tmp_path / "fused", tmp_path / "theirs")
         return
     apart = np.abs(ours - torch_logits_of(tmp_path / "fused", tmp_path / "theirs")).max(axis=-1)
-    limit = DIFFERENT if FAMILIES[kind].differs == FAMILIES["gemma"].differs else 1e-4 * max(1.0, np.abs(ours).max())
+    limit = DIFFERENT if row.differs == FAMILIES["gemma"].differs else 1e-4 * max(1.0, np.abs(ours).max())
     assert apart[:WINDOW].max() < limit
     assert apart[WINDOW:].max() < limit
