@@ -24,7 +24,7 @@ from ..models.save import (
     write_config,
 )
 from ..models.tokenizer_files import copy_tokenizer
-from ..rope import PREFIX, disagreement, family, is_wrapper, scale_rope, text_model
+from ..rope import PREFIX, difference, disagreement, family, is_wrapper, scale_rope, text_model
 from .experts import unstack
 
 Progress = Callable[[str], None]
@@ -96,6 +96,8 @@ def to_hf(
     config = _clean(checked.config)
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
+    if progress and (note := difference(config)):
+        progress(note)
     kind = family(config)
     if not kind.architecture:
         raise UserError(f"{directory}: transformers has no {config['model_type']} model that it could load")

@@ -8,7 +8,7 @@ from .frequencies import attention_factor, inverse_frequencies
 from .lookup import family, family_or_default, native_window
 from .parameters import normalise, rotary_dims
 from .refused import REFUSED
-from .scale import disagreement, scale_rope
+from .scale import difference, disagreement, scale_rope
 from .settings import ignored_setting
 from .wrapper import PREFIX, is_wrapper, text_model, wrap
 
@@ -20,6 +20,7 @@ __all__ = [
     "WRAPPERS",
     "Family",
     "attention_factor",
+    "difference",
     "disagreement",
     "family",
     "family_or_default",

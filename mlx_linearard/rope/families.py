@@ -178,6 +178,7 @@ FAMILIES: Mapping[str, Family] = {
         experts="interleaved",
         architecture="GptOssForCausalLM",
         differs="transformers does not round the ends of YaRN's ramp where truncate is false, and mlx-lm does",
+        tolerates={"truncate": False},
     ),
     "gemma": _ntk(
         fixed={**_TIED, "hidden_act": ("gelu", *GELU_TANH), "hidden_activation": GELU_TANH, "attention_bias": OFF},

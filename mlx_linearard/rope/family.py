@@ -60,6 +60,7 @@ class Family:
     architecture the class that transformers loads it with; "" if transformers has no such model
     differs      what transformers computes otherwise, so that only mlx-lm gives exactly the exported model; ""
                  if both compute the same
+    tolerates    parameters of RoPE and the values under which alone the libraries differ so
     """
 
     methods: tuple[str, ...] = METHODS
@@ -81,3 +82,4 @@ class Family:
     first_token: bool = False
     architecture: str = ""
     differs: str = ""
+    tolerates: Mapping[str, Any] = field(default_factory=dict)

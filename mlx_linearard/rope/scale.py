@@ -78,6 +78,18 @@ def disagreement(config: Mapping[str, Any]) -> str | None:
     return ignored_setting(config) or _window_disagreement(config) or _rope_disagreement(config, kind, full, sliding)
 
 
+def difference(config: Mapping[str, Any]) -> str | None:
+    """A note about what transformers computes otherwise than mlx-lm, for families that are served all the same."""
+    kind = family_or_default(config)
+    if not kind.differs:
+        return None
+    if kind.tolerates:
+        full, _ = read(normalise(config), kind)
+        if not any(full.get(key) == value for key, value in kind.tolerates.items()):
+            return None
+    return f"note: the result is exact in mlx-lm; {kind.differs}"
+
+
 def _ramp(method: str, fast: float | None, slow: float | None) -> dict[str, float]:
     """The keys of YaRN's ramp, as far as they are given; ValueError unless 0 < beta_slow < beta_fast."""
     given = {"beta_fast": fast, "beta_slow": slow}
@@ -179,7 +191,7 @@ def _rope_disagreement(
 def _yarn_disagreement(params: Mapping[str, Any], kind: Family) -> str | None:
     if "attention_factor" in params:
         return f"mlx-lm does not read its yarn attention_factor {params['attention_factor']}"
-    if params.get("truncate") is False and not kind.differs:
+    if params.get("truncate") is False and "truncate" not in kind.tolerates:
         return "mlx-lm does not read its yarn truncate = false"
     if ("mscale" in params) != ("mscale_all_dim" in params):
         return "mlx-lm and transformers read its yarn mscale differently"

@@ -1,0 +1,36 @@
+"""Families that mlx-lm computes otherwise than transformers: a note says so, and the difference is small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import family_models
+import numpy as np
+import pytest
+from test_families import divergence, logits, torch_logits_of
+from tiny import reload
+
+from mlx_linearard.rope import FAMILIES, difference, disagreement, scale_rope
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5}
+UNROUNDED = {**YARN, "truncate": False}
+
+
+def test_a_note_stands_where_something_differs() -> None:
+    assert {kind for kind in FAMILIES if difference(family_models.config(kind))} == {"gemma", "starcoder2"}
+    gpt = family_models.config("gpt_oss", rope_scaling=UNROUNDED)
+    assert "truncate" in str(difference(gpt))
+    assert difference(family_models.config("gpt_oss", rope_scaling=YARN)) is None
+    assert disagreement(gpt) is None  # served all the same, as its makers publish it
+    assert scale_rope(gpt, "ntk", 2.0)["rope_parameters"]["truncate"] is False
+    assert "truncate" in str(disagreement(family_models.config("llama", rope_scaling=UNROUNDED)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "scaling"), [("gemma", None), ("starcoder2", None), ("gpt_oss", UNROUNDED)])
+def test_the_difference_is_small(tmp_path: Path, kind: str, scaling: dict | None) -> None:
+    folder = family_models.write(tmp_path / "m", kind, rope_scaling=scaling)
+    ours, theirs = logits(reload(folder)), torch_logits_of(folder, tmp_path / "theirs")
+    print(kind, np.abs(ours - theirs).max(), divergence(ours, theirs))
+    assert np.abs(ours - theirs).max() > 1e-5
+    assert divergence(ours, theirs) < (0.1 if scaling else 1e-4)  # nats per token
