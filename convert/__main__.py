@@ -13,7 +13,7 @@ from ..cli import Parser, integer, run_command
 from ..errors import UserError
 from ..files import check_overwrite, refuse_existing
 from ..models.dtypes import FLOATS
-from ..rope import METHODS
+from ..rope import METHODS, methods_help
 
 NOT_LIVE = 1  # the exit status of `verify --served` if the server does not apply the scaling
 DESCRIPTION = "Convert models and adapters between Hugging Face, PEFT, GGUF and mlx-lm, and compare them."
@@ -167,7 +167,10 @@ VERBS = {
         "scaled copy of a model: a new config, the same weights",
         "a model directory",
         flags=(
-            ("--method", {"choices": METHODS, "default": "linear", "help": "how to scale (default: linear)"}),
+            (
+                "--method",
+                {"choices": METHODS, "default": "linear", "help": f"how to scale; {methods_help()}"},
+            ),
             ("--factor", {"type": float, "required": True, "help": "how many times longer the window becomes"}),
             ("--yarn-beta-fast", {"type": float, "help": "yarn: the fast end of its ramp (default: 32)"}),
             ("--yarn-beta-slow", {"type": float, "help": "yarn: the slow end of its ramp (default: 1)"}),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from ..rope import METHODS
+from ..rope import METHODS, methods_help
 from .checks import (
     DTYPES,
     FINE_TUNE_TYPES,
@@ -111,7 +111,7 @@ class DistillConfig:
         group="model and data",
     )
     output: str = option("linearard-run", "the run directory to write", metavar="DIR")
-    method: str = option(METHOD, "how RoPE is scaled", choices=METHODS, group="window")
+    method: str = option(METHOD, f"how RoPE is scaled; {methods_help()}", choices=METHODS, group="window")
     factor: float = option(4.0, "how many times longer the window becomes", check=extends, metavar="X", group="window")
     yarn_beta_fast: float | None = option(
         None,

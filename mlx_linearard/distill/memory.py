@@ -80,7 +80,7 @@ class Step:
         That is its inputs' norm and its middle, q, k, v and the output of attention, four arrays of the feed-forward
         part, and x A of the adapters with, in half precision, the float32 copies of x.
         """
-        q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn
+        q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn_held
         numbers = (2 * self.shape.width + self.qkv + q + 4 * ffn) * self.size
         adapted = self.rank + (self.shape.width if self.rank and self.size != FLOAT32 else 0)
         return self.tokens * (numbers + adapted * FLOAT32)
@@ -148,7 +148,7 @@ def relation_workspace(workspace: int, shape: Shape, relations: str, tokens: int
     if not gpu:
         return workspace
     related = sum(shape.heads_of(relations)) * shape.head_dim
-    wide = mlp.peak_bytes(tokens, shape.ffn, size, workspace=workspace)
+    wide = mlp.peak_bytes(tokens, shape.ffn_held, size, workspace=workspace)
     return max(workspace, tokens * (_held(shape, related) - _live(shape, related)) * size + wide)
 
 
@@ -209,7 +209,7 @@ def _moments_keeping(step: Step) -> Iterator[tuple[str, int, int]]:
     if not step.kept:
         return
     held = (step.kept - (not step.logits and not step.recalled)) * step.retained
-    wide = mlp.ALONE * step.tokens * step.shape.ffn * step.size
+    wide = mlp.ALONE * step.tokens * step.shape.ffn_held * step.size
     for moment, activations, workspace in _moments(step):
         if moment in ("relations", "logits"):
             yield moment, held + activations, workspace

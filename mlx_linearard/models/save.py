@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import CONFIG, WEIGHTS, WEIGHTS_INDEX, new_directory, read_config
+from ..rope import written
 from .directory import copied_head
 from .dtypes import DTYPE_NAMES
 from .tokenizer_files import copy_tokenizer
@@ -74,7 +75,7 @@ def model_directory(
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """config.json with sorted keys, as mlx-lm and transformers sort them; without NaN or Infinity."""
-    text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(written(config), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .families import FAMILIES, WRAPPERS
-from .family import Family
+from .family import METHODS, Family
 from .refused import REFUSED
 from .values import number
 
@@ -19,6 +19,16 @@ def text_type(config: Mapping[str, Any]) -> str:
     if model_type not in WRAPPERS or not isinstance(text, Mapping):
         return model_type
     return str(text.get("model_type", WRAPPERS[model_type][0]))
+
+
+def methods_help() -> str:
+    """A sentence for --help: which families honour which methods of scaling."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, row in sorted(FAMILIES.items()):
+        groups.setdefault(row.methods, []).append(name)
+    some = {" and ".join(methods): names for methods, names in groups.items() if methods != METHODS}
+    parts = [f"only {methods} for {', '.join(names)}" for methods, names in sorted(some.items())]
+    return f"{'; '.join(parts)}; all for {', '.join(groups[METHODS])}"
 
 
 def family(config: Mapping[str, Any]) -> Family:

@@ -20,6 +20,9 @@ _WRITTEN = (
 )  # fmt: skip
 
 
+_ABOVE = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
 def is_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether the config is of `WRAPPERS`, with a text_config."""
     return config.get("model_type") in WRAPPERS and isinstance(config.get("text_config"), Mapping)
@@ -44,3 +47,14 @@ def text_model(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the text model by itself."""
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     return {**ids, **config["text_config"]}
+
+
+def written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it is written: what text_config says stands there alone, except for what both libraries read above.
+
+    transformers takes RoPE at the top level of such a config for that of the multimodal model, which has none.
+    """
+    if not is_wrapper(config):
+        return dict(config)
+    inner = {*config["text_config"], *_WRITTEN} - {"model_type", "vocab_size", "tie_word_embeddings", *_ABOVE}
+    return {key: value for key, value in config.items() if key not in inner}

@@ -12,7 +12,7 @@ from tiny import reload
 
 from mlx_linearard.rope import FAMILIES, difference, disagreement, scale_rope
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 2.0, "beta_slow": 0.5}
 UNROUNDED = {**YARN, "truncate": False}
 
 
@@ -33,4 +33,4 @@ def test_the_difference_is_small(tmp_path: Path, kind: str, scaling: dict | None
     ours, theirs = logits(reload(folder)), torch_logits_of(folder, tmp_path / "theirs")
     print(kind, np.abs(ours - theirs).max(), divergence(ours, theirs))
     assert np.abs(ours - theirs).max() > 1e-5
-    assert divergence(ours, theirs) < (0.1 if scaling else 1e-4)  # nats per token
+    assert divergence(ours, theirs) < (5e-3 if scaling else 1e-4)  # nats per token
