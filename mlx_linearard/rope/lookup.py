@@ -62,7 +62,9 @@ def native_window(config: Mapping[str, Any]) -> int:
     That is max_position_embeddings, also under a native scaling: Llama 3.1 states 131072 there, and the 8192 of
     its pre-training inside its scaling. ValueError if the config does not state it.
     """
-    window = config.get("max_position_embeddings")
+    text = config.get("text_config")
+    inside = text.get("max_position_embeddings") if isinstance(text, Mapping) else None
+    window = config.get("max_position_embeddings", inside)
     if isinstance(window, bool) or not isinstance(window, int | float) or not 1 <= window < LONGEST or window % 1:
         raise ValueError(f"the config's max_position_embeddings must be a positive integer, not {window!r}")
     return int(window)

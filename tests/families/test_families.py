@@ -16,10 +16,12 @@ from mlx_linearard.distill.long_text import LongBlocks, LongSizes
 from mlx_linearard.distill.objective import Objective, resolve_objective
 from mlx_linearard.distill.step import Schedule, TrainState, train
 from mlx_linearard.errors import UserError
-from mlx_linearard.export.fuse import write_fused
+from mlx_linearard.export.fuse import write_base, write_fused
 from mlx_linearard.export.verify import TOLERANCE
+from mlx_linearard.files import read_config
+from mlx_linearard.models.directory import check_config
 from mlx_linearard.models.pair import Pair, load_pair
-from mlx_linearard.rope import FAMILIES, WRAPPERS, family
+from mlx_linearard.rope import FAMILIES, WRAPPERS, family, native_window
 
 KINDS = sorted([*FAMILIES, *WRAPPERS])
 WINDOW, FACTOR = family_models.WINDOW, family_models.FACTOR
@@ -127,3 +129,14 @@ def test_the_result_of_a_family_is_the_same_everywhere(
     limit = DIFFERENT if row.differs == FAMILIES["gemma"].differs else 1e-4 * max(1.0, np.abs(ours).max())
     assert apart[:WINDOW].max() < limit
     assert apart[WINDOW:].max() < limit
+
+
+@pytest.mark.parametrize("kind", sorted(WRAPPERS))
+def test_a_multimodal_config_says_everything_once(tmp_path: Path, kind: str) -> None:
+    """transformers takes RoPE at the top level of such a config for that of the multimodal model."""
+    pair = load_pair(family_models.write(tmp_path / "m", kind), method="ntk", factor=FACTOR)
+    write_base(pair, tmp_path / "base")
+    written = read_config(tmp_path / "base")
+    assert native_window(written) == written["text_config"]["max_position_embeddings"] == WINDOW * FACTOR
+    assert not {"max_position_embeddings", "rope_parameters", "rope_scaling", "hidden_size"} & written.keys()
+    assert check_config(tmp_path / "base") == pair.scaled_config
