@@ -77,11 +77,11 @@ class Step:
     def retained(self) -> int:
         """Bytes that a layer keeps beyond its input, instead of recomputing them.
 
-        That is its inputs' norm and its middle, q, k, v and the output of attention, four arrays of the feed-forward
-        part, and x A of the adapters with, in half precision, the float32 copies of x.
+        That is its inputs' norm and its middle, q, k, v the output of attention, what the feed-forward part keeps
+        (`ops.mlp.kept_width`), and x A of the adapters with, in half precision, the float32 copies of x.
         """
-        q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn_held
-        numbers = (2 * self.shape.width + self.qkv + q + 4 * ffn) * self.size
+        q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn_kept
+        numbers = (2 * self.shape.width + self.qkv + q + ffn) * self.size
         adapted = self.rank + (self.shape.width if self.rank and self.size != FLOAT32 else 0)
         return self.tokens * (numbers + adapted * FLOAT32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.mlp import active_width, width_of
+from ..ops.mlp import active_width, kept_width, width_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Shape:
     head_dim: int
     ffn: int  # width of the widest feed-forward part; in a mixture, those of a position's experts added
     ffn_held: int  # the width that decides memory (ops.mlp.width_of)
+    ffn_kept: int  # the numbers per position that a layer keeps, if it does (ops.mlp.kept_width)
     vocabulary: int
     tied: bool
 
@@ -34,6 +35,7 @@ class Shape:
             head_dim=int(config.get("head_dim") or width // heads),
             ffn=active_width(config),
             ffn_held=width_of(config),
+            ffn_kept=kept_width(config),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
         )

@@ -40,6 +40,18 @@ def width_of(config: Mapping[str, Any]) -> int:
     return max(dense, chosen * (11 * inner // ALONE + int(config["hidden_size"])) + shared)
 
 
+def kept_width(config: Mapping[str, Any]) -> int:
+    """The numbers per position that a layer keeps of its feed-forward part if the backward pass does not run it again.
+
+    Four arrays; for each chosen expert 1.75 as wide as the expert and 3.5 as wide as the hidden state (measured on
+    the CPU).
+    """
+    dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    chosen, inner, shared = _experts(config, dense)
+    experts = chosen * (7 * inner // 4 + 7 * int(config["hidden_size"]) // 2) + 4 * shared
+    return experts if chosen else 4 * dense
+
+
 def _experts(config: Mapping[str, Any], dense: int) -> tuple[int, int, int]:
     """(experts chosen per position, the width of one, the width of the shared ones together); zeros without experts."""
     chosen = int(config.get("num_experts_per_tok") or 0)
