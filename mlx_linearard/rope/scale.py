@@ -11,7 +11,7 @@ from .frequencies import YARN_FAST, YARN_SLOW, frequencies
 from .lookup import LONGEST, family, family_or_default, native_window, text_type, window_binds
 from .parameters import LLAMA3_HIGH, LLAMA3_LOW, normalise, read, rotary_dims, write
 from .settings import ignored_setting
-from .values import number, positive
+from .values import mapping, number, positive
 from .wrapper import wrap
 
 
@@ -47,6 +47,7 @@ def scale_rope(
     if reason := disagreement(result):
         raise ValueError(f"{name} cannot be scaled: {reason}")
     window = native_window(result)
+    _refuse_dual_chunks(result, window)
     if window * factor >= LONGEST:
         raise ValueError(f"a window of {window} tokens times {factor:g} is more than can be indexed")
     full, sliding = read(result, kind)
@@ -106,6 +107,17 @@ def _ntk_growth(dims: int, factor: float) -> float:
     if dims <= 2:
         raise ValueError(f"ntk needs more than 2 rotary dimensions, not {dims}")
     return factor ** (dims / (dims - 2))
+
+
+def _refuse_dual_chunks(config: Mapping[str, Any], window: int) -> None:
+    """Refuse a window that only dual chunk attention reaches (Qwen2.5-1M): neither library computes it."""
+    key = "dual_chunk_attention_config"
+    plain = mapping(config, key).get("original_max_position_embeddings", window)
+    if number(f"{key}.original_max_position_embeddings", plain) < window:
+        raise ValueError(
+            f"its {window} positions need the dual chunk attention of its {key}, which neither mlx-lm nor transformers "
+            f"computes: remove that key from config.json, and set max_position_embeddings to {plain}"
+        )
 
 
 def _refuse_overwriting(full: Mapping[str, Any], method: str) -> None:

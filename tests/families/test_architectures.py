@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx_lm.models
@@ -45,3 +48,11 @@ def test_an_architecture_is_in_the_table_or_refused(name: str, tmp_path: Path) -
 
 def test_only_what_mlx_lm_has_is_listed() -> None:
     assert {*FAMILIES, *REFUSED, *WRAPPERS} <= set(ARCHITECTURES)
+
+
+def test_the_page_of_families_is_current() -> None:
+    """After a change of the table: python docs/tools/families.py."""
+    root = Path(__file__).parents[2] / "docs"
+    assert subprocess.run([sys.executable, root / "tools" / "families.py", "--check"], check=False).returncode == 0
+    listed = set(re.findall(r"`([^`]+)`", (root / "families.md").read_text(encoding="utf-8")))
+    assert set(ARCHITECTURES) <= listed
