@@ -4,7 +4,7 @@ published.json has the keys of each config.json on the Hub that decide what a mo
 of libraries are left out). None was downloaded for this file; the copies come from:
 
     gpt-oss-20b, Llama-3.2-1B               config.json, checked in unchanged in public repositories
-    Ministral-3-3B                          the text_config in mlx-vlm's tests; the vision part is left out
+    Ministral-3-3B                          the text_config in mlx-vlm's tests and in mlc-llm; no vision part
     OLMo-2-1B, SmolLM3-3B, gemma-3-1b,      copies in the tests of programs that read them
       granite-3.3-2b, Qwen3-30B-A3B
     Qwen2.5-7B-Instruct-1M                  such a copy, and a report that quotes its dual_chunk_attention_config
@@ -26,7 +26,7 @@ import plan as planning
 import pytest
 
 from mlx_linearard.config import DistillConfig
-from mlx_linearard.distill.plan import inspect_model, plan_run
+from mlx_linearard.distill.plan import Plan, inspect_model, plan_run
 from mlx_linearard.errors import UserError
 from mlx_linearard.machine import Machine
 from mlx_linearard.models.shape import Shape
@@ -35,6 +35,7 @@ from mlx_linearard.rope import METHODS, native_window, normalise, rotary_dims, s
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published.json").read_text())
 SHAPES = json.loads((planning.FOLDER / "shapes.json").read_text())
 USABLE = 2 * (16 << 30) // 3  # bytes: macOS recommends two thirds of 16 GB to the GPU (machine.Machine.limit)
+DUAL_CHUNKS = "Qwen/Qwen2.5-7B-Instruct-1M"
 FOUR_BITS = 4.5 / 8  # bytes per weight: 4 bits, and 16 bits of scale and of bias for every 64 weights
 
 
@@ -139,19 +140,27 @@ def test_yarn_s_betas_are_written(name: str) -> None:
     assert (after["beta_fast"], after["beta_slow"]) == (16.0, 2.0)
 
 
-def test_planned_memory_on_a_mac_with_16_gb(name: str, tmp_path: Path) -> None:
-    facts, config = FACTS[name], {**PUBLISHED[name], "quantization": {"group_size": 64, "bits": 4}}
-    model = planning.empty_model(tmp_path / "model", config)
-    method = "yarn" if "yarn" in facts.methods else "ntk"
+def planned(config: dict[str, Any], method: str, folder: Path) -> Plan:
+    """The plan of a run with the model in 4 bits on a Mac with 16 GB."""
+    model = planning.empty_model(folder / "model", {**config, "quantization": {"group_size": 64, "bits": 4}})
     options = DistillConfig(
-        model=str(model), data="text.txt", output=str(tmp_path / "run"), method=method, factor=2.0, dtype="bfloat16"
+        model=str(model), data="text.txt", output=str(folder / "run"), method=method, factor=2.0, dtype="bfloat16"
     )
-    if not facts.methods:
-        with pytest.raises(UserError, match=facts.refusal):
-            inspect_model(options, model)
-        return
     machine = Machine("an Apple GPU with 16 GB", gpu=True, memory=16 << 30, gflops=3000.0, limit=USABLE)
-    plan = plan_run(options, inspect_model(options, model), machine)
+    return plan_run(options, inspect_model(options, model), machine)
+
+
+def test_planned_memory_on_a_mac_with_16_gb(name: str, tmp_path: Path) -> None:
+    facts, config = FACTS[name], PUBLISHED[name]
+    if name == DUAL_CHUNKS:
+        with pytest.raises(UserError, match=facts.refusal):
+            planned(config, "yarn", tmp_path / "as published")
+        config = without_dual_chunks()
+    elif not facts.methods:
+        with pytest.raises(UserError, match=facts.refusal):
+            planned(config, "ntk", tmp_path)
+        return
+    plan = planned(config, "yarn" if "yarn" in facts.methods else "ntk", tmp_path)
     assert plan.memory.weights == pytest.approx(facts.billions * 1e9 * FOUR_BITS, rel=0.025)
     hidden = plan.step.layers * plan.step.tokens * Shape.of(normalise(config)).width * 2  # before each layer, bfloat16
     assert plan.memory.total > plan.memory.weights + hidden
@@ -163,10 +172,15 @@ def test_planned_memory_on_a_mac_with_16_gb(name: str, tmp_path: Path) -> None:
         plan.check()
 
 
-def test_without_dual_chunk_attention_qwen_1m_is_scaled() -> None:
-    config = {**PUBLISHED["Qwen/Qwen2.5-7B-Instruct-1M"], "max_position_embeddings": 262144}
+def without_dual_chunks() -> dict[str, Any]:
+    """Qwen2.5-1M as the refusal says to change it."""
+    config = {**PUBLISHED[DUAL_CHUNKS], "max_position_embeddings": 262144}
     del config["dual_chunk_attention_config"]
-    assert native_window(scale_rope(config, "yarn", 2.0)) == 524288
+    return config
+
+
+def test_without_dual_chunk_attention_qwen_1m_is_scaled() -> None:
+    assert native_window(scale_rope(without_dual_chunks(), "yarn", 2.0)) == 524288
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED.keys() & SHAPES.keys()))
