@@ -18,14 +18,14 @@ from mlx_linearard.errors import UserError
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("factor: 8\nlora-rank: 16\nlearning_rate: 3e-4\nlayers: [0, 5]\n")
+    file.write_text("factor: 8\nlora-rank: 16\nlearning_rate: 3e-4\nobjective: relation\nlayers: [0, 5]\n")
     config = parse(["--config", str(file), "--lora-rank", "32"])
     assert (config.factor, config.lora_rank, config.learning_rate, config.layers) == (8.0, 32, 3e-4, "0,5")
     assert config.method == DistillConfig.method
 
 
 def test_the_resolved_file_reads_back_to_the_same(tmp_path: Path) -> None:
-    config = DistillConfig(model="a/b", factor=2.5, steps=7, learning_rate=1e-5, lora_dropout=0.1, layers="0,1")
+    config = DistillConfig(model="a/b", factor=2.5, steps=7, lora_dropout=0.1, relations="qk", objective="relation")
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert DistillConfig(**read_yaml(tmp_path / "c.yaml")) == config
 
@@ -210,3 +210,11 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
 def test_a_value_of_another_type_is_refused_in_python_too(change: dict) -> None:
     with pytest.raises(UserError, match=r"must (be a|have)"):
         DistillConfig(**change)
+
+
+@pytest.mark.parametrize("option", [{"layers": "all"}, {"relations": "q"}, {"relation_weight": 2.0}])
+def test_options_of_relations_need_relations(option: dict) -> None:
+    with pytest.raises(UserError, match=r"--\w+.* needs an objective with relations, .* not logits"):
+        DistillConfig(objective="logits", **option)
+    assert DistillConfig(objective="relation+logits", **option)
+    assert DistillConfig(compare="relation,logits", **option)

@@ -14,8 +14,10 @@ from mlx_linearard.distill.step import StepRecord
 
 
 def small(model: Path, text: Path, output: Path, **changes: Any) -> DistillConfig:
-    """Eight steps of two blocks of 32 tokens, unless `changes` say otherwise."""
+    """Eight steps of relations on two blocks of 32 tokens, linear scaling, unless `changes` say otherwise."""
     options = {
+        "method": "linear",
+        **({} if "compare" in changes else {"objective": "relation"}),
         "seq_len": 32,
         "grad_accum": 2,
         "steps": 8,

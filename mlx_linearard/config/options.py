@@ -39,8 +39,8 @@ from .checks import (
     shortened,
 )
 
-# The defaults of what is trained: what a study with this tool found best (docs/measured.md).
-METHOD, OBJECTIVE = "linear", "relation"
+# The defaults of what is trained: what was measured best so far (docs/measured.md).
+METHOD, OBJECTIVE = "yarn", "logits"
 LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce", 0.0, 1.0
 LEFT_OUT = ", or 0 if text or memory allow no block longer than the native window" if LONG_WEIGHT else ""
 
@@ -336,9 +336,20 @@ class DistillConfig:
                 f"--mask-prompt is for next-token cross-entropy, and --objective {self.objective} compares the student "
                 "with its teacher at every token: give --objective ce, or leave --mask-prompt out"
             )
+        self._check_relations()
         self._check_long_part()
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
+
+    def _check_relations(self) -> None:
+        """Refuse options of relations if no objective has relations."""
+        if any("relation" in name for name in (self.objective, *objectives_of(self.compare))):
+            return
+        names = ("layers", "relations", "normalization", "relation_weight")
+        found = [f for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
+        if found:
+            given = ", ".join("--" + flag(f.name) for f in found)
+            raise UserError(f"{given} needs an objective with relations, such as relation+logits, not {self.objective}")
 
     @property
     def weight_of_long(self) -> float:
@@ -367,10 +378,8 @@ class DistillConfig:
         if self.recall_passage and "recall" not in self.long_objective:
             raise UserError(f"--recall-passage needs recall in --long-objective, not {self.long_objective}")
         if self.recall_weight != RECALL_WEIGHT and not self.long_objective.endswith("+recall"):
-            raise UserError(
-                f"--recall-weight weighs recall against ce or longce, and --long-objective is {self.long_objective}: "
-                "give ce+recall or longce+recall, or use --long-weight alone"
-            )
+            wanted = "ce+recall or longce+recall, or --long-weight alone"
+            raise UserError(f"--recall-weight is for two terms, not for {self.long_objective}: give {wanted}")
 
 
 def _complaint(item: dataclasses.Field[Any], value: Any) -> str | None:

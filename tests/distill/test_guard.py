@@ -12,7 +12,7 @@ from tiny import tiny_model
 from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
-import mlx_linearard.distill.step
+import mlx_linearard.distill.gradient
 from mlx_linearard.distill.guard import LIMIT, RECENT, RECOVERY, Guard
 from mlx_linearard.errors import UserError
 
@@ -102,7 +102,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The forward passes, counted from 0, whose loss becomes NaN; a test adds their numbers."""
     numbers: set[int] = set()
     count = -1
-    real = mlx_linearard.distill.step.objective_loss
+    real = mlx_linearard.distill.gradient.objective_loss
 
     def loss(*arguments: object, **keywords: object) -> object:
         nonlocal count
@@ -110,7 +110,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
         total, parts = real(*arguments, **keywords)  # type: ignore[arg-type]
         return (total * math.nan if count in numbers else total), parts
 
-    monkeypatch.setattr(mlx_linearard.distill.step, "objective_loss", loss)
+    monkeypatch.setattr(mlx_linearard.distill.gradient, "objective_loss", loss)
     return numbers
 
 

@@ -149,9 +149,9 @@ def test_a_dry_run_reads_no_weights(
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"layers": "all"}, r"--seq-len \d+; --batch-size \d; --layers last"),
+        ({"objective": "relation", "layers": "all"}, r"--seq-len \d+; --batch-size \d; --layers last"),
         ({"objective": "logits"}, r"--seq-len \d+; --batch-size 1; --workspace 64"),
-        ({"fine_tune_type": "full", "batch_size": 1}, r"--seq-len \d+ \(--force"),
+        ({"objective": "relation", "fine_tune_type": "full", "batch_size": 1}, r"--seq-len \d+ \(--force"),
     ],
 )
 def test_a_plan_beyond_the_machine_is_refused_with_what_helps(tmp_path: Path, options: dict, advice: str) -> None:

@@ -105,6 +105,7 @@ def test_a_lock_holds_between_processes_and_ends_with_them(
         str(text_file),
         "--output",
         str(run),
+        *("--method", "linear", "--objective", "relation"),
         "--seq-len",
         "32",
         "--grad-accum",
@@ -171,6 +172,7 @@ def test_a_run_stopped_after_overwrite_leaves_nothing_of_the_old_run(
         "base",
         "before.json",
         "held_out.json",
+        "held_out_tokens.json",
         "notes.txt",
     }
     assert '"rope_type": "yarn"' in (run / "base" / "config.json").read_text()

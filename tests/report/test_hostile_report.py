@@ -92,7 +92,7 @@ def test_an_objective_of_the_file_is_no_part_of_a_command(tmp_path: Path, object
     root = a_run(tmp_path / "run")
     (root / "config.yaml").write_text(json.dumps({"model": "m", "method": "linear", "objective": objective}))
     suggested = [note.command for note in notes(read_run(root)) if note.command and "--compare" in note.command]
-    assert [shlex.split(line)[-4:] for line in suggested] == [["--compare", "relation,logits", "--output", "DIR"]]
+    assert [shlex.split(line)[-4:] for line in suggested] == [["--compare", "logits,relation", "--output", "DIR"]]
     write_report(root)
     assert_plain_markdown((root / "report.md").read_text())
 

@@ -303,7 +303,8 @@ def test_a_suite_that_was_not_measured_is_named_with_its_command(tmp_path: Path)
         "passkey,ruler --data TEXT",
         "choice,lambada --data choice=hf:hellaswag --data lambada=hf:lambada",
     }
-    assert any("config.yaml' --compare relation,logits" in str(note.command) for note in notes(facts))
+    compare = "config.yaml' --objective logits --compare relation,logits"
+    assert any(compare in str(note.command) for note in notes(facts))
     write_report(root)
     page, twin = (root / "report.html").read_text(), (root / "report.md").read_text()
     assert f"--run &#39;{root}&#39; --suite passkey,ruler" in page and f"--run '{root}' --suite passkey" in twin
