@@ -20,14 +20,63 @@ LARGEST = 2**31 - 1  # the largest integer option: sizes and counts are 32-bit n
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError for a wrong command line. Subparsers made with `add_subparsers` do the same."""
+    """argparse that raises UserError for a wrong command line. Subparsers made with `add_subparsers` do the same.
 
-    def __init__(self, prog: str, description: str = "", **options: Any) -> None:
+    common: the options that --help explains; --help-all explains every option. Without it, --help explains all.
+    """
+
+    def __init__(self, prog: str, description: str = "", *, common: Sequence[str] = (), **options: Any) -> None:
         options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, add_help=not common, **options)
+        self._common = common
+        if common:
+            self.add_argument("-h", "--help", action=_CommonHelp, help="explain the common options")
+            self.add_argument("--help-all", action="help", help="explain every option")
+
+    def format_common_help(self) -> str:
+        """The help of the common options."""
+        formatter = self._get_formatter()
+        formatter.add_text(f"usage: {self.prog} [options]")
+        formatter.add_text(self.description)
+        formatter.start_section("common options")
+        of_flag = self._option_string_actions
+        formatter.add_arguments([of_flag[name] for name in (*self._common, "--help-all")])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _CommonHelp(argparse.Action):
+    """Print the help of the common options, and end."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=options["help"])
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Parser)
+        print(parser.format_common_help(), end="")
+        parser.exit()
+
+
+class Elsewhere(argparse.Action):
+    """A flag of another tool, which is refused with the reason `instead`. It is not in --help."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, instead: str, **_: Any) -> None:
+        super().__init__(
+            option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        self.instead = instead
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, flag: str | None = None) -> None:
+        raise UserError(f"{flag} is an option of mlx_lm.lora: {self.instead}")
+
+
+def add_old_name(parser: argparse.ArgumentParser, old: str, name: str) -> None:
+    """Let the option `name`, which takes a value, have its earlier name too. It is not in --help."""
+    parser._option_string_actions[old] = parser._option_string_actions[name]
 
 
 def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:

@@ -43,6 +43,7 @@ from .checks import (
 METHOD, OBJECTIVE = "yarn", "logits"
 LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce", 0.0, 1.0
 LEFT_OUT = ", or 0 if text or memory allow no block longer than the native window" if LONG_WEIGHT else ""
+ALSO = {"lengths": "eval_lengths"}  # a name that other commands use as well -> the option's name
 
 
 def option(
@@ -73,7 +74,13 @@ def option(
 class DistillConfig:
     """The options of `mlx_linearard.distill`. None: the value is chosen for the model, the data and the machine.
 
-    Raises UserError for a wrong value.
+    Raises UserError, in one line, for a value that is wrong or of another type.
+
+    >>> DistillConfig(method="yarn", factor=8.0).lora_rank
+    64
+    >>> DistillConfig(factor="4")
+    Traceback (most recent call last):
+    mlx_linearard.errors.UserError: --factor 4: must be a float, not a str
     """
 
     model: str | None = option(
@@ -136,7 +143,7 @@ class DistillConfig:
     compare: str | None = option(
         None,
         "train each of these objectives on the same tokens from the same start, each in its own run below --output, "
-        "and compare them in one report; `restored` is the first of them",
+        "and compare them in one report; `restored` is the first of them; by default only --objective is trained",
         check=several_objectives,
         metavar="OBJECTIVE,OBJECTIVE",
         group="objective",
@@ -202,7 +209,7 @@ class DistillConfig:
     )
     seq_len: int | None = option(
         None,
-        "tokens per block; at most the model's native window",
+        "tokens per block, at most the model's native window; by default 2048, or the native window if that is less",
         check=positive,
         metavar="T",
         group="training",
@@ -215,10 +222,16 @@ class DistillConfig:
         metavar="N",
         group="training",
     )
-    steps: int | None = option(None, "optimizer steps", check=positive, metavar="N", group="training")
+    steps: int | None = option(
+        None,
+        "optimizer steps; by default 144, or sized to the machine without --model and --data",
+        check=positive,
+        metavar="N",
+        group="training",
+    )
     tokens: int | None = option(
         None,
-        "training tokens, instead of --steps",
+        "training tokens, instead of --steps; by default those of the steps",
         check=positive,
         metavar="N",
         group="training",
@@ -285,7 +298,8 @@ class DistillConfig:
     )
     report_to: str | None = option(
         None,
-        "also report the numbers of every step and measurement to these: csv, tensorboard, wandb, swanlab, trackio",
+        "also report the numbers of every step and measurement to these: csv, tensorboard, wandb, swanlab, trackio; "
+        "by default to none",
         check=loggers,
         metavar="NAME,NAME",
     )
@@ -307,13 +321,15 @@ class DistillConfig:
     )
     memory_limit: int | None = option(
         None,
-        "MB of arrays above which mlx waits for running work and frees its cache",
+        "MB of arrays above which mlx waits for running work and frees its cache; by default mlx's own limit",
         check=positive,
         metavar="MB",
     )
-    cache_limit: int | None = option(None, "MB that mlx keeps for reuse", check=not_negative, metavar="MB")
+    cache_limit: int | None = option(
+        None, "MB that mlx keeps for reuse; by default mlx's own limit", check=not_negative, metavar="MB"
+    )
     wired_limit: int | None = option(
-        None, "MB that the system never moves out of memory (Apple GPUs)", check=positive, metavar="MB"
+        None, "MB that the system never moves out of memory (Apple GPUs); by default none", check=positive, metavar="MB"
     )
     resume: bool = option(False, "continue from the last checkpoint in --output")
     overwrite: bool = option(False, "replace the run that --output already holds")
@@ -415,3 +431,12 @@ def type_of(item: dataclasses.Field[Any]) -> type:
     if isinstance(hint, types.UnionType):
         hint = next(part for part in hint.__args__ if part is not type(None))
     return typing.cast(type, hint)
+
+
+def _documented(item: dataclasses.Field[Any]) -> str:
+    return f"{item.name} ({_types()[item.name]}, default {item.default!r}): {item.metadata['help']}."
+
+
+if DistillConfig.__doc__:  # None under python -OO
+    _fields = (f"    {_documented(item)}" for item in dataclasses.fields(DistillConfig))
+    DistillConfig.__doc__ += "\nFields:\n" + "\n".join(_fields)

@@ -12,11 +12,17 @@ import yaml
 from .. import files
 from ..errors import UserError
 from .checks import is_finite, quoted
-from .options import DistillConfig, type_of
+from .mlx_lm_names import from_mlx_lm
+from .options import ALSO, DistillConfig, type_of
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, checked by name and type.
+    """The options in a YAML file, checked by name and type; see `read_yaml_and_notes`."""
+    return read_yaml_and_notes(path)[0]
+
+
+def read_yaml_and_notes(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """The options in a YAML file, checked by name and type, and a note for each option of mlx_lm.lora without an equal.
 
     Raises:
         UserError: the file cannot be read, or an option is unknown (the message names the nearest one) or has a
@@ -24,10 +30,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     value = files.read_yaml(path)
     if value is None:
-        return {}
+        return {}, []
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold `option: value` lines, not a {type(value).__name__}")
-    return {str(key).replace("-", "_"): _checked(path, str(key), value) for key, value in value.items()}
+    named = {str(key).replace("-", "_"): value for key, value in value.items()}
+    options, notes = from_mlx_lm(path, {ALSO.get(name, name): value for name, value in named.items()})
+    return {name: _checked(path, name, value) for name, value in options.items()}, notes
 
 
 def _checked(path: str | Path, key: str, value: Any) -> Any:

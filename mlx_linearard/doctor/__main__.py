@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import Parser, run_command
+from ..cli import Parser, add_old_name, run_command
 from ..convert.default_model import default_model
 from ..errors import UserError
 from ..machine import measure_machine
@@ -47,17 +47,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         help="measure the loss and training steps, in about five minutes; print a Markdown table, write a JSON file",
     )
     parser.add_argument(
-        "--out",
+        "--output",
         metavar="FOLDER",
         default=argparse.SUPPRESS,
         help="folder of the benchmark's JSON file (default: the current folder)",
     )
+    add_old_name(parser, "--out", "--output")
     options = parser.parse_args(arguments)
-    if "out" in options and not options.benchmark:
-        raise UserError("--out is the folder of a benchmark's file: give --benchmark as well")
+    if "output" in options and not options.benchmark:
+        raise UserError("--output is the folder of a benchmark's file: give --benchmark as well")
     machine = measure_machine()
     if options.benchmark:
-        file = benchmark.file_of(machine, Path(getattr(options, "out", ".")))
+        file = benchmark.file_of(machine, Path(getattr(options, "output", ".")))
         say = _silent if options.json else _print_now
         model = default_model(progress=say)
     report = examine(machine)

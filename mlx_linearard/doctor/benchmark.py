@@ -170,7 +170,7 @@ def notes(found: dict[str, Any]) -> list[str]:
 def file_of(machine: Machine, folder: Path) -> Path:
     """The JSON file of a machine; UserError if `folder` cannot be written."""
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder} is not a folder that can be written: choose another one")
+        raise UserError(f"--output {folder} is not a folder that can be written: choose another one")
     return folder / f"benchmark-{file_name(machine.name)}.json"
 
 

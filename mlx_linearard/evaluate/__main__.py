@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cli import LARGEST, Parser, integer, run_command
+from ..cli import LARGEST, Parser, add_old_name, integer, run_command
 from ..config import DTYPES
 from ..errors import UserError
 from ..files import RunDir
@@ -69,11 +69,17 @@ mlx_lm.evaluate --model DIR --tasks hellaswag piqa
 """
 
 
+COMMON = (  # the options that --help explains
+    "model", "against", "run", "suite", "data", "output", "lengths", "tokens", "samples", "tasks", "limit", "dtype",
+)  # fmt: skip
+
+
 def parser() -> Parser:
     """The command line."""
     command = Parser(
         "mlx_linearard.evaluate",
         "Measure models on text and tasks, side by side.",
+        common=[f"--{name}" for name in COMMON],
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,7 +101,8 @@ def parser() -> Parser:
     add("--reference", metavar="DIR", help="the reference of fidelity (native, else the first of --against)")
     add("--suite", metavar="A,B", required=True, help=f"the suites to run: {', '.join(SUITES)}")
     add("--data", metavar="[SUITE=]SOURCE", action="append", default=[], help="text or items; see below")
-    add("--out", metavar="FILE", help="the results file to merge into (results.json, or that of --run)")
+    add("--output", metavar="FILE", help="the results file to merge into (results.json, or that of --run)")
+    add_old_name(command, "--out", "--output")
     add("--lengths", metavar="T,T", help="in tokens (2048, for passkey and ruler 4096, at most the window)")
     tokens = f"tokens of text per length, for ppl and fidelity ({api.TOKENS})"
     add("--tokens", metavar="N", type=integer(1), default=api.TOKENS, help=tokens)
@@ -314,9 +321,9 @@ def evaluation_of(given: argparse.Namespace) -> Evaluation:
         raise UserError("give one of --model DIR and --run RUN; see mlx_linearard.evaluate --help")
     directories = api.run_directories(given.run) if given.run else [named_directory(given.model)]
     directories += [named_directory(text) for text in given.against]
-    if given.out == "":
-        raise UserError("--out is empty: give the name of a file")
-    out = Path(given.out) if given.out else RunDir(given.run).results if given.run else Path("results.json")
+    if given.output == "":
+        raise UserError("--output is empty: give the name of a file")
+    out = Path(given.output) if given.output else RunDir(given.run).results if given.run else Path("results.json")
     reference = _reference(given, directories) if "fidelity" in request.suites else None
     if "far" in request.suites and request.near is None:
         request = replace(request, near=min(directory.unscaled_window for directory in directories))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..cli import Parser, integer, path_word, run_command, shell_command
+from ..cli import Parser, add_old_name, integer, path_word, run_command, shell_command
 from ..config import DTYPES
 from ..files import RunDir, read_config
 from .formats import FORMATS, export
@@ -28,7 +28,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = Parser("mlx_linearard.export", "Write a finished run in the format that another tool reads.")
     parser.add_argument("--run", required=True, metavar="RUN", help="the --output of a finished distillation")
-    parser.add_argument("--to", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--output", metavar="DIR", required=True, help="the directory to write")
+    add_old_name(parser, "--to", "--output")
     parser.add_argument(
         "--format",
         default="mlx",
@@ -57,10 +58,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         help="upload the export to this repository of the hub, which is made private; the same command continues",
     )
     parser.add_argument("--public", action="store_true", help="make the repository public")
-    parser.add_argument("--overwrite", action="store_true", help="replace the content of --to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the content of --output")
     given = vars(parser.parse_args(arguments))
     run_dir = Path(given.pop("run"))
-    out = export(run_dir, Path(given.pop("to")), progress=print, **given)
+    out = export(run_dir, Path(given.pop("output")), progress=print, **given)
     print(f"Written to {out}; next: {_base_first(run_dir, given['format'])}{NEXT[given['format']](out)}")
     return 0
 

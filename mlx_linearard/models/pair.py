@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 from .. import rope
 from ..errors import UserError
 from .adapters import Adapter, Leaves, adapt, put, qkv_keys
-from .directory import check_model_dir, load
+from .directory import check_model_dir, load, resolve
 from .quantization import check_trainable
 from .tokenizer import tokenizer_of
 from .trees import named_arrays, named_modules
@@ -69,16 +69,17 @@ def load_pair(
     """Load a model directory once and build teacher and student over the same arrays.
 
     Args:
-        path: a local mlx-lm or Hugging Face directory (safetensors), quantized or not.
+        path: a local mlx-lm or Hugging Face directory (safetensors), quantized or not, or a hub repository.
         method, factor, yarn_beta_fast, yarn_beta_slow: the scaling of the student's RoPE (see `rope.scale_rope`).
         fine_tune_type: `lora` or `dora` adapters on the q, k, v projections, or `full`: the projections themselves.
         adapt_layers: the layers that get adapters, or a function from the model to these layers; all by default.
         dtype: dtype of the frozen weights in memory (quantized weights keep their bits); by default that of the files.
         seed: seed of the adapters' first values.
     Raises:
-        UserError: the directory is damaged, the weights are not finite, or the family does not support the method.
+        UserError: the model is missing or damaged, the weights are not finite, or the family does not support the
+            method.
     """
-    path = Path(path)
+    path = resolve(path)
     checked = check_model_dir(path)
     native = checked.config
     try:

@@ -102,6 +102,12 @@ def relation_kl(
 
     Raises:
         ValueError: if shapes, dtypes or options are wrong or do not fit together; the message names the wrong one.
+
+    >>> teacher = mx.random.normal((1, 2, 64, 16), key=mx.random.key(0))
+    >>> relation_kl(teacher, teacher).item()
+    0.0
+    >>> relation_kl(teacher * 2, teacher).item() > 0
+    True
     """
     call = _Relation.of(student, teacher, scale_student, scale_teacher, mask, causal, reduction, workspace_bytes)
     if not needs_grad:

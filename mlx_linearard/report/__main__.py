@@ -18,8 +18,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "Write report.html and report.md of a run, finished or under way: what the run cost, what it won back, and "
         "how certain that is. The HTML file needs no other file and no network.",
     )
-    parser.add_argument("run", metavar="RUN", help="the run directory (the --output of a distillation)")
-    path = write_report(parser.parse_args(arguments).run)
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the run directory (the --output of a distillation)")
+    parser.add_argument("--run", dest="named", metavar="RUN", help="the same, as other commands take it")
+    given = parser.parse_args(arguments)
+    if (given.run is None) == (given.named is None):
+        parser.error("give one run: RUN or --run RUN")
+    path = write_report(given.run or given.named)
     print(f"Written to {path} and {path.with_suffix('.md')}")
     return 0
 

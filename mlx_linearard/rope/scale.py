@@ -32,6 +32,15 @@ def scale_rope(
     dimensions, and is the only method that composes with a scaling that the model already has. ValueError names
     the reason: the family does not honour the method, a native scaling would be overwritten, factor <= 1, or
     mlx-lm and transformers would compute different things.
+
+    >>> config = {"model_type": "llama", "max_position_embeddings": 8192, "rope_theta": 100000.0, "hidden_size": 576,
+    ...           "num_attention_heads": 9}
+    >>> scaled = scale_rope(config, "yarn", 4)
+    >>> scaled["max_position_embeddings"], scaled["rope_scaling"]["factor"]
+    (32768, 4.0)
+    >>> scale_rope(config, "yarn", 1)
+    Traceback (most recent call last):
+    ValueError: factor must be greater than 1, not 1
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")

@@ -149,10 +149,10 @@ def test_a_wrong_folder_is_refused_before_anything_is_measured(
     monkeypatch.setattr(command, "measure_machine", lambda: MACHINE)
     monkeypatch.setattr(checks, "self_test", None)
     for folder in ("nowhere", "file"):
-        with pytest.raises(UserError, match=f"--out .*{folder} is not a folder that can be written"):
+        with pytest.raises(UserError, match=f"--output .*{folder} is not a folder that can be written"):
             command.run(["--benchmark", "--out", str(tmp_path / folder)])
 
 
 def test_a_folder_without_a_benchmark_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--out is the folder of a benchmark's file: give --benchmark as well"):
+    with pytest.raises(UserError, match="--output is the folder of a benchmark's file: give --benchmark as well"):
         command.run(["--out", str(tmp_path)])

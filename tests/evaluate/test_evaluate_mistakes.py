@@ -127,7 +127,7 @@ def test_half_a_surrogate_pair_in_items_is_replaced(model_dir: Path, tmp_path: P
         (["--out", f"{LONG}.json"], "cannot be read: File name too long"),
         (["--out", f"{LONG}/r.json"], "File name too long"),
         (["--out", "/dev/null"], "is not a regular file"),
-        (["--out", ""], "--out is empty"),
+        (["--out", ""], "--output is empty"),
         (["--run", LONG], "one of --model DIR and --run RUN"),
         (["--model", "a\nb=MODEL"], "cannot be called 'a\\nb'"),
         (["--model", "a\udcff=MODEL"], "cannot be called 'a\\udcff'"),
