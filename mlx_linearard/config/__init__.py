@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, objectives_of, shortened
 from .mlx_lm_names import OTHER, SAME, translated
-from .options import ALSO, DistillConfig, flag, type_of
+from .option import flag, type_of
+from .options import ALSO, DistillConfig
 from .yaml_file import read_yaml, read_yaml_and_notes, to_yaml
 
 __all__ = [

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import UserError
 from ..rope import METHODS, methods_help
@@ -16,58 +11,30 @@ from .checks import (
     DTYPES,
     FINE_TUNE_TYPES,
     KEEPS,
-    LARGEST,
     LARGEST_COUNT,
     LONG_OBJECTIVES,
     NORMALIZATIONS,
     OBJECTIVES,
     RECOMPUTES,
-    Check,
     extends,
     fraction,
-    is_finite,
-    is_utf8,
     layer_list,
     length_list,
     loggers,
     not_negative,
     objectives_of,
-    one_of,
     positive,
     relation_names,
     several_objectives,
     shortened,
 )
+from .option import complaint, documented, flag, option
 
 # The defaults of what is trained: what was measured best so far (docs/measured.md).
 METHOD, OBJECTIVE = "yarn", "logits"
 LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce", 0.0, 1.0
 LEFT_OUT = ", or 0 if text or memory allow no block longer than the native window" if LONG_WEIGHT else ""
 ALSO = {"lengths": "eval_lengths"}  # a name that other commands use as well -> the option's name
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    check: Check | None = None,
-    choices: Sequence[str] | None = None,
-    metavar: str | None = None,
-    group: str = "run",
-    most: int = LARGEST,
-) -> Any:
-    """A dataclass field with everything that defines an option.
-
-    Args:
-        check: returns a complaint about a wrong value, or None.
-        group: the heading of the option in --help.
-        most: the largest value of an integer.
-    """
-    if choices is not None:
-        check = one_of(choices)
-        metavar = metavar or "|".join(choices)
-    metadata = {"help": help, "check": check, "metavar": metavar, "group": group, "most": most}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -339,8 +306,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if (complaint := _complaint(item, value)) is not None:
-                raise UserError(f"--{flag(item.name)} {shortened(value)}: {complaint}")
+            if (wrong := complaint(item, value)) is not None:
+                raise UserError(f"--{flag(item.name)} {shortened(value)}: {wrong}")
         if self.steps is not None and self.tokens is not None:
             raise UserError("--steps and --tokens both set the length of the training: give one of them")
         if self.patience and not self.eval_every:
@@ -398,45 +365,4 @@ class DistillConfig:
             raise UserError(f"--recall-weight is for two terms, not for {self.long_objective}: give {wanted}")
 
 
-def _complaint(item: dataclasses.Field[Any], value: Any) -> str | None:
-    """Why `value` is wrong for an option, or None."""
-    if value is None:
-        return None if item.default is None else "must have a value"
-    kind, check, most = type_of(item), item.metadata["check"], item.metadata["most"]
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if type(value) is not kind and not (kind is float and numeric):
-        return f"must be a {kind.__name__}, not a {type(value).__name__}"
-    if kind is float and not is_finite(value):
-        return "must be a finite number"
-    if kind is int and abs(value) > most:
-        return f"must be at most {most}"
-    if kind is str and not is_utf8(value):
-        return "must be UTF-8 text"
-    return check(value) if check else None
-
-
-def flag(name: str) -> str:
-    """The spelling of an option on the command line, without its dashes."""
-    return name.replace("_", "-")
-
-
-@functools.cache
-def _types() -> dict[str, Any]:
-    return typing.get_type_hints(DistillConfig)
-
-
-def type_of(item: dataclasses.Field[Any]) -> type:
-    """The plain type of a field, with `| None` taken off."""
-    hint = _types()[item.name]
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in hint.__args__ if part is not type(None))
-    return typing.cast(type, hint)
-
-
-def _documented(item: dataclasses.Field[Any]) -> str:
-    return f"{item.name} ({_types()[item.name]}, default {item.default!r}): {item.metadata['help']}."
-
-
-if DistillConfig.__doc__:  # None under python -OO
-    _fields = (f"    {_documented(item)}" for item in dataclasses.fields(DistillConfig))
-    DistillConfig.__doc__ += "\nFields:\n" + "\n".join(_fields)
+DistillConfig.__doc__ = documented(DistillConfig)

@@ -13,7 +13,8 @@ from .. import files
 from ..errors import UserError
 from .checks import is_finite, quoted
 from .mlx_lm_names import from_mlx_lm
-from .options import ALSO, DistillConfig, type_of
+from .option import type_of
+from .options import ALSO, DistillConfig
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
