@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_linearard.config import DistillConfig, flag
+from mlx_linearard.config import ALSO, OTHER, SAME, DistillConfig, flag
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -63,7 +63,8 @@ def test_the_table_and_the_picture_are_of_the_same_figures() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_exists(page: Path) -> None:
-    ours = {f"--{flag(item.name)}" for item in dataclasses.fields(DistillConfig)}
+    names = [*(item.name for item in dataclasses.fields(DistillConfig)), *ALSO, *SAME, *OTHER]
+    ours = {f"--{flag(name)}" for name in names}
     in_code = set(re.findall(r'"(--[a-z][a-z0-9-]+)"', "\n".join(map(text_of, SOURCES))))
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text_of(page)))
     assert named - ours - in_code - OTHERS == set()

@@ -61,7 +61,7 @@ def test_a_file_of_mlx_lm_is_read_where_it_means_the_same(tmp_path: Path) -> Non
     assert options == {
         "model": "mlx_model", "fine_tune_type": "lora", "data": "folder", "seed": 0, "batch_size": 4, "steps": 1000,
         "learning_rate": 1e-5, "eval_every": 200, "save_every": 100, "seq_len": 2048, "lora_rank": 8,
-        "lora_scale": 20.0, "lora_dropout": 0.0,
+        "lora_scale": 20.0, "lora_dropout": 0.0, "grad_accum": 1,
     }  # fmt: skip
     assert DistillConfig(**options).steps == 1000
     named = [note.removeprefix(f"{tmp_path / 'lora.yaml'}: ").partition(" is not used: ")[0] for note in notes]

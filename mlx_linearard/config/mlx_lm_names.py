@@ -83,6 +83,8 @@ def from_mlx_lm(path: str | Path, options: Mapping[str, Any]) -> tuple[dict[str,
         if name in REFUSED:
             raise UserError(f"{path}: {name} is not read: {OTHER[name]}")
         notes.append(f"{path}: {name} is not used: {OTHER[name]}")
+    if "iters" in kept and not {"grad_accum", "grad_accumulation_steps"} & kept.keys():
+        kept["grad_accum"] = 1  # mlx-lm's default; ours would make more passes per step
     lora, more = _lora(path, options.get("lora_parameters"))
     return translated({**kept, **lora}, f"{path}: "), sorted(notes) + more
 
