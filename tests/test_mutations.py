@@ -116,7 +116,8 @@ def mutant_of_json(path: Path, mutation: Any) -> bytes:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A valid file of every kind, and a folder `mutant` for the damaged copies."""
     root = tmp_path_factory.mktemp("sound")
-    (root / "options.yaml").write_text(to_yaml(DistillConfig(model="a/b", steps=7, layers="0,1", eval_lengths="8,9")))
+    options = DistillConfig(model="a/b", steps=7, objective="relation", layers="0,1", eval_lengths="8,9")
+    (root / "options.yaml").write_text(to_yaml(options))
     (root / "text.jsonl").write_text("".join(json.dumps({"text": PROSE, "n": i}) + "\n" for i in range(5)))
     items = [{"query": "a", "choices": ["b", "c"], "gold": 1}, {"query": "d", "choices": ["e"], "gold": 0}]
     (root / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
