@@ -33,13 +33,13 @@ STEP = Step(
 
 
 def planned(folder: Path, **options: object) -> Plan:
-    config = DistillConfig(model=str(folder), lora_rank=8, **options)
+    config = DistillConfig(model=str(folder), **{"lora_rank": 8, "objective": "relation", **options})
     return plan_run(config, inspect_model(config, folder), MACHINE)
 
 
 def peak(folder: Path, found: Plan, **options: object) -> int:
     """mlx's peak over the first three steps of a run; the third step needs as much memory as any later one."""
-    config = DistillConfig(model=str(folder), lora_rank=8, **options)
+    config = DistillConfig(model=str(folder), **{"lora_rank": 8, "objective": "relation", **options})
     pair = load_pair(
         folder,
         method=config.method,

@@ -225,10 +225,10 @@ def test_a_bad_batch_at_one_rank_is_skipped_by_all(
     """If any rank had made the update, or kept its learning rate, the later losses would differ from one process's."""
     patch = """
     import math
-    from mlx_linearard.distill import step as trainer
+    from mlx_linearard.distill import gradient as trainer
     real, count = trainer.objective_loss, [0]
-    def loss(pair, objective, parameters, tokens, seed):
-        total, parts = real(pair, objective, parameters, tokens, seed)
+    def loss(pair, objective, parameters, tokens, seed, *more):
+        total, parts = real(pair, objective, parameters, tokens, seed, *more)
         return (total * math.nan if seed == 3 * 4 + 2 else total), parts
     trainer.objective_loss = loss
     """
