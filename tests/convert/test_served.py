@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mlx_linearard.data import python_prose
 from mlx_linearard.errors import UserError
+from mlx_linearard.machine import on_gpu
 from mlx_linearard.models.tokenizer import tokenizer_of
 
 KEY = "sk-not-to-be-shown"
@@ -240,8 +241,11 @@ def large_window(folder: Path) -> Path:
     )
 
 
+ON_A_GPU = pytest.mark.skipif(not on_gpu(), reason="prompts of 12000 tokens take an hour on two CPU cores")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [large_window, smollm2])
+@pytest.mark.parametrize("make", [large_window, pytest.param(smollm2, marks=ON_A_GPU)])
 def test_the_openai_client_beyond_8192_tokens(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     """It streams mlx_lm.generate's greedy tokens for a short and a long prompt; the scaling is live, and then not."""
     openai = pytest.importorskip("openai")
