@@ -7,6 +7,7 @@ SIGHUP, and this module does not change that.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -54,7 +55,8 @@ def answered(signals: Collection[int], answer: Callable[[], object]) -> Iterator
     """Call `answer` in another thread when the first of `signals` comes while the block runs.
 
     Python handles a signal only between two of its own instructions, and one call of mlx may take many seconds; the
-    number of the signal, however, is written to a file at once. Outside the main thread nothing is answered.
+    number of the signal, however, is written to a file at once. A number goes on to the file that was set before this
+    block, where another thread may wait for it. Outside the main thread nothing is answered.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -62,7 +64,7 @@ def answered(signals: Collection[int], answer: Callable[[], object]) -> Iterator
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_answer_first, args=(ours, signals, answer), daemon=True)
+    thread = threading.Thread(target=_answer_first, args=(ours, before, signals, answer), daemon=True)
     thread.start()
     try:
         yield
@@ -73,9 +75,13 @@ def answered(signals: Collection[int], answer: Callable[[], object]) -> Iterator
         ours.close()
 
 
-def _answer_first(numbers: socket.socket, signals: Collection[int], answer: Callable[[], object]) -> None:
-    """Wait for the first number of `signals` and answer it; return if no more numbers can come."""
+def _answer_first(numbers: socket.socket, onward: int, signals: Collection[int], answer: Callable[[], object]) -> None:
+    """Answer the first number of `signals`, and write all numbers to the file `onward` (-1: none) until they end."""
+    waiting = True
     while received := numbers.recv(64):
-        if any(number in signals for number in received):
+        if onward >= 0:
+            with contextlib.suppress(OSError):
+                os.write(onward, received)
+        if waiting and any(number in signals for number in received):
+            waiting = False
             answer()
-            return

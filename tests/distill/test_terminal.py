@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shlex
+import signal
 import struct
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def test_no_signal_no_answer() -> None:
     with answered([2], lambda: calls.append(1)):
         pass
     assert not calls
+
+
+def test_a_thread_that_listened_before_still_hears() -> None:
+    """The watch over the ranks listens for SIGTERM on a file of its own."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    calls: list[int] = []
+    before, handler = signal.set_wakeup_fd(writer), signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with answered([signal.SIGINT], lambda: calls.append(1)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert os.read(reader, 64) == bytes([signal.SIGUSR1])
+        assert not calls and signal.set_wakeup_fd(writer) == writer
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGUSR1, handler)
+        os.close(reader)
+        os.close(writer)
 
 
 # ---------------------------------------------------------------------------------------------------

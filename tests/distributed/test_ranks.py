@@ -463,9 +463,9 @@ def test_a_mistake_of_one_rank_is_told_by_it(model_dir: Path, text_file: Path, t
     ):
         elsewhere = f"""
     import os
-    from mlx_linearard.distill import prepare
-    real = prepare.read_pieces
-    prepare.read_pieces = lambda name: real({name!r} if os.environ["MLX_RANK"] == "1" else name)
+    from mlx_linearard.distill import text
+    real = text.read_pieces
+    text.read_pieces = lambda name, *more: real({name!r} if os.environ["MLX_RANK"] == "1" else name, *more)
     """
         run = tmp_path / "run"
         done = launched(2, flags(model_dir, text_file, run, "--grad-accum", "2"), patched(elsewhere))
