@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import yaml
 from tiny import tiny_model
 from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
@@ -252,16 +257,44 @@ def test_a_run_trains_both_parts_and_says_so(
     assert json.loads((tmp_path / "run" / "adapters" / "adapter_config.json").read_text())["num_layers"] == 3
 
 
-@pytest.mark.parametrize("long", ["ce", "longce+recall"])
-def test_a_stopped_run_continues_bit_for_bit(model_dir: Path, text_file: Path, tmp_path: Path, long: str) -> None:
+def test_a_stopped_run_continues_bit_for_bit(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    options = {**LONG, "long_objective": long, "lora_dropout": 0.1, "save_every": 3}
+    options = {**LONG, "lora_dropout": 0.1, "save_every": 3}
     mlx_linearard.distill(small(model_dir, text_file, straight, **options))
     with pytest.raises(Stopped):
         mlx_linearard.distill(small(model_dir, text_file, stopped, **options), StopsAt(5))
     mlx_linearard.distill(small(model_dir, text_file, stopped, **options, resume=True))
     assert same_adapters(straight, stopped)
     assert [line["loss"] for line in metrics(straight)] == [line["loss"] for line in metrics(stopped)]
+
+
+KILLED = """
+import os, signal, sys
+import mlx_linearard
+from mlx_linearard.config import DistillConfig, read_yaml
+from mlx_linearard.distill.long import LongLoss
+blocks, call = [], LongLoss.__call__
+def killed(loss, *arguments):
+    blocks.append(None)
+    if len(blocks) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(loss, *arguments)
+LongLoss.__call__ = killed
+mlx_linearard.distill(DistillConfig(**read_yaml(sys.argv[1])))
+"""
+
+
+def test_a_run_killed_in_a_long_block_continues_bit_for_bit(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """SIGKILL in the fifth block, after a checkpoint of step 3 and a line of step 4."""
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    options = {**LONG, "long_objective": "longce+recall", "lora_dropout": 0.1, "save_every": 3}
+    mlx_linearard.distill(small(model_dir, text_file, straight, **options))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(asdict(small(model_dir, text_file, run, **options))))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL and len(metrics(run)) == 4, done.stderr
+    mlx_linearard.distill(small(model_dir, text_file, run, **options, resume=True))
+    assert same_adapters(straight, run)
+    assert [line["loss"] for line in metrics(straight)] == [line["loss"] for line in metrics(run)]
 
 
 def test_another_long_part_is_another_run(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
