@@ -19,11 +19,10 @@ from ..distributed.ranks import Ranks, joined
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
 from ..evaluate.writing import write
-from ..export.card import bits_of, write_card
 from ..export.fuse import write_adapters, write_base, write_fused
 from ..export.verify import Verified, student_logits, verify_export
 from ..files import RunDir, disk_errors, locked, new_file, parse_json, sweep
-from ..report.load import read_run
+from ..report.card import update_card
 from ..report.render import write_report
 from ..results import store
 from ..results.fields import Field
@@ -315,7 +314,7 @@ def finish(job: Job, state: TrainState, before: Rows, listener: Listener, starte
     )
     write_results(job, rows, result)
     write_report(job.run.root)
-    write_card(job.run.model, read_run(job.run.root), "mlx", bits=bits_of(job.run.model))
+    update_card(job.run.root)
     verified.check(job.run.model)  # after the results and the report, which do not depend on the export
     return result
 

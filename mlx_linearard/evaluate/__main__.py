@@ -17,6 +17,7 @@ from ..config import DTYPES
 from ..errors import UserError
 from ..files import RunDir
 from ..progress import Progress
+from ..report.card import update_card
 from ..report.load import read_run
 from ..report.render import write_report
 from ..results.kept import Kept
@@ -398,8 +399,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("They were not measured again; --no-cache and another --out measure them again.")
     print(f"\nWritten to {job.out}; the peak memory was {mx.get_peak_memory() / 1e9:.2f} GB")
     if given.run and job.out == RunDir(given.run).results:
-        report = write_report(given.run)
+        report, left = write_report(given.run), update_card(given.run)
         print(f"{' '.join(headline(read_run(given.run)))}\nThe report is {report}")
+        if left:
+            print(left)
     return 0
 
 

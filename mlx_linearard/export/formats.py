@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,17 @@ from ..convert.gguf_write import to_gguf
 from ..convert.hf import from_hf, to_hf
 from ..convert.peft import to_peft
 from ..errors import UserError
-from ..files import RunDir, check_overwrite, new_directory, read_config, remember, remembered
+from ..files import CARD, RunDir, check_overwrite, is_as_added, new_directory, read_config, remember, remembered
 from ..models.quantization import Scheme
 from ..models.save import link
 from ..models.weights import weight_files
+from ..report.card import base_name, bits_of, origin_of_run, write_card
 from ..report.load import RunFacts, read_run
 from ..rope import native_window
-from .card import base_name, bits_of, origin_of_run, write_card
 from .quantized import advice, float_type, measure_cost, scheme_for, sizes, smaller
 from .upload import check_upload, token_of_hub, upload
 
+_FROM, _CARD = "from", "card"  # what an export notes: what it was made from, and what its card says beside the run
 FORMATS = ("mlx", "hf", "peft", "adapters", "gguf")
 
 
@@ -54,7 +55,8 @@ def export(
         measure: measure what quantizing cost (`mlx`), and add it to the run's results and to the card.
         overwrite: replace `out_dir`, if this tool wrote it.
         upload_repo: a repository of the hub, OWNER/NAME, to which the export is uploaded. It is made private unless
-            `public`. An export that stands in `out_dir` already is uploaded as it is: this continues an upload.
+            `public`. An export that stands in `out_dir` already is uploaded as it is, which continues an upload; only
+            its card gets the results of today, unless it was changed by hand.
         progress: called with one line per finished file.
 
     Returns:
@@ -84,9 +86,11 @@ def export(
     made = _made(run, format, dtype, quantize, q_bits, q_group_size)
     if upload_repo is not None:
         check_upload(upload_repo, token_of_hub())
-        if not overwrite and remembered(out) == made:
+        if not overwrite and _is_made(out, made):
             if progress:
                 progress(f"{out} is exported already and is uploaded as it is (--overwrite exports again)")
+            if is_as_added(out, CARD):
+                _write_card(out, facts, format, upload_repo, **remembered(out)[_CARD])
             upload(out, upload_repo, public=public, progress=progress)
             return out
     weights: list[str] = []
@@ -106,9 +110,8 @@ def export(
         _with_base(run, out, overwrite)
     else:
         file = _gguf(run, out, facts, "q8_0" if quantize else dtype, overwrite, progress)
-    bits = bits_of(out) if format == "mlx" else 0
-    write_card(out, facts, format, name=upload_repo or "", bits=bits, file=file, weights=weights)
-    remember(out, made)
+    _write_card(out, facts, format, upload_repo, file, weights)
+    remember(out, {_FROM: made, _CARD: {"file": file, "weights": weights}})
     if upload_repo is not None:
         upload(out, upload_repo, public=public, progress=progress)
     return out
@@ -146,6 +149,19 @@ def _quantized(
     if cost.much:
         say(advice(run, out))
     return [f"Quantized: {size}.", cost.sentence()]
+
+
+def _write_card(
+    out: Path, facts: RunFacts, format: str, upload_repo: str | None, file: str, weights: Sequence[str]
+) -> None:
+    bits = bits_of(out) if format == "mlx" else 0
+    write_card(out, facts, format, name=upload_repo or "", bits=bits, file=file, weights=weights)
+
+
+def _is_made(out: Path, made: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this export, as `export` noted it."""
+    noted = remembered(out)
+    return isinstance(noted, dict) and noted.get(_FROM) == made and noted.keys() == {_FROM, _CARD}
 
 
 def _made(run: RunDir, *options: Any) -> dict[str, Any]:

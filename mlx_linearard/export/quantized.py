@@ -28,6 +28,7 @@ from ..models.dtypes import FLOAT_NAMES
 from ..models.pair import load_frozen
 from ..models.quantization import Scheme
 from ..models.tokenizer import tokenizer_of
+from ..report.card import update_card
 from ..report.load import RunFacts
 from ..report.render import write_report
 from ..results.records import read_pieces, read_windows, write_pieces
@@ -194,7 +195,7 @@ def _quantized_alike(base: Path, schemes: Mapping[str, Scheme]) -> Any | None:
 
 
 def _keep(run: RunDir, rows: Mapping[str, Row], found: Mapping[str, Fidelity]) -> None:
-    """Add the rows to results.json and their pieces to held_out.json, and write the report again."""
+    """Add the rows to results.json and their pieces to held_out.json; write the report and the card again."""
 
     def added(results: Results) -> Results:
         return dataclasses.replace(results, rows={**results.rows, **rows})
@@ -203,6 +204,7 @@ def _keep(run: RunDir, rows: Mapping[str, Row], found: Mapping[str, Fidelity]) -
     pieces = {label: fidelity.pieces for label, fidelity in found.items()}
     write_pieces(run.held_out, {**read_pieces(run.held_out), **pieces})
     write_report(run.root)
+    update_card(run.root)
 
 
 def _megabytes(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from ..errors import UserError, one_line
 from .names import MARKER
 from .reading import read_object, shown, without_surrogates
 
+_ADDED_TEXT = "added"  # the marker's note of what `add_file` wrote: digests by name
 _MADE = "made"  # the marker's note of what a directory was made from
 _WRITTEN_BY = "mlx-linearard"  # this tool's name in the marker
 
@@ -263,11 +265,32 @@ def _files_in(directory: Path) -> set[str]:
 
 
 def add_file(directory: Path, name: str, text: str) -> None:
-    """Write a text file into a directory that this tool wrote, and list it in the directory's marker."""
+    """Write a text file into a directory that this tool wrote; its marker lists the file and what it holds."""
     ours = _not_written_here(directory) is None
     write_text(directory / name, text)
     if ours:
-        _mark(directory)
+        marker = directory / MARKER
+        noted = read_object(marker)
+        added = {**_added(noted), name: _digest(directory / name)}
+        _mark(directory, {**noted, _ADDED_TEXT: added})
+
+
+def is_as_added(directory: Path, name: str) -> bool:
+    """Whether a file of a directory is missing, or holds what `add_file` wrote: nobody has changed it since."""
+    path = directory / name
+    with contextlib.suppress(UserError), disk_errors(directory):
+        return not os.path.lexists(path) or _added(read_object(directory / MARKER)).get(name) == _digest(path)
+    return False
+
+
+def _added(marker: Mapping[str, Any]) -> dict[str, Any]:
+    """The digests of added files by name."""
+    added = marker.get(_ADDED_TEXT)
+    return added if isinstance(added, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def remember(directory: Path, made: Mapping[str, Any]) -> None:
@@ -284,9 +307,10 @@ def remembered(directory: Path) -> Any:
     return None
 
 
-def _mark(directory: Path) -> None:
-    """Write the marker, by which `check_overwrite` recognises the directory."""
-    listed = json.dumps({"written_by": _WRITTEN_BY, "files": sorted(_files_in(directory))}, indent=2)
+def _mark(directory: Path, noted: Mapping[str, Any] | None = None) -> None:
+    """Write the marker, by which `check_overwrite` recognises the directory; `noted` stands in it already."""
+    marks = {**(noted or {}), "written_by": _WRITTEN_BY, "files": sorted(_files_in(directory))}
+    listed = json.dumps(marks, indent=2)
     (directory / MARKER).write_text(f"{listed}\n", encoding="utf-8", errors="backslashreplace")
 
 

@@ -13,10 +13,11 @@ from huggingface_hub import ModelCard
 from tiny import tiny_model
 
 from mlx_linearard.distill.__main__ import run as distill_command
-from mlx_linearard.export.card import write_card
+from mlx_linearard.evaluate.__main__ import run as evaluate_command
 from mlx_linearard.export.formats import export
 from mlx_linearard.files import add_file, check_overwrite, new_directory
 from mlx_linearard.models.origin import Origin, origin_of
+from mlx_linearard.report.card import write_card
 from mlx_linearard.report.load import read_run
 
 LIBRARIES = {"mlx": "mlx", "hf": "transformers", "peft": "peft", "adapters": "mlx"}
@@ -144,3 +145,32 @@ def test_a_resumed_run_replaces_its_model_and_its_card(run_copy: Path) -> None:
     (run_copy / "model" / "README.md").unlink()
     assert distill_command(["--config", str(run_copy / "config.yaml"), "--output", str(run_copy), "--resume"]) == 0
     assert (run_copy / "model" / "README.md").is_file()
+
+
+def evaluated(run: Path, text: Path) -> None:
+    arguments = ["--run", str(run), "--suite", "passkey", "--data", str(text), "--lengths", "256", "--samples", "1"]
+    assert evaluate_command([*arguments, "--depths", "50", "--no-cache"]) == 0
+
+
+def test_the_card_follows_an_evaluation(run_copy: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_copy / "model" / "README.md"
+    before = path.read_text()
+    gap = "Finding a detail in a long text and copying it was not measured"
+    assert gap in before and "### Pass key" not in before
+    evaluated(run_copy, text_file)
+    after = path.read_text()
+    assert "### Pass key" in after and gap not in after
+    assert ModelCard.load(path).data.base_model == "acme/tiny-llama"
+    check_overwrite(run_copy / "model")
+    assert "changed by hand" not in capsys.readouterr().out
+
+
+def test_a_card_that_was_changed_by_hand_stays(
+    run_copy: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_copy / "model" / "README.md"
+    path.write_text(path.read_text() + "\nMine.\n")
+    own = path.read_bytes()
+    evaluated(run_copy, text_file)
+    assert path.read_bytes() == own
+    assert f"{path} was changed by hand, so it does not get the new results" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,24 @@ def test_a_broken_connection_is_continued(
     assert hub.sent == sent and hub.commits[commits:] == [["config.json", "tokenizer_config.json"]]
     assert export_command(command(finished_run, tmp_path / "out")) == 0
     assert "uploading 0 of" in capsys.readouterr().out and len(hub.commits) == commits + 1
+
+
+def test_the_card_that_is_uploaded_has_the_results_of_today(hub: Hub, run_copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert export_command([*command(run_copy, out, "-q")]) == 0
+    before = (out / "README.md").read_text()
+    assert "Quantizing cost" in before and "Last word" not in before
+    results = json.loads((run_copy / "results.json").read_text())
+    metrics = {"metrics": {"acc": {"value": 0.5, "stderr": 0.1, "n": 30}}}
+    for name in ("native", "scaled", "restored"):
+        results[name]["lambada"] = metrics
+    (run_copy / "results.json").write_text(json.dumps(results))
+    assert export_command([*command(run_copy, out, "-q")]) == 0
+    after = hub.files["README.md"].decode()
+    assert "Quantizing cost" in after and "Last word" in after and hub.commits[-1] == ["README.md"]
+    (out / "README.md").write_text(f"{after}Mine.\n")
+    assert export_command([*command(run_copy, out, "-q")]) == 0
+    assert hub.files["README.md"].decode() == f"{after}Mine.\n"
 
 
 def test_another_export_in_the_way_is_not_uploaded(

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import CARD, RunDir, add_file, read_config
+from ..files import CARD, RunDir, add_file, is_as_added, read_config
 from ..models.origin import Origin, dump, origin_of
 from ..progress import duration
-from ..report.content import notes, plain, provenance, tables
-from ..report.load import RunFacts
-from ..report.render import templates
 from ..results.info import RunInfo
 from ..results.verdict import headline
 from ..rope import native_window
+from .content import notes, plain, provenance, tables
+from .load import RunFacts, read_run
+from .render import templates
 from .serving import Exported, serving, warning
 
 TEMPLATE = "card.md"
@@ -64,6 +64,21 @@ def write_card(
     model = RunDir(facts.root).model
     what = Exported(form, name or folder.name, native_window(read_config(model)), bool(bits), file)
     add_file(folder, CARD, card(facts, origin_of_run(facts), what, weights))
+
+
+def update_card(run_dir: str | Path) -> str | None:
+    """Write the card of a run's `model/` again, from the results as they are now.
+
+    Returns:
+        None; or, if the card was changed by hand and is therefore left as it is, a sentence that says so.
+    """
+    model = RunDir(run_dir).model
+    if not model.is_dir():
+        return None
+    if not is_as_added(model, CARD):
+        return f"{model / CARD} was changed by hand, so it does not get the new results"
+    write_card(model, read_run(run_dir), "mlx", bits=bits_of(model))
+    return None
 
 
 def origin_of_run(facts: RunFacts) -> Origin:
