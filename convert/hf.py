@@ -96,11 +96,11 @@ def to_hf(
     config = _clean(checked.config)
     if reason := disagreement(config):
         raise UserError(f"{directory / CONFIG}: {reason}")
-    if progress and (note := difference(config)):
-        progress(note)
     kind = family(config)
     if not kind.architecture:
         raise UserError(f"{directory}: transformers has no {config['model_type']} model that it could load")
+    if progress and (note := difference(config)):
+        progress(note)
     arrays = dequantized(checked)
     if is_wrapper(config):  # mlx-lm's directories have no vision tower: what is left is a text model
         config = text_model(config)

@@ -62,11 +62,17 @@ class Step:
     recalled: int = 0  # positions of a long block whose logits are compared with the teacher's, beside `logits`
     fused: bool | None = None  # whether mlx's attention runs under a gradient; None: the default, without a probe
     kept: int = 0  # number of layers that keep their activations for the backward pass
+    copied: int = 0  # bytes of the float32 copies of a layer's experts (models.experts.copied_bytes)
 
     @property
     def tokens(self) -> int:
         """Positions of a forward pass."""
         return self.batch * self.seq_len
+
+    @property
+    def wide(self) -> int:
+        """Bytes per number of an activation in the feed-forward part."""
+        return FLOAT32 if self.copied else self.size
 
     @property
     def qkv(self) -> int:
@@ -78,12 +84,13 @@ class Step:
         """Bytes that a layer keeps beyond its input, instead of recomputing them.
 
         That is its inputs' norm and its middle, q, k, v the output of attention, what the feed-forward part keeps
-        (`ops.mlp.kept_width`), and x A of the adapters with, in half precision, the float32 copies of x.
+        (`ops.mlp.kept_width`), and x A of the adapters with, in half precision, the float32 copies of x. Copies of
+        experts are kept too.
         """
         q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn_kept
-        numbers = (2 * self.shape.width + self.qkv + q + ffn) * self.size
+        numbers = (2 * self.shape.width + self.qkv + q) * self.size + ffn * self.wide
         adapted = self.rank + (self.shape.width if self.rank and self.size != FLOAT32 else 0)
-        return self.tokens * (numbers + adapted * FLOAT32)
+        return self.tokens * (numbers + adapted * FLOAT32) + self.copied
 
     @property
     def related(self) -> int:
@@ -209,7 +216,7 @@ def _moments_keeping(step: Step) -> Iterator[tuple[str, int, int]]:
     if not step.kept:
         return
     held = (step.kept - (not step.logits and not step.recalled)) * step.retained
-    wide = mlp.ALONE * step.tokens * step.shape.ffn_held * step.size
+    wide = mlp.ALONE * step.tokens * step.shape.ffn_held * step.wide + step.copied
     for moment, activations, workspace in _moments(step):
         if moment in ("relations", "logits"):
             yield moment, held + activations, workspace
@@ -233,8 +240,8 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
         yield "relations", live, tiles
     if step.logits or step.recalled or step.layers > 1:
         held = _held(shape, arriving)
-        wide = mlp.peak_bytes(tokens, shape.ffn_held, step.size, workspace=step.workspace)
-        yield "feed-forward", tokens * held * step.size + 3 * adapted, wide
+        wide = mlp.peak_bytes(tokens, shape.ffn_held, step.wide, workspace=step.workspace)
+        yield "feed-forward", tokens * held * step.size + 3 * adapted, wide + step.copied
         held = 4 * shape.width + 3 * (q + 2 * k) + arriving
         scores = attention.peak_bytes(
             step.batch,

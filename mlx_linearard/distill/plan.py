@@ -20,6 +20,7 @@ from ..files import RunDir
 from ..machine import Machine, on_gpu
 from ..models.adapters import qkv_keys
 from ..models.directory import Checked, build, check_model_dir
+from ..models.experts import copied_bytes
 from ..models.quantization import check_trainable
 from ..models.shape import Shape
 from ..models.trees import named_modules
@@ -64,8 +65,9 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The plan as text, line by line."""
         yield from self.sizing.lines(self.machine)
-        if self.note:
-            yield self.note
+        yield from filter(None, (self.note, rope.difference(self.native)))
+        if self.step.copied:
+            yield "experts: this device multiplies them in float32 only; their weights keep their dtype"
         yield self.memory.line()
         steps = ((self.step, ""), (self.long_step, " of long text"))
         yield from (kept_line(step, name) for step, name in steps if step and step.kept)
@@ -277,6 +279,7 @@ def _step_of(
     """A training step of this model, as the memory plan describes it."""
     checked, model, objective = inspected.checked, inspected.model, inspected.objective
     layers = objective.last_layer(len(model.layers)) + 1
+    activation = activation_dtype(checked.arrays, dtype)
     trained = trained_layers(config, objective, len(model.layers))
     keys = set(qkv_keys(model))
     return Step(
@@ -284,7 +287,7 @@ def _step_of(
         weights=weight_bytes(checked.arrays, dtype),
         trained=FLOAT32 * sum(_trained_numbers(layer, keys, config) for layer in model.layers[:trained]),
         rank=0 if config.fine_tune_type == "full" else config.lora_rank * len(keys),
-        size=activation_dtype(checked.arrays, dtype).size,
+        size=activation.size,
         layers=layers,
         supervised=len(objective.layers),
         relations=objective.relations,
@@ -294,6 +297,7 @@ def _step_of(
         grad_accum=sizing.grad_accum // share.groups,
         workspace=objective.workspace_bytes,
         gpu=gpu,
+        copied=copied_bytes(model, activation),
     )
 
 

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
 from ..rope import FAMILIES, PREFIX, family, ignored_setting, native_window, normalise, wrap
+from .experts import compute_in_float32
 from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer, token_ids
 from .tokenizer_files import MORE_TEMPLATES
@@ -214,11 +215,13 @@ def check_model_dir(path: str | Path, *, tokenizer: bool = True, finite: bool = 
 def load(path: str | Path, config: Mapping[str, Any]) -> nn.Module:
     """mlx-lm's model for `config` with the weights in `path`, checked, and not yet evaluated.
 
-    The same as mlx-lm's own loader, from exactly the files that `check_model_dir` checks.
+    The same as mlx-lm's own loader, from exactly the files that `check_model_dir` checks; experts that the device
+    multiplies in float32 only are computed so (`models.experts`).
     """
     model, checked = _assemble(Path(path), dict(config))
     model.eval()
     model.load_weights(list(checked.arrays.items()))
+    compute_in_float32(model)
     return model
 
 

@@ -89,8 +89,13 @@ def disagreement(config: Mapping[str, Any]) -> str | None:
 
 
 def difference(config: Mapping[str, Any]) -> str | None:
-    """A note about what transformers computes otherwise than mlx-lm, for families that are served all the same."""
+    """A note about what transformers lacks or computes otherwise than mlx-lm; None where both compute the same.
+
+    Training and `convert to-hf` print it.
+    """
     kind = family_or_default(config)
+    if not kind.architecture:
+        return f"note: the result is for mlx-lm only; transformers has no {config.get('model_type')} model"
     if not kind.differs:
         return None
     if kind.tolerates:

@@ -94,13 +94,22 @@ def test_the_plan_is_near_the_peak(tmp_path: Path, options: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "glm4_moe"])
-def test_the_plan_knows_experts(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, "float32") for kind in ("qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "glm4_moe", "gpt_oss")),
+        ("mixtral", "bfloat16"),
+    ],
+)
+def test_the_plan_knows_experts(tmp_path: Path, kind: str, dtype: str) -> None:
     wide = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 3, "max_position_embeddings": 2048}
     if kind == "glm4_moe":  # every layer is planned as the widest: 17 % too much with one dense layer in three
         wide["first_k_dense_replace"] = 0
-    folder = family_models.write(tmp_path / "m", kind, **wide)
+    if kind == "gpt_oss":
+        wide["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    folder = family_models.write(tmp_path / "m", kind, dtype=dtype, **wide)
     options = {"seq_len": 1024, "objective": "logits", "batch_size": 1, "grad_accum": 1, "method": "ntk"}
+    options["dtype"] = dtype
     found = planned(folder, **options)
     resident = mx.get_active_memory()
     assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.15)
