@@ -215,6 +215,23 @@ FAMILIES: Mapping[str, Family] = {
         experts="list",
         architecture="Glm4MoeForCausalLM",
     ),
+    "olmoe": Family(
+        fixed={**_SILU, "clip_qkv": (), "mlp_bias": OFF},
+        experts="list",
+        architecture="OlmoeForCausalLM",
+    ),
+    "ernie4_5": _ntk(
+        theta=500000.0,
+        fixed=_SILU,
+        defaults={"head_dim": 128, "use_bias": False},
+        architecture="Ernie4_5ForCausalLM",
+    ),
+    "helium": _ntk(
+        theta=100000.0,
+        fixed=_SILU,
+        defaults={"attention_bias": False, "head_dim": 128, "mlp_bias": False},
+        architecture="HeliumForCausalLM",
+    ),
     "internlm2": Family(
         ("linear", "ntk"), DYNAMIC_TOO, fixed=_SILU, projections=("wqkv",), feed_forward="feed_forward"
     ),

@@ -86,6 +86,9 @@ OWN: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "attention_bias": True, "partial_rotary_factor": 0.5, "rope_scaling": None},
     },
     "internlm2": {"bias": False},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "clip_qkv": None},
+    "ernie4_5": {"use_bias": True, "pad_token_id": 0},
+    "helium": {"attention_bias": False, "mlp_bias": True, "pad_token_id": 0},
     "stablelm": {"layer_norm_eps": 1e-5, "use_qkv_bias": True, "partial_rotary_factor": 0.25, "qk_layernorm": False},
 }
 
