@@ -12,7 +12,7 @@ from ..errors import UserError, one_line
 from ..files import CONFIG, new_directory
 from ..models import tokenizer
 from ..models.directory import Checked, build, check_model_dir, resolve
-from ..models.dtypes import FLOAT_NAMES, FLOATS
+from ..models.dtypes import FLOAT_NAMES, FLOATS, HALVES
 from ..models.origin import origin_of, write_origin
 from ..models.quantization import Scheme, dequantize, scheme_of
 from ..models.save import (
@@ -114,6 +114,8 @@ def to_hf(
     kinds = {FLOAT_NAMES[a.dtype] for a in arrays.values() if a.dtype in FLOAT_NAMES}
     if len(kinds) == 1:
         config["dtype"] = config["torch_dtype"] = kinds.pop()
+    if progress and checked.quantized and config.get("dtype") in HALVES:
+        progress(f"note: dequantized weights are rounded to {config['dtype']}; --dtype float32 keeps their values")
     if not config.get("architectures") or is_wrapper(checked.config):
         config["architectures"] = [kind.architecture]
     with model_directory(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import reading
-from ..models.directory import check_model_dir, path_for_mlx_lm, resolve
+from ..models.directory import check_config, check_model_dir, path_for_mlx_lm, resolve
 from ..rope import inverse_frequencies
 from .gguf import from_gguf
 
@@ -62,11 +62,12 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
     if tokens < 1:
         raise UserError(f"--tokens must be at least 1, not {tokens}")
     with _directory(a) as first, _directory(b) as second:
-        ours, theirs = check_model_dir(first), check_model_dir(second)
-        vocab = min(int(ours.config["vocab_size"]), int(theirs.config["vocab_size"]))
+        ours = check_model_dir(first).config
+        theirs = check_config(second) if reference else check_model_dir(second).config
+        vocab = min(int(ours["vocab_size"]), int(theirs["vocab_size"]))
         ids = np.random.default_rng(SEED).integers(0, vocab, (1, tokens))
-        left = mlx_logits(first, ours.config, ids)
-        right = torch_logits(second, ids) if reference else mlx_logits(second, theirs.config, ids)
+        left = mlx_logits(first, ours, ids)
+        right = torch_logits(second, ids) if reference else mlx_logits(second, theirs, ids)
     if left.shape != right.shape:
         raise UserError(f"the vocabularies differ: {left.shape[-1]} and {right.shape[-1]} tokens")
     worst = np.abs(left - right).max(axis=-1)[0]
@@ -74,8 +75,8 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
         float(worst.max()),
         int(worst.argmax()),
         float((left.argmax(-1) == right.argmax(-1)).mean()),
-        _frequencies(ours.config, theirs.config),
-        differences(ours.config, theirs.config),
+        _frequencies(ours, theirs),
+        differences(ours, theirs),
     )
 
 

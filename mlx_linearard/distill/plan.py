@@ -67,7 +67,10 @@ class Plan:
         yield from self.sizing.lines(self.machine)
         yield from filter(None, (self.note, rope.difference(self.native)))
         if self.step.copied:
-            yield "experts: this device multiplies them in float32 only; their weights keep their dtype"
+            yield (
+                "experts: this device multiplies them in float32 only, and so does this run; their weights keep their "
+                "dtype, with which mlx_lm itself fails on this device"
+            )
         yield self.memory.line()
         steps = ((self.step, ""), (self.long_step, " of long text"))
         yield from (kept_line(step, name) for step, name in steps if step and step.kept)
@@ -297,7 +300,7 @@ def _step_of(
         grad_accum=sizing.grad_accum // share.groups,
         workspace=objective.workspace_bytes,
         gpu=gpu,
-        copied=copied_bytes(model, activation),
+        copied=copied_bytes(model, activation, checked.quantized),
     )
 
 

@@ -19,6 +19,7 @@ from mlx_lm.utils import load_model
 
 from ..errors import UserError
 from ..models.directory import path_for_mlx_lm
+from ..models.experts import compute_in_float32
 from ..models.trees import named_arrays
 
 ATTEMPTS = 4  # computations of one side, until two in succession agree
@@ -79,13 +80,15 @@ def student_logits(student: Any, tokens: np.ndarray) -> Logits:
 def verify_export(directory: Path, tokens: np.ndarray, expected: Logits) -> Verified:
     """Load `directory` with stock mlx-lm and compare its logits on `tokens` with the student's.
 
-    If they differ, the export is loaded and computed again until two results in succession agree.
+    Experts are computed in float32 where the device needs it (`models.experts`). If the logits differ, the export is
+    loaded and computed again until two results in succession agree.
     """
     dtypes: set[mx.Dtype] = set()
 
     def loaded() -> np.ndarray:
         with path_for_mlx_lm(directory) as path:
             model, _ = load_model(path)
+        compute_in_float32(model)
         dtypes.update(array.dtype for _, array in named_arrays(model.parameters()))
         return _logits(model, tokens)
 

@@ -24,3 +24,4 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The names that --dtype accepts, as mlx-lm spells them.
 FLOATS: dict[str, mx.Dtype] = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+HALVES = ("float16", "bfloat16")

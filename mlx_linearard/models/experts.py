@@ -5,7 +5,8 @@ Their weights keep the dtype of the files, in memory and in every export; only t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 from functools import cache
 from typing import Any
 
@@ -55,11 +56,18 @@ def compute_in_float32(model: nn.Module) -> None:
         model.update_modules(tree_unflatten([(name, Float32Experts(module)) for name, module in found]))
 
 
-def copied_bytes(model: Any, dtype: mx.Dtype) -> int:
-    """Bytes of a layer's experts in float32, which a gradient holds with weights of `dtype`; 0 if there are none."""
+def copied_bytes(model: Any, dtype: mx.Dtype, quantized: Container[str]) -> int:
+    """Bytes of a layer's experts in float32, which a gradient holds with weights of `dtype`; 0 if there are none.
+
+    `quantized` are the paths of quantized layers, which `model` has unquantized.
+    """
     if dtype == mx.float32:
         return 0
-    return FLOAT32 * max(sum(m.weight.size for _, m in _experts(layer)) for layer in model.layers)
+    sizes = Counter[str]()
+    for path, module in _experts(model):
+        if path not in quantized:
+            sizes[path.rpartition(".")[0]] += module.weight.size
+    return FLOAT32 * max(sizes.values(), default=0)
 
 
 def _experts(module: nn.Module) -> Iterator[tuple[str, SwitchLinear]]:

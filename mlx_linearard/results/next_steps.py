@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import path_word
-from ..files import RunDir
+from ..errors import UserError
+from ..files import RunDir, read_config
+from ..rope import family_or_default, normalise
 from .info import RunInfo
 from .long_window import LongWindow
 from .moods import BAD, PARTLY, UNKNOWN
@@ -93,7 +95,7 @@ def _train_on(info: RunInfo, run: RunDir, *, one: bool) -> Iterator[NextStep]:
             "rate:",
             ((*again, "--learning-rate", "1e-4", "--output", _beside(run, "slower")),),
         )
-    if info.method != "yarn":
+    if info.method != "yarn" and _takes_yarn(info, run):
         yield NextStep(
             "Try YaRN, which loses less on most models:",
             ((*again, "--method", "yarn", "--output", _beside(run, "yarn")),),
@@ -102,6 +104,16 @@ def _train_on(info: RunInfo, run: RunDir, *, one: bool) -> Iterator[NextStep]:
         yield NextStep(
             "Try another objective:", ((*again, "--objective", "logits", "--output", _beside(run, "logits")),)
         )
+
+
+def _takes_yarn(info: RunInfo, run: RunDir) -> bool:
+    """Whether the run's model can be scaled by YaRN; true if its config is gone or damaged."""
+    try:
+        config = normalise(read_config(run.base))
+    except (UserError, ValueError):
+        return True
+    scaled_before = info.method == "ntk" and config["rope_scaling"]  # which ntk keeps and YaRN would overwrite
+    return "yarn" in family_or_default(config).methods and not scaled_before
 
 
 def _beside(run: RunDir, word: str) -> str:

@@ -8,6 +8,7 @@ import family_models
 import numpy as np
 import pytest
 from mlx_linearard.convert.hf import to_hf
+from mlx_linearard.convert.verify import verify
 from test_families import divergence, logits, torch_logits_of
 from tiny import reload
 
@@ -50,6 +51,22 @@ def test_training_and_conversion_print_the_same_note(
         return
     to_hf(folder, tmp_path / "theirs", progress=print)
     assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bits", "dtype", "noted"), [(4, None, True), (4, "float32", False), (None, None, False)])
+def test_dequantizing_to_half_precision_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int | None, dtype: str | None, noted: bool
+) -> None:
+    folder = family_models.write(tmp_path / "m", "llama", bits=bits, dtype="bfloat16")
+    to_hf(folder, tmp_path / "theirs", dtype=dtype, progress=print)
+    assert ("rounded to bfloat16; --dtype float32 keeps" in capsys.readouterr().out) == noted
+
+
+@pytest.mark.slow
+def test_a_layout_that_mlx_lm_cannot_read_is_still_compared(tmp_path: Path) -> None:
+    """mlx-lm reads gpt-oss's experts from transformers' files only in mxfp4."""
+    folder = family_models.write(tmp_path / "m", "gpt_oss")
+    assert verify(folder, to_hf(folder, tmp_path / "theirs"), tokens=64, reference=True).logits < 1e-4
 
 
 @pytest.mark.slow

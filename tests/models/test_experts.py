@@ -9,12 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
-from test_families import KL, distilled, divergence, logits
+from test_families import KL, TOKENS, distilled, divergence, logits
 from tiny import reload
 
 from mlx_linearard.config import DistillConfig
 from mlx_linearard.distill.plan import inspect_model, plan_run
 from mlx_linearard.export.fuse import write_fused
+from mlx_linearard.export.verify import student_logits, verify_export
 from mlx_linearard.machine import Machine, on_gpu
 from mlx_linearard.models.experts import Float32Experts, multiplies_halves
 
@@ -56,13 +57,14 @@ def test_a_mixture_is_trained_in_half_precision_and_exported_so(tmp_path: Path, 
     exported = reload(tmp_path / "fused")
     exported.set_dtype(mx.float32)  # stock mlx-lm, in a dtype that every device multiplies
     assert divergence(logits(pair.student), logits(exported)) < KL
+    verify_export(tmp_path / "fused", TOKENS, student_logits(pair.student, TOKENS)).check(tmp_path / "fused")
 
 
 def test_a_run_says_that_it_computes_experts_in_float32(tmp_path: Path) -> None:
     folder = family_models.write(tmp_path / "native", "qwen3_moe", dtype="bfloat16")
     machine = Machine("test", on_gpu(), 1 << 40, 1000.0)
 
-    def lines(dtype: str) -> tuple[str, int]:
+    def lines(dtype: str, folder: Path = folder) -> tuple[str, int]:
         config = DistillConfig(model=str(folder), method="ntk", lora_rank=4, dtype=dtype)
         plan = plan_run(config, inspect_model(config, folder), machine)
         return "\n".join(plan.lines()), plan.step.copied
@@ -70,5 +72,6 @@ def test_a_run_says_that_it_computes_experts_in_float32(tmp_path: Path) -> None:
     told, copied = lines("bfloat16")
     assert ("experts: this device multiplies them in float32 only" in told) == (not multiplies_halves())
     assert copied == (0 if multiplies_halves() else 3 * 4 * 64 * 64 * 4)  # three projections of four experts, 64 wide
-    told, copied = lines("float32")
-    assert "experts:" not in told and copied == 0
+    quantized = family_models.write(tmp_path / "quantized", "qwen3_moe", dtype="bfloat16", bits=4)
+    for told, copied in (lines("float32"), lines("bfloat16", quantized)):
+        assert "experts:" not in told and copied == 0

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_models
 import pytest
 from run_files import Page, a_comparison, a_row, a_run, held_out
 
@@ -29,6 +30,7 @@ from mlx_linearard.report.load import read_run
 from mlx_linearard.report.render import write_report
 from mlx_linearard.results.next_steps import next_steps
 from mlx_linearard.results.verdict import headline, verdict
+from mlx_linearard.rope import scale_rope
 
 
 def test_the_page_names_the_long_part(tmp_path: Path) -> None:
@@ -425,6 +427,24 @@ def test_what_to_do_next_is_what_the_run_says(tmp_path: Path) -> None:
             line = shell_command(*runnable(words))
             assert page.count(line) == twin.count(line) == 1
     assert "--suite far" in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling", "advised"),
+    [("llama", None, True), ("qwen3_moe", None, False), ("llama", {"rope_type": "linear", "factor": 2.0}, False)],
+)
+def test_yarn_is_advised_only_if_the_model_takes_it(
+    tmp_path: Path, kind: str, scaling: dict[str, Any] | None, advised: bool
+) -> None:
+    root = a_run(tmp_path / "run", run={"method": "ntk", "native_window": 32})
+    (root / "base").mkdir()
+    config = family_models.config(kind, rope_scaling=scaling)
+    (root / "base" / "config.json").write_text(json.dumps(scale_rope(config, "ntk", 4.0)))
+    restored = a_row(1.5, 40.0)
+    results = json.loads((root / "results.json").read_text())
+    (root / "results.json").write_text(json.dumps({**results, "restored": restored}))
+    told = [step.text for step in next_steps(read_run(root), root)]
+    assert any("YaRN" in text for text in told) == advised
 
 
 def test_what_each_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
