@@ -101,7 +101,7 @@ def to_hf(
         raise UserError(f"{directory}: transformers has no {config['model_type']} model that it could load")
     if progress and (note := difference(config)):
         progress(note)
-    arrays = dequantized(checked)
+    arrays = dequantized(checked, FLOATS.get(dtype or ""))
     if is_wrapper(config):  # mlx-lm's directories have no vision tower: what is left is a text model
         config = text_model(config)
         arrays = {name.removeprefix(PREFIX): arrays.pop(name) for name in list(arrays)}
@@ -229,13 +229,16 @@ def quantized_bytes(directory: Path, bits: int, group_size: int, dtype: str | No
     return before, sum(array.nbytes for array in arrays.values())
 
 
-def dequantized(checked: Checked) -> dict[str, mx.array]:
-    """The arrays with quantized layers dequantized, lazily: in the type of their scales, else of the other weights."""
+def dequantized(checked: Checked, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """The arrays with quantized layers dequantized, lazily, to `dtype`.
+
+    None: to the type of their scales, or without float scales to that of the other weights.
+    """
     arrays = checked.arrays
     floats = {a.dtype for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)}
     other = floats.pop() if len(floats) == 1 else None
     for path, scheme in checked.quantized.items():
-        weight = dequantize(path, arrays, scheme, None if scheme.mode == "affine" else other)
+        weight = dequantize(path, arrays, scheme, dtype or (None if scheme.mode == "affine" else other))
         for leaf in ("weight", "scales", "biases"):
             arrays.pop(f"{path}.{leaf}", None)
         arrays[f"{path}.weight"] = weight

@@ -149,10 +149,14 @@ def quantize_structure(
 def dequantize(path: str, arrays: Mapping[str, mx.array], scheme: Scheme, dtype: mx.Dtype | None) -> mx.array:
     """The weight (out, in) of a quantized layer, not yet evaluated, in `dtype` or in the type of its scales.
 
-    The modes without float scales give bfloat16, which holds each of their values exactly.
+    It is computed in float32 and rounded once. The modes without float scales give bfloat16, which holds each of their
+    values exactly.
     """
-    weight, scales = arrays[f"{path}.weight"], arrays[f"{path}.scales"]
-    result = mx.dequantize(weight, scales, arrays.get(f"{path}.biases"), **scheme.settings())
+    weight, scales, biases = arrays[f"{path}.weight"], arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
+    if biases is not None:  # affine
+        dtype = dtype or scales.dtype
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    result = mx.dequantize(weight, scales, biases, **scheme.settings())
     return result if dtype is None else result.astype(dtype)
 
 

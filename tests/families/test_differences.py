@@ -60,6 +60,9 @@ def test_dequantizing_to_half_precision_is_noted(
     folder = family_models.write(tmp_path / "m", "llama", bits=bits, dtype="bfloat16")
     to_hf(folder, tmp_path / "theirs", dtype=dtype, progress=print)
     assert ("rounded to bfloat16; --dtype float32 keeps" in capsys.readouterr().out) == noted
+    if bits and not noted:
+        same = verify(folder, tmp_path / "theirs", tokens=64)
+        assert same.logits < 1e-4, "the values are kept"
 
 
 @pytest.mark.slow
