@@ -70,6 +70,24 @@ def test_the_issue_s_models_all_have_a_recipe() -> None:
     assert models == json.loads((EXAMPLES / "recipes" / "shapes.json").read_text()).keys() and len(RECIPES) == 6
 
 
+# Keys that a published config.json leaves to the defaults of its architecture, or that a copy of the model adds.
+IMPLIED = {
+    "meta-llama/Llama-2-7b-hf": {"rope_theta": 10000},
+    "mlx-community/Mistral-7B-Instruct-v0.3-4bit": {"head_dim": 128, "quantization": {"group_size": 64, "bits": 4}},
+}
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())  # with the source of each
+ALSO_PUBLISHED = json.loads((Path(__file__).parents[1] / "rope" / "published.json").read_text())
+
+
+def test_the_shapes_are_those_of_the_published_configs() -> None:
+    shapes = json.loads((EXAMPLES / "recipes" / "shapes.json").read_text())
+    assert shapes.keys() == {*PUBLISHED, *(shapes.keys() & ALSO_PUBLISHED.keys())}
+    for name, shape in shapes.items():
+        published = PUBLISHED[name]["config"] if name in PUBLISHED else ALSO_PUBLISHED[name]
+        known = {**IMPLIED.get(name, {}), **published}
+        assert {key: known.get(key) for key in shape} == shape, name
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "paper.yaml"])
 def test_the_general_recipes_plan_a_run(name: str, long_text: Path, tmp_path: Path) -> None:
     model = planning.empty_model(tmp_path / "model", planning.shape_of(EXAMPLES / "recipes" / "smollm2-1.7b.yaml"))
