@@ -5,13 +5,14 @@ from __future__ import annotations
 from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, objectives_of, shortened
 from .mlx_lm_names import OTHER, SAME, translated
 from .option import flag, type_of
-from .options import ALSO, DistillConfig
+from .options import ALSO, LEARNING_RATE, DistillConfig
 from .yaml_file import read_yaml, read_yaml_and_notes, to_yaml
 
 __all__ = [
     "ALSO",
     "DTYPES",
     "LARGEST_COUNT",
+    "LEARNING_RATE",
     "LONG_OBJECTIVES",
     "OBJECTIVES",
     "OTHER",

@@ -31,7 +31,7 @@ from .checks import (
 from .option import complaint, documented, flag, option
 
 # The defaults of what is trained: what was measured best so far (docs/measured.md).
-METHOD, OBJECTIVE = "yarn", "logits"
+METHOD, OBJECTIVE, LEARNING_RATE = "yarn", "logits", 3e-4
 LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce", 0.0, 1.0
 LEFT_OUT = ", or 0 if text or memory allow no block longer than the native window" if LONG_WEIGHT else ""
 ALSO = {"lengths": "eval_lengths"}  # a name that other commands use as well -> the option's name
@@ -204,7 +204,13 @@ class DistillConfig:
         group="training",
         most=LARGEST_COUNT,
     )
-    learning_rate: float = option(3e-4, "peak learning rate of AdamW", check=positive, metavar="LR", group="training")
+    learning_rate: float | None = option(
+        None,
+        f"peak learning rate of AdamW; by default {LEARNING_RATE:g}, less in the demonstration on a slow machine",
+        check=positive,
+        metavar="LR",
+        group="training",
+    )
     warmup: int = option(4, "warm-up steps", check=not_negative, metavar="N", group="training")
     weight_decay: float = option(0.0, "AdamW's weight decay", check=not_negative, metavar="W", group="training")
     clip: float = option(

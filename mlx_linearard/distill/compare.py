@@ -187,8 +187,9 @@ class Manifest:
         sizes: dict[str, Any] = {name: getattr(config, name) or size for name, size in self.sizes.items()}
         if config.tokens:
             sizes["steps"] = steps_of(config.tokens, sizes["seq_len"] * config.batch_size * sizes["grad_accum"])
-        if config.long_weight is None:
-            sizes["long_weight"] = self.identity.get("long_weight")
+        for name in ("long_weight", "learning_rate"):
+            if getattr(config, name) is None:
+                sizes[name] = self.identity.get(name)
         return dataclasses.replace(config, tokens=None, **sizes)
 
     def with_finished(self, objective: str, config: DistillConfig) -> Manifest:

@@ -192,6 +192,7 @@ def _resolved(job: Job) -> DistillConfig:
         seq_len=job.sizing.seq_len,
         grad_accum=job.sizing.grad_accum,
         steps=job.schedule.steps,
+        learning_rate=job.schedule.learning_rate,
         tokens=None,
         resume=False,
         overwrite=False,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import path_word
+from ..config import LEARNING_RATE
 from ..errors import UserError
-from ..files import RunDir, read_config
+from ..files import RunDir, read_config, read_yaml
 from ..rope import family_or_default, normalise
 from .info import RunInfo
 from .long_window import LongWindow
@@ -93,7 +94,7 @@ def _train_on(info: RunInfo, run: RunDir, *, one: bool) -> Iterator[NextStep]:
         yield NextStep(
             f"The last steps made it worse: step {info.exported_step} was the best. Train again with a lower learning "
             "rate:",
-            ((*again, "--learning-rate", "1e-4", "--output", _beside(run, "slower")),),
+            ((*again, "--learning-rate", _lower_rate(run), "--output", _beside(run, "slower")),),
         )
     if info.method != "yarn" and _takes_yarn(info, run):
         yield NextStep(
@@ -104,6 +105,16 @@ def _train_on(info: RunInfo, run: RunDir, *, one: bool) -> Iterator[NextStep]:
         yield NextStep(
             "Try another objective:", ((*again, "--objective", "logits", "--output", _beside(run, "logits")),)
         )
+
+
+def _lower_rate(run: RunDir) -> str:
+    """A third of the run's learning rate."""
+    try:
+        config = read_yaml(run.config)
+    except UserError:
+        config = None
+    own = config.get("learning_rate") if isinstance(config, dict) else None
+    return f"{(own if isinstance(own, float) and 0 < own < 1 else LEARNING_RATE) / 3:.0e}".replace("e-0", "e-")
 
 
 def _takes_yarn(info: RunInfo, run: RunDir) -> bool:

@@ -92,3 +92,10 @@ def test_a_resumed_run_keeps_the_held_out_text_it_began_with(model_dir: Path, te
     resumed = dataclasses.replace(config, resume=True, steps=4)
     for machine in (slower, faster):
         assert make_plan(resumed, machine).sizing.eval_tokens == began
+
+
+def test_only_a_slow_demonstration_learns_slowly() -> None:
+    demo = {"model": None, "data": None}
+    assert sized(**demo).learning_rate == 1e-4
+    assert sized(FAST, **demo).learning_rate == sized().learning_rate == 3e-4
+    assert sized(learning_rate=1e-3, **demo).learning_rate == 1e-3

@@ -447,6 +447,16 @@ def test_yarn_is_advised_only_if_the_model_takes_it(
     assert any("YaRN" in text for text in told) == advised
 
 
+@pytest.mark.parametrize(("rate", "advised"), [(None, "1e-4"), (1e-4, "3e-5"), (3e-4, "1e-4"), (9.0, "1e-4")])
+def test_a_run_that_became_worse_is_advised_a_third_of_its_rate(
+    tmp_path: Path, rate: float | None, advised: str
+) -> None:
+    root = a_run(tmp_path / "run", run={"steps": 28, "exported_step": 0, "method": "yarn"}, restored=a_row(1.7, 40.0))
+    (root / "config.yaml").write_text("factor: 4.0\n" if rate is None else f"learning_rate: {rate:.6f}\n")
+    commands = [" ".join(map(str, words)) for step in next_steps(read_run(root), root) for words in step.commands]
+    assert any(f"--learning-rate {advised} --output" in line for line in commands), commands
+
+
 def test_what_each_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
     def wrote(text: str, prompt: str = "Once <b>upon</b> a time") -> dict[str, Any]:
         return {"prompt": prompt, "text": text}
