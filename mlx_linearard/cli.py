@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
 import shlex
@@ -46,7 +47,13 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}{self._meant(message)}; see {self.prog} --help")
+
+    def _meant(self, message: str) -> str:
+        """The option that is most like the first one that `message` says is unknown; '' if none is."""
+        match = re.fullmatch(r"unrecognized arguments: (--[^\s=]{2,40}).*", message, re.DOTALL)
+        near = difflib.get_close_matches(match[1], self._option_string_actions, n=1, cutoff=0.7) if match else []
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 class _CommonHelp(argparse.Action):

@@ -59,7 +59,9 @@ def test_every_option_is_in_the_help() -> None:
         (["--seq-len", "0"], "above 0"),
         (["--steps", "5", "--tokens", "100"], "one of them"),
         (["--resume", "--overwrite"], "one of them"),
-        (["--stepz", "5"], "unrecognized"),
+        (["--stepz", "5"], "unrecognized arguments: --stepz 5; did you mean --steps"),
+        (["--modle", "a"], "did you mean --model"),
+        (["--xyzzy"], "unrecognized arguments: --xyzzy; see"),
         (["--config", "/nonexistent.yaml"], "does not exist"),
     ],
 )

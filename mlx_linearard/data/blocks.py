@@ -102,7 +102,7 @@ class Blocks:
 
 def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     """At most `count` windows of length + 1 tokens, spaced evenly over the stream; (n, length + 1) int32."""
-    possible = (len(tokens) - 1) // length
+    possible = max(0, len(tokens) - 1) // length
     taken = min(count, possible)
     starts = [(i * possible // taken) * length for i in range(taken)]
     return np.stack([tokens[s : s + length + 1] for s in starts]) if taken else np.zeros((0, length + 1), np.int32)

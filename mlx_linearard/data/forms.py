@@ -69,7 +69,7 @@ def _pieces(path: Path) -> Iterator[str]:
             empty = empty and piece.isspace()
             yield piece
     if empty:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty: give a file with text")
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -76,7 +76,7 @@ def documents_from(rows: Iterable[tuple[str, Any]], source: object) -> Iterator[
         empty = empty and not text_of(document).strip()
         yield document
     if empty:
-        raise UserError(f"{source} is empty")
+        raise UserError(f"{source} is empty: give rows with text")
 
 
 def _form_of(row: dict[str, Any], place: str) -> Callable[[dict[str, Any], str], TextRow | Conversation]:

@@ -41,7 +41,7 @@ def check_place(config: DistillConfig, root: Path, kind: str, *, holds: bool, mi
     if root.exists() and not root.is_dir():
         raise UserError(f"--output {root} is a file: choose a directory")
     if config.resume and not holds:
-        raise UserError(f"--resume: {root} holds no {missing}")
+        raise UserError(f"--resume: {root} holds no {missing}: leave out --resume, or name another --output")
     if holds and not (config.resume or config.overwrite):
         raise UserError(
             f"--output {root} already holds a {kind}: pass --resume to continue it, --overwrite to replace it"

@@ -17,7 +17,9 @@ NEXT: dict[str, Callable[[Path], str]] = {
     "peft": lambda out: (
         f"peft.PeftModel.from_pretrained(model, {str(out)!r}), on the base that adapter_config.json names"
     ),
-    "gguf": lambda out: shell_command("llama-server", "-m", path_word(next(iter(sorted(out.glob("*.gguf"))), out))),
+    "gguf": lambda out: shell_command(
+        "llama-server", "-m", path_word(next(iter(sorted(out.glob("*.gguf"))), out)), "-c", 0
+    ),
     "adapters": lambda out: shell_command(
         "mlx_lm.server", "--model", path_word(out / "base"), "--adapter-path", path_word(out / "adapters")
     ),

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..cli import path_word, shell_command
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
 from ..rope import FAMILIES, PREFIX, family, ignored_setting, native_window, normalise, wrap
@@ -49,6 +50,9 @@ def resolve(source: str | Path) -> Path:
             return path
         exists = path.exists()
     text = str(source)
+    if exists and text.endswith(".gguf"):
+        words = ("mlx_linearard.convert", "from-gguf", path_word(text), "DIR")
+        raise UserError(f"{source} is a GGUF file, not a model directory: make one with {shell_command(*words)}")
     if exists or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise UserError(f"{source} is not a model directory: give one, or a hub repository (owner/name)")
     from huggingface_hub import snapshot_download

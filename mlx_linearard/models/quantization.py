@@ -74,8 +74,13 @@ def scheme_of(settings: Mapping[str, Any], subject: str, default: str = "affine"
     scheme = Scheme(settings.get("group_size", groups[0]), settings.get("bits", bits[0]), mode)
     if not _one_of(scheme.bits, bits) or not _one_of(scheme.group_size, groups):
         size = f"{scheme.bits!r} bits, groups of {scheme.group_size!r}, mode {mode!r}"
-        raise UserError(f"{subject}: quantization of {size[:200]} is not read")
+        known = f"mode {mode!r} has {_listed(bits)} bits and groups of {_listed(groups)}"
+        raise UserError(f"{subject}: quantization of {size[:200]} is not read: {known}")
     return scheme
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if numbers[1:] else "") + str(numbers[-1])
 
 
 def _one_of(value: Any, allowed: tuple[int, ...]) -> bool:

@@ -217,6 +217,8 @@ def broken(tmp_path: Path, model_dir: Path) -> Path:
     (tmp_path / "noweights").mkdir()
     (tmp_path / "noweights" / "config.json").write_text((model_dir / "config.json").read_text())
     (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "word.txt").write_text("Hi")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 40)
     (tmp_path / "typo.yaml").write_text("lora_rnk: 4\n")
@@ -235,7 +237,9 @@ def broken(tmp_path: Path, model_dir: Path) -> Path:
         ({"--factor": "0.5"}, "above 1"),
         ({"--seq-len": "129"}, "native window of 128"),
         ({"--data": "{}/short.txt"}, "too few"),
-        ({"--data": "{}/empty.txt"}, "is empty"),
+        ({"--data": "{}/word.txt"}, "the held-out text has 0 tokens, too few"),
+        ({"--data": "{}/empty.txt"}, "is empty: give a file with text"),
+        ({"--model": "{}/model.gguf"}, "is a GGUF file, not a model directory: make one with mlx_linearard.convert"),
         ({"--data": "{}/binary.txt"}, "binary|UTF-8"),
         ({"--data": "{}/nowhere"}, "does not exist"),
         ({"--output": "{}/short.txt"}, "is a file"),
@@ -243,7 +247,7 @@ def broken(tmp_path: Path, model_dir: Path) -> Path:
         ({"--output": "/proc/run"}, "cannot be written|not a directory"),
         ({"--output": "{}/held"}, "already holds a run"),
         ({"--config": "{}/typo.yaml"}, "did you mean lora_rank"),
-        ({"--resume": None}, "no checkpoint"),
+        ({"--resume": None}, "no checkpoint to resume from: leave out --resume"),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(

@@ -115,7 +115,10 @@ def test_a_mixture_quantizes_to_the_end(tmp_path):
     [
         ({**Q4, "mode": "fp2"}, "mode 'fp2' is not read"),
         ({**Q4, "mode": ["affine"]}, "is not read"),
-        ({**MXFP4, "group_size": 64}, "groups of 64, mode 'mxfp4'"),
+        (
+            {**MXFP4, "group_size": 64},
+            "groups of 64, mode 'mxfp4' is not read: mode 'mxfp4' has 4 bits and groups of 32",
+        ),
         ({**Q4, "bits": 7}, "7 bits"),
         ({**Q4, "bits": True}, "True bits"),
         ({**Q4, "bits": "4"}, "'4' bits"),
