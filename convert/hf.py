@@ -26,6 +26,7 @@ from ..models.save import (
 from ..models.tokenizer_files import copy_tokenizer
 from ..rope import PREFIX, difference, disagreement, family, is_wrapper, scale_rope, text_model
 from .experts import unstack
+from .linear_attention import as_transformers
 
 Progress = Callable[[str], None]
 
@@ -107,6 +108,8 @@ def to_hf(
         arrays = {name.removeprefix(PREFIX): arrays.pop(name) for name in list(arrays)}
     if kind.experts:
         arrays = unstack(arrays, kind.experts)
+    if kind.shifted:
+        arrays = as_transformers(arrays, kind.shifted)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     if dtype is not None:

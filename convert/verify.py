@@ -63,7 +63,7 @@ def verify(a: str | Path, b: str | Path, *, tokens: int = 256, reference: bool =
         raise UserError(f"--tokens must be at least 1, not {tokens}")
     with _directory(a) as first, _directory(b) as second:
         ours = check_model_dir(first).config
-        theirs = check_config(second) if reference else check_model_dir(second).config
+        theirs = check_config(second, runs_in_mlx_lm=False) if reference else check_model_dir(second).config
         vocab = min(int(ours["vocab_size"]), int(theirs["vocab_size"]))
         ids = np.random.default_rng(SEED).integers(0, vocab, (1, tokens))
         left = mlx_logits(first, ours, ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mlx_linearard.models.directory import in_mlx_lm
 from mlx_linearard.rope import FAMILIES, METHODS, REFUSED, WRAPPERS, Family
 
 PAGE = Path(__file__).parents[1] / "families.md"
@@ -33,7 +34,7 @@ OUT = "\n## Refused\n"
 
 def line(name: str, row: Family) -> str:
     """One family: its methods, and what is unusual about it."""
-    notes = []
+    notes = [] if in_mlx_lm(name) else ["inside a multimodal config only"]
     if row.rotated != "all":
         notes.append(f"layers with RoPE: {row.rotated}")
     if row.local is not None:

@@ -5,6 +5,7 @@ mlx's peak is a sum over all arrays that exist at one moment. For a step the ful
     relations    a layer's relation losses run tile by tile, over q, k and v of both models
     feed-forward the student's half of a layer is recomputed, and its gradient is in the feed-forward part
     attention    this gradient runs through attention, tile by tile
+    linear attention  the same in a layer of gated delta attention, chunk by chunk
     projections  this gradient runs through the q, k, v projections and their adapters
     logits       the logits of a chunk of positions are compared
     update       AdamW's old and new state both exist
@@ -29,13 +30,14 @@ import mlx.core as mx
 
 from ..config import DistillConfig
 from ..models.shape import Shape
-from ..ops import attention, logits, mlp, relation
+from ..ops import attention, gated_delta, logits, mlp, relation
 from ..ops.tiling import FLOAT32
 
 # CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, and the
 # results of these are not yet released. ops/tiling.py makes a batch as small as three operations.
 CUDA_AHEAD = 20
 
+LINEAR = "linear attention"  # a moment
 KEPT_SHARE = 0.5  # the part of the machine's memory that a step may take before activations are computed again
 SHORTEST = 64  # tokens: no shorter sequence is suggested
 QUANTIZED = 4.5 / 8  # bytes per weight in 4 bits, with one scale and one bias per 64 weights
@@ -85,10 +87,14 @@ class Step:
 
         That is its inputs' norm and its middle, q, k, v the output of attention, what the feed-forward part keeps
         (`ops.mlp.kept_width`), and x A of the adapters with, in half precision, the float32 copies of x. Copies of
-        experts are kept too.
+        experts are kept too. With layers of linear attention it is the mean of both kinds.
         """
         q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn_kept
-        numbers = (2 * self.shape.width + self.qkv + q) * self.size + ffn * self.wide
+        attention = (self.qkv + q) * self.size
+        if linear := self.shape.linear:  # measured on the CPU
+            kept = (10 * linear.keys + 8 * linear.values) * FLOAT32
+            attention = round(attention + linear.share * (kept - attention))
+        numbers = 2 * self.shape.width * self.size + attention + ffn * self.wide
         adapted = self.rank + (self.shape.width if self.rank and self.size != FLOAT32 else 0)
         return self.tokens * (numbers + adapted * FLOAT32) + self.copied
 
@@ -220,6 +226,8 @@ def _moments_keeping(step: Step) -> Iterator[tuple[str, int, int]]:
     for moment, activations, workspace in _moments(step):
         if moment in ("relations", "logits"):
             yield moment, held + activations, workspace
+        elif moment == LINEAR:  # almost all of what its gradient holds is kept
+            yield moment, held, workspace
         else:
             whole = activations + (wide if moment == "feed-forward" else workspace)
             yield moment, held + max(0, whole - step.retained), 0
@@ -255,6 +263,10 @@ def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
             fused=step.fused,
         )
         yield "attention", tokens * held * step.size, scores
+    if linear := shape.linear:  # measured on the CPU: mostly float32, whatever the dtype
+        held = 7 * shape.width * step.size + (40 * linear.keys + 14 * linear.values) * FLOAT32
+        state = linear.value_heads, linear.key_dim, linear.value_dim
+        yield LINEAR, tokens * held, gated_delta.peak_bytes(step.batch, step.seq_len, *state)
     # The gradient of the input, added up from three projections and three adapters.
     held = 9 * shape.width + 6 * (q + 2 * k) + arriving
     yield "projections", tokens * held * step.size + 7 * adapted, 0

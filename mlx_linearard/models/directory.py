@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from ..cli import path_word, shell_command
 from ..errors import UserError, one_line
 from ..files import CONFIG, read_config, reading
-from ..rope import FAMILIES, PREFIX, family, ignored_setting, native_window, normalise, wrap
+from ..rope import FAMILIES, PREFIX, WRAPPERS, family, ignored_setting, native_window, normalise, wrap
 from .experts import compute_in_float32
 from .quantization import Scheme, quantize_structure
 from .tokenizer import check_tokenizer, token_ids
@@ -84,8 +84,11 @@ def path_for_mlx_lm(directory: Path) -> Iterator[Path]:
 # -- checking --
 
 
-def check_config(directory: Path) -> dict[str, Any]:
-    """The directory's config, normalised; UserError if the model is not supported or asks to run code."""
+def check_config(directory: Path, *, runs_in_mlx_lm: bool = True) -> dict[str, Any]:
+    """The directory's config, normalised; UserError if the model is not supported or asks to run code.
+
+    `runs_in_mlx_lm` false allows what only transformers reads.
+    """
     directory = Path(directory)
     with reading(directory):
         if not directory.is_dir():
@@ -96,8 +99,10 @@ def check_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory / CONFIG} asks to run {config['model_file']!r}; models run no code here")
     config.pop("auto_map", None)  # names the model's own code: every supported family is built without it
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in FAMILIES and not _in_mlx_lm(model_type):
-        raise UserError(f"{directory / CONFIG} has model_type {model_type!r}, which this mlx-lm lacks: update mlx-lm")
+    if runs_in_mlx_lm and isinstance(model_type, str) and model_type in FAMILIES and not in_mlx_lm(model_type):
+        around = [name for name, texts in WRAPPERS.items() if model_type in texts and in_mlx_lm(name)]
+        lacks = f"reads as the text_config of {around[0]} only" if around else "lacks: update mlx-lm"
+        raise UserError(f"{directory / CONFIG} has model_type {model_type!r}, which this mlx-lm {lacks}")
     if not isinstance(config.get("tie_word_embeddings"), bool | None):
         raise UserError(f"{directory / CONFIG}: tie_word_embeddings must be true or false")
     try:
@@ -135,7 +140,8 @@ def _stays(target: Path, root: Path) -> bool:
     return target.is_relative_to(root) or bool(in_cache)
 
 
-def _in_mlx_lm(model_type: str) -> bool:
+def in_mlx_lm(model_type: str) -> bool:
+    """Whether the installed mlx-lm has a model for the model_type of a config."""
     from mlx_lm.utils import MODEL_REMAPPING
 
     return importlib.util.find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}") is not None

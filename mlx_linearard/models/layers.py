@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from ..ops.attention import attention_no_grad
+from ..ops.gated_delta import gated_delta
 from ..ops.mlp import in_chunks
 from ..rope import FAMILIES
 from .trees import slot, walk_modules
@@ -25,6 +26,7 @@ from .written_out import written_out
 
 SEAM = "scaled_dot_product_attention"  # the function that every mlx-lm attention calls in its module's namespace
 FEED_FORWARD = {row.feed_forward for row in FAMILIES.values()}  # the position-wise part of a layer
+RECURRENCE = "gated_delta_update"  # the function of the linear-attention layers whose gradient ops/gated_delta.py has
 Attend = Callable[..., mx.array]
 Wrap = Callable[[Callable[[mx.array], mx.array]], Callable[[mx.array], mx.array]]
 
@@ -144,8 +146,7 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
     for path, module in walk_modules(layer):
         if written_out(module) is not None:
             return path, module
-        code = getattr(type(module).__call__, "__code__", None)
-        if code is not None and SEAM in code.co_names and SEAM in type(module).__call__.__globals__:
+        if _calls(module, SEAM):
             return path, module
     return None
 
@@ -156,10 +157,10 @@ def run_layer(
     """layer(hidden) with attention and feed-forward part replaced for this one call.
 
     `attend(q, k, v, *, scale, mask)` replaces attention, and `wrap(feed_forward)` the feed-forward part. `attend` gets
-    `sinks` or `softcap` too if the layer has them. A layer without the seam, such as a state-space layer, runs as it
-    is.
+    `sinks` or `softcap` too if the layer has them. A layer of gated delta attention runs through ops/gated_delta.py,
+    and any other layer without the seam as it is.
     """
-    with _attending(layer, attend), _wrapped(layer, wrap):
+    with _attending(layer, attend), _recurring(layer), _wrapped(layer, wrap):
         return layer(hidden, *call.arguments, **call.keywords)
 
 
@@ -177,13 +178,54 @@ def _attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
         finally:
             container[key] = attention[1]
         return
-    namespace = type(attention[1]).__call__.__globals__
-    original = namespace[SEAM]
-    namespace[SEAM] = _seam(attend)
+    with _naming(attention[1], SEAM, _seam(attend)):
+        yield
+
+
+@contextlib.contextmanager
+def _recurring(layer: nn.Module) -> Iterator[None]:
+    modules = (module for _, module in walk_modules(layer) if _calls(module, RECURRENCE))
+    if (module := next(modules, None)) is None:
+        yield
+        return
+    with _naming(module, RECURRENCE, _gated_delta):
+        yield
+
+
+@contextlib.contextmanager
+def _naming(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace the function that the code of `module` calls by `name`, while the block runs."""
+    namespace = type(module).__call__.__globals__
+    original = namespace[name]
+    namespace[name] = function
     try:
         yield
     finally:
-        namespace[SEAM] = original
+        namespace[name] = original
+
+
+def _calls(module: nn.Module, name: str) -> bool:
+    """Whether the code of `module` calls the function `name` of its namespace."""
+    code = getattr(type(module).__call__, "__code__", None)
+    return code is not None and name in code.co_names and name in type(module).__call__.__globals__
+
+
+def _gated_delta(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    *rest: Any,
+    use_kernel: bool = True,
+) -> tuple[mx.array, None]:
+    """`ops.gated_delta` with the arguments of mlx-lm's function; a layer without a cache has no state and no mask."""
+    if any(value is not None for value in rest):
+        raise ValueError("this layer runs without a cache")
+    log_decay = -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias)
+    return gated_delta(q, k, v, log_decay, mx.sigmoid(b)), None
 
 
 @contextlib.contextmanager

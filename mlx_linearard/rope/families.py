@@ -36,6 +36,26 @@ _GRANITE = {
 }
 
 
+# Of a layer of gated delta attention, by transformers' defaults.
+_LINEAR = {
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+}
+_GATED: dict[str, Any] = {
+    "partial": 0.25,
+    "pattern": "interval",
+    "rotated": "those with full attention; the layers of linear attention have none",
+    "shifted": ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "model.norm"),
+}
+_QWEN3_5: dict[str, Any] = {**_GATED, "kept": ("mrope_section", "mrope_interleaved")}
+_MULTIMODAL: Mapping[str, Values] = {**_SILU, "attn_output_gate": (True,), "mamba_ssm_dtype": ("float32",)}
+
+
 def _ntk(**row: Any) -> Family:
     return Family(("ntk",), IGNORED, **row)
 
@@ -232,6 +252,23 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"attention_bias": False, "head_dim": 128, "mlp_bias": False},
         architecture="HeliumForCausalLM",
     ),
+    "qwen3_next": Family(
+        fixed=_SILU,
+        defaults={
+            **_LINEAR,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "shared_expert_intermediate_size": 512,
+        },
+        experts="list",
+        architecture="Qwen3NextForCausalLM",
+        **_GATED,
+    ),
+    "qwen3_5_text": Family(fixed=_MULTIMODAL, defaults=_LINEAR, architecture="Qwen3_5ForCausalLM", **_QWEN3_5),
+    "qwen3_5_moe_text": Family(
+        fixed=_MULTIMODAL, defaults=_LINEAR, experts="list", architecture="Qwen3_5MoeForCausalLM", **_QWEN3_5
+    ),
     "internlm2": Family(
         ("linear", "ntk"), DYNAMIC_TOO, fixed=_SILU, projections=("wqkv",), feed_forward="feed_forward"
     ),
@@ -239,4 +276,9 @@ FAMILIES: Mapping[str, Family] = {
 
 # Multimodal configs of which mlx-lm reads the text model alone: the types that `text_config` may have, the first by
 # default.
-WRAPPERS: Mapping[str, tuple[str, ...]] = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
+WRAPPERS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "mistral3": ("mistral", "ministral3"),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
+}

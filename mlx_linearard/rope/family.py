@@ -35,8 +35,9 @@ class Family:
 
     Sliding windows:
     pattern   how mlx-lm is told which layers slide: "layer_types", "period" (sliding_window_pattern n: every n-th
-              layer has full attention), "letters" (sliding_window_pattern: L for a sliding layer, G for another);
-              "" if every layer must have full attention
+              layer has full attention), "letters" (sliding_window_pattern: L for a sliding layer, G for another),
+              "interval" (full_attention_interval n: every n-th layer has full attention, and the others linear
+              attention, which does not slide); "" if every layer must have full attention
     slides    where transformers applies sliding_window and mlx-lm does not: on "all" or "some" layers, on
               "request" (use_sliding_window), or nowhere ("")
 
@@ -52,6 +53,7 @@ class Family:
     experts      how transformers' files keep the experts of a mixture, which mlx-lm stacks into one tensor per
                  projection: "list" (one tensor each), "w1w2w3" (the same with Mixtral's names), "joined" (gate and up
                  in one tensor) or "interleaved" (the same, row by row); "" without experts
+    shifted      the norms whose weights transformers' files hold less 1
 
     Text:
     first_token every text must begin with the tokenizer's first token, because the model computes nonsense without it
@@ -79,6 +81,7 @@ class Family:
     projections: tuple[str, ...] = SEPARATE
     feed_forward: str = "mlp"
     experts: str = ""
+    shifted: tuple[str, ...] = ()
     first_token: bool = False
     architecture: str = ""
     differs: str = ""

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .families import WRAPPERS
+
 _LATENT = "its attention is multi-head latent attention, whose keys and values are compressed: it has no plain q, k, v"
-_STATE = "it mixes attention with state-space, convolution or linear-attention layers, which have no q, k, v"
+_STATE = "its state-space or recurrent layers have no gradient in linear memory here, as gated delta attention has"
+_NO_ROPE = "it has no RoPE to scale: its state-space layers alone tell positions apart"
 _ONLY_STATE = "it has no attention and no RoPE, only state-space or linear-attention layers"
-_MULTIMODAL = "it is multimodal, and only the text models in gemma3 and mistral3 are read out of such a config"
+_MULTIMODAL = f"it is multimodal, and of such configs only {', '.join(sorted(WRAPPERS))} are read, for their text model"
 _POSITIONS = "it has learned positions and no RoPE to scale"
 _LAYOUT = "its attention is not made of plain q, k, v projections that see each position once"
 _UNCOMPARED = "transformers has no such model to compare it with, so nothing shows which config keys mlx-lm ignores"
@@ -23,10 +26,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
         "deepseek_v41_text", "glm4_moe_lite", "glm_moe_dsa", "joyai_llm_flash", "kimi_k2", "kimi_k25", "kimi_k3",
         "kimi_linear", "kimi_vl", "longcat_flash", "longcat_flash_ngram", "minicpm3", "mistral4", "youtu_llm",
     ),
-    _STATE: (
-        "bailing_moe_linear", "falcon_h1", "gear", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h",
-        "olmo_hybrid", "plamo2", "prism_hadamard_qwen35", "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma",
-    ),
+    _STATE: ("falcon_h1", "granitemoehybrid", "recurrent_gemma"),
+    _NO_ROPE: ("jamba", "nemotron_h"),
     _ONLY_STATE: ("falcon_mamba", "mamba", "mamba2", "rwkv7"),
     _MULTIMODAL: (
         "gemma3n", "gemma4", "gemma4_unified", "lfm2-vl", "llama4", "llava", "minimax_m3_vl",
@@ -35,15 +36,14 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     _POSITIONS: ("gpt2", "gpt_bigcode"),
     _LAYOUT: ("afm7", "baichuan_m1", "iquestloopcoder", "nemotron-nas", "openelm", "phi3small"),
     _UNCOMPARED: (
-        "Klear", "bailing_moe", "bitnet", "deepseek", "hunyuan", "lille-130m", "mimo", "minicpm",
-        "nanbeige", "phi-msft", "phixtral", "plamo", "plamo3", "qwen", "spark2_5", "step3p5", "talkie", "telechat3",
-        "xverse",
+        "Klear", "bailing_moe", "bailing_moe_linear", "bitnet", "deepseek", "gear", "hunyuan", "lille-130m", "mimo",
+        "minicpm", "nanbeige", "phi-msft", "phixtral", "plamo", "plamo2", "plamo3", "prism_hadamard_qwen35", "qwen",
+        "spark2_5", "step3p5", "talkie", "telechat3", "xverse",
     ),
     _UNCHECKED: (
-        "afmoe", "dbrx", "dots1", "exaone_moe",
-        "gptj", "hunyuan_v1_dense", "internlm3",
-        "iquestcoder", "laguna", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
-        "nanochat", "phimoe", "solar_open",
+        "afmoe", "dbrx", "dots1", "exaone_moe", "gptj", "hunyuan_v1_dense", "internlm3", "iquestcoder", "laguna",
+        "lfm2", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "nanochat",
+        "olmo_hybrid", "phimoe", "solar_open",
     ),
     "mlx-lm leaves out the correction of its routers that transformers applies, so both choose other experts": (
         "ernie4_5_moe",

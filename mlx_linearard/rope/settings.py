@@ -15,6 +15,7 @@ from .lookup import family_or_default, window_binds
 # Layer types, as layer_types and rope_parameters name them.
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+LINEAR = "linear_attention"
 
 
 def state_defaults(config: dict[str, Any]) -> None:
@@ -28,6 +29,8 @@ def state_defaults(config: dict[str, Any]) -> None:
             config[key] = list(value) if isinstance(value, list) else value
     if kind.pattern == "period" and (period := _period(config.get("layer_types"))):
         config["sliding_window_pattern"] = period
+    if kind.pattern == "interval" and (period := _period(config.get("layer_types"), LINEAR)):
+        config["full_attention_interval"] = period
     if kind.pattern == "letters":
         _state_letters(config)
 
@@ -47,16 +50,16 @@ def _state_letters(config: dict[str, Any]) -> None:
         config["sliding_window_pattern"] = letters if SLIDING in config["layer_types"] else None
 
 
-def _period(layer_types: Any) -> int | None:
+def _period(layer_types: Any, other: str = SLIDING) -> int | None:
     """The smallest n for which exactly every n-th layer has full attention; None if there is none."""
     if not isinstance(layer_types, list) or FULL not in layer_types:
         return None
     period = layer_types.index(FULL) + 1
-    return period if layer_types == _pattern(len(layer_types), period) else None
+    return period if layer_types == _pattern(len(layer_types), period, other) else None
 
 
-def _pattern(layers: int, period: int) -> list[str]:
-    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
+def _pattern(layers: int, period: int, other: str = SLIDING) -> list[str]:
+    return [other if (layer + 1) % period else FULL for layer in range(layers)]
 
 
 def ignored_setting(config: Mapping[str, Any]) -> str | None:
@@ -83,6 +86,8 @@ def _caps(config: Mapping[str, Any]) -> str | None:
 def _layers(config: Mapping[str, Any], model_type: str) -> str | None:
     layer_types, count = config.get("layer_types"), config.get("num_hidden_layers")
     pattern, window = family_or_default(config).pattern, config.get("sliding_window")
+    if pattern == "interval":
+        return _interval(config, model_type)
     needs_window = pattern and (pattern != "letters" or config.get("sliding_window_pattern") is not None)
     if needs_window and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         return f"mlx-lm's {model_type} needs a positive sliding_window, and the config has {window!r}"
@@ -103,6 +108,21 @@ def _layers(config: Mapping[str, Any], model_type: str) -> str | None:
     if not others or (others == [SLIDING] * len(others) and _never_slides(config)):
         return None
     return f"mlx-lm's {model_type} and transformers do not compute layer_types with {others[0]!r} alike"
+
+
+def _interval(config: Mapping[str, Any], model_type: str) -> str | None:
+    layer_types, count, period = (
+        config.get(key) for key in ("layer_types", "num_hidden_layers", "full_attention_interval")
+    )
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        return f"full_attention_interval must be a positive integer, not {period!r}"
+    if isinstance(count, int) and period > count:
+        return f"full_attention_interval is {period}, so none of its {count} layers has full attention"
+    if layer_types is None:
+        return None
+    if not isinstance(layer_types, list) or layer_types != _pattern(count or len(layer_types), period, LINEAR):
+        return f"mlx-lm's {model_type} has full attention in every n-th layer only, which layer_types do not say"
+    return None
 
 
 def _never_slides(config: Mapping[str, Any]) -> bool:

@@ -115,6 +115,19 @@ def test_the_plan_knows_experts(tmp_path: Path, kind: str, dtype: str) -> None:
     assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_the_plan_knows_linear_attention(tmp_path: Path, recompute: str) -> None:
+    sizes = {"linear_num_value_heads": 8, "linear_num_key_heads": 4}
+    dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "max_position_embeddings": 2048}
+    wide = {"hidden_size": 128, "head_dim": 32, **sizes, **dims}
+    folder = family_models.write(tmp_path / "m", "qwen3_5", **wide)
+    options = {"seq_len": 1024, "objective": "logits", "batch_size": 1, "grad_accum": 1, "recompute": recompute}
+    found = planned(folder, **options)
+    resident = mx.get_active_memory()
+    assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.15)
+
+
 def test_what_grows_with_length_is_linear_and_tiles_are_bounded() -> None:
     one, two = (plan_memory(dataclasses.replace(STEP, batch=1, seq_len=n)) for n in (100_000, 200_000))
     assert two.activations == pytest.approx(2 * one.activations)

@@ -27,6 +27,17 @@ _BASE: dict[str, Any] = {
     "architectures": None,  # tiny.CONFIG names Llama's
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LINEAR = {
+    **{"num_hidden_layers": 4, "full_attention_interval": 2, "partial_rotary_factor": 0.5},
+    **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "linear_value_head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+_MROPE: dict[str, Any] = {
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        **{"mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    }
+}
 _MIXED = ["sliding_attention", "full_attention"]
 _GRANITE = {
     "attention_multiplier": 0.25,
@@ -86,6 +97,9 @@ OWN: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "attention_bias": True, "partial_rotary_factor": 0.5, "rope_scaling": None},
     },
     "internlm2": {"bias": False},
+    "qwen3_next": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 64, "norm_topk_prob": True},
+    "qwen3_5_text": {**_LINEAR, **_MROPE},
+    "qwen3_5_moe_text": {**_LINEAR, **_MROPE, **_EXPERTS, "shared_expert_intermediate_size": 64},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "clip_qkv": None},
     "ernie4_5": {"use_bias": True, "pad_token_id": 0},
     "helium": {"attention_bias": False, "mlp_bias": True, "pad_token_id": 0},
@@ -94,7 +108,14 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 # The text models of multimodal configs.
-WRAPPED = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+WRAPPED = {
+    "gemma3": "gemma3_text",
+    "mistral3": "ministral3",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+INSIDE = {"qwen3_5_text", "qwen3_5_moe_text"}  # mlx-lm reads them inside such a config only
+KINDS = sorted({*OWN, *WRAPPED} - INSIDE)
 
 
 def config(kind: str, **changes: Any) -> dict[str, Any]:

@@ -66,10 +66,14 @@ def test_dequantizing_to_half_precision_is_noted(
 
 
 @pytest.mark.slow
-def test_a_layout_that_mlx_lm_cannot_read_is_still_compared(tmp_path: Path) -> None:
-    """mlx-lm reads gpt-oss's experts from transformers' files only in mxfp4."""
-    folder = family_models.write(tmp_path / "m", "gpt_oss")
-    assert verify(folder, to_hf(folder, tmp_path / "theirs"), tokens=64, reference=True).logits < 1e-4
+@pytest.mark.parametrize(("kind", "why"), [("gpt_oss", "does not fit"), ("qwen3_5", "as the text_config of qwen3_5")])
+def test_what_mlx_lm_cannot_read_is_still_compared(tmp_path: Path, kind: str, why: str) -> None:
+    """mlx-lm reads gpt-oss's experts from transformers' files only in mxfp4, and qwen3_5_text only inside qwen3_5."""
+    folder = family_models.write(tmp_path / "m", kind)
+    theirs = to_hf(folder, tmp_path / "theirs")
+    assert verify(folder, theirs, tokens=64, reference=True).logits < 1e-3
+    with pytest.raises(UserError, match=why):
+        verify(folder, theirs, tokens=64)
 
 
 @pytest.mark.slow

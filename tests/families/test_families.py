@@ -24,7 +24,6 @@ from mlx_linearard.models.experts import compute_in_float32
 from mlx_linearard.models.pair import Pair, load_pair
 from mlx_linearard.rope import FAMILIES, WRAPPERS, family, native_window
 
-KINDS = sorted([*FAMILIES, *WRAPPERS])
 WINDOW, FACTOR = family_models.WINDOW, family_models.FACTOR
 LONG = 2 * WINDOW
 TOKENS = (np.arange(2 * LONG) * 7919 % 251).astype(np.int32)
@@ -34,13 +33,16 @@ CLOSE = 2e-4
 # bfloat16 keeps 8 bits: rounding W + scale B A once more moves the logits, which are some units, by some hundredths.
 KL = TOLERANCE[mx.bfloat16]
 DIFFERENT = 2e-2  # two kinds of GELU
+# A head of linear attention divides by the length of its output, which is near zero at some positions of a random
+# model: there transformers' own float32 and float64 logits differ by 1.5e-3.
+NOISE = 5e-3
 
 
 def best_method(kind: str) -> str:
     """The method that the family's users would choose; ntk keeps a scaling that the model has already."""
     config = family_models.config(kind)
-    native = config.get("text_config", config).get("rope_parameters")
-    wanted = ("ntk",) if native else ("yarn", "llama3", "linear", "ntk")
+    native = (config.get("text_config", config).get("rope_parameters") or {}).get("rope_type", "default")
+    wanted = ("ntk",) if native != "default" else ("yarn", "llama3", "linear", "ntk")
     return next(method for method in wanted if method in family(config).methods)
 
 
@@ -73,6 +75,7 @@ def reload(folder: Path):
 def test_every_family_has_a_tiny_model() -> None:
     assert family_models.OWN.keys() == FAMILIES.keys()
     assert family_models.WRAPPED.keys() == WRAPPERS.keys()
+    assert set(family_models.WRAPPED.values()) >= family_models.INSIDE
 
 
 def check(folder: Path, kind: str, objective: str, **model) -> Pair:
@@ -101,7 +104,7 @@ def divergence(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("objective", "bits"), [("relation", None), ("logits", 4)], ids=["relation", "logits-4-bit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", family_models.KINDS)
 def test_a_family_is_distilled_and_served(tmp_path: Path, kind: str, objective: str, bits: int | None) -> None:
     check(tmp_path, kind, objective, bits=bits)
 
@@ -117,7 +120,7 @@ def torch_logits_of(folder: Path, target: Path) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["relation", "logits"])
 @pytest.mark.parametrize("bits", [None, 4], ids=["bfloat16", "4-bit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", family_models.KINDS)
 def test_the_result_of_a_family_is_the_same_everywhere(
     tmp_path: Path, kind: str, bits: int | None, objective: str
 ) -> None:
@@ -134,6 +137,7 @@ def test_the_result_of_a_family_is_the_same_everywhere(
         return
     apart = np.abs(ours - torch_logits_of(tmp_path / "fused", tmp_path / "theirs")).max(axis=-1)
     limit = DIFFERENT if row.differs == FAMILIES["gemma"].differs else 1e-4 * max(1.0, np.abs(ours).max())
+    limit = max(limit, NOISE if row.pattern == "interval" else 0.0)
     assert apart[:WINDOW].max() < limit
     assert apart[WINDOW:].max() < limit
 

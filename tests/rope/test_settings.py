@@ -6,7 +6,7 @@ import pytest
 
 from mlx_linearard.rope import FAMILIES, disagreement, ignored_setting, normalise, scale_rope
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 def config(kind="llama", **changes):
@@ -82,6 +82,20 @@ def test_a_window_that_begins_to_bind_when_the_model_is_scaled():
     assert scale_rope(settings, "linear", 2.0)
     with pytest.raises(ValueError, match="layer_types"):
         scale_rope(settings, "linear", 4.0)
+
+
+def test_the_layers_of_a_hybrid_follow_an_interval():
+    def hybrid(**changes):
+        return normalise(config("qwen3_next", **changes))
+
+    for interval in (1, 2, 3, 6):
+        layer_types = [LINEAR if (i + 1) % interval else FULL for i in range(6)]
+        for settings in (hybrid(layer_types=layer_types), hybrid(full_attention_interval=interval)):
+            assert settings["full_attention_interval"] == interval and ignored_setting(settings) is None
+    for layer_types in ([FULL, LINEAR] * 3, [LINEAR] * 6, [LINEAR, FULL], "full_attention", [SLIDING, FULL] * 3):
+        refused("qwen3_next", "layer_types", layer_types=layer_types, full_attention_interval=2)
+    for interval in (0, -1, 2.5, True, "6", 7):
+        refused("qwen3_next", "full_attention_interval", full_attention_interval=interval)
 
 
 def test_the_layers_of_gemma3_follow_a_period():
