@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
@@ -21,8 +23,36 @@ sys.path.insert(0, str(Path(__file__).parent))
 from forked import Commands
 from tiny import PROSE, tiny_model
 
+ON_CPU = mx.default_device().type == mx.DeviceType.cpu
+if ON_CPU:  # each function that mlx-lm compiles costs half a second of a C++ compiler; processes of tests inherit this
+    os.environ["MLX_DISABLE_COMPILE"] = "1"
+    mx.disable_compile()
+
 # `nohup`, and some schedulers, start programs that ignore a closed terminal; so would the runs of the tests.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lighter_runs() -> Iterator[None]:
+    """Runs in this process write a few words of sample text, and their files need not survive a power cut.
+
+    Commands in processes of their own do both as they do for users. The garbage collector looks through no module.
+    """
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_linearard.evaluate.writing.ANSWER", 8)
+        patch.setattr("mlx_linearard.files.writing._sync", lambda path: None)
+        yield
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """mx.compile compiles, on a CPU too."""
+    mx.enable_compile()
+    yield
+    if ON_CPU:
+        mx.disable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,7 @@ def test_dropout_is_the_same_whether_activations_are_kept(tmp_path: Path) -> Non
     assert not Gradients(pair, compiles=True).compiles
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.slow  # mlx compiles for the CPU with g++, which takes a minute
 @pytest.mark.parametrize(("name", "layers"), OBJECTIVES)
 def test_compiled_steps_are_the_same(tmp_path: Path, name: str, layers: str) -> None:

@@ -35,7 +35,7 @@ def facts(run: Path) -> dict:
 def test_weights_of_the_same_size_are_another_model(text_file: Path, tmp_path: Path, place: int) -> None:
     model, run = tiny_model(tmp_path / "model"), tmp_path / "run"
     with pytest.raises(Stopped):
-        mlx_linearard.distill(small(model, text_file, run, save_every=2), StopsAt(5))
+        mlx_linearard.distill(small(model, text_file, run, save_every=1), StopsAt(2))
     change(model, place)
     with pytest.raises(UserError, match="belongs to another run: model was"):
         mlx_linearard.distill(small(model, text_file, run, resume=True))
@@ -129,13 +129,22 @@ def test_resuming_with_the_same_text_measures_nothing_again(
     assert set(said) == {"measuring restored"}
 
 
+@pytest.fixture(scope="module")
+def two_steps(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps; tests that change it take a copy."""
+    run = tmp_path_factory.mktemp("two-steps") / "run"
+    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    return run
+
+
 DAMAGED = ["", "{", "[]", '{"native": 3}', '{"native": {}, "scaled": {}, "measured_on": 1}']
 
 
 @pytest.mark.parametrize("body", DAMAGED)
-def test_damaged_measurements_are_made_again(model_dir: Path, text_file: Path, tmp_path: Path, body: str) -> None:
-    run = tmp_path / "run"
-    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+def test_damaged_measurements_are_made_again(
+    two_steps: Path, model_dir: Path, text_file: Path, tmp_path: Path, body: str
+) -> None:
+    run = shutil.copytree(two_steps, tmp_path / "run")
     before = facts(run)
     (run / "before.json").write_text(body)
     (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes() + b"\xff\xfe[1]\n" + b"9" * 5000 + b"\n")

@@ -154,11 +154,19 @@ def test_a_comparison_is_locked_too(model_dir: Path, text_file: Path, tmp_path: 
 # --overwrite
 
 
+@pytest.fixture(scope="module")
+def finished(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps; tests take a copy."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    return run
+
+
 def test_a_run_stopped_after_overwrite_leaves_nothing_of_the_old_run(
-    model_dir: Path, text_file: Path, tmp_path: Path
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    shutil.copytree(finished, run)
     (run / "notes.txt").write_text("mine")
     (run / "results.items").mkdir()
     assert (run / "model" / "config.json").exists() and (run / "adapters").is_dir()
@@ -180,9 +188,11 @@ def test_a_run_stopped_after_overwrite_leaves_nothing_of_the_old_run(
         mlx_linearard.export(run, tmp_path / "out")
 
 
-def test_overwrite_does_not_follow_a_link_to_another_run(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_overwrite_does_not_follow_a_link_to_another_run(
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
     run, link = tmp_path / "run", tmp_path / "link"
-    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    shutil.copytree(finished, run)
     link.symlink_to(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="link is a link, which --overwrite does not replace"):
@@ -193,9 +203,11 @@ def test_overwrite_does_not_follow_a_link_to_another_run(model_dir: Path, text_f
 
 
 @pytest.mark.parametrize("inside", ["model", "base"])
-def test_overwrite_keeps_the_model_that_it_reads(model_dir: Path, text_file: Path, tmp_path: Path, inside: str) -> None:
+def test_overwrite_keeps_the_model_that_it_reads(
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path, inside: str
+) -> None:
     run = tmp_path / "run"
-    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    shutil.copytree(finished, run)
     (tmp_path / "link").symlink_to(run / inside)
     for model in (run / inside, tmp_path / "link"):
         with pytest.raises(UserError, match="--overwrite would remove --model"):
@@ -203,9 +215,11 @@ def test_overwrite_keeps_the_model_that_it_reads(model_dir: Path, text_file: Pat
     assert (run / inside / "model.safetensors").exists()
 
 
-def test_overwrite_removes_a_link_and_not_what_it_leads_to(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_overwrite_removes_a_link_and_not_what_it_leads_to(
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
     run, elsewhere = tmp_path / "run", tiny_model(tmp_path / "elsewhere")
-    mlx_linearard.distill(small(model_dir, text_file, run, steps=2))
+    shutil.copytree(finished, run)
     shutil.rmtree(run / "model")
     (run / "model").symlink_to(elsewhere)
     mlx_linearard.distill(small(model_dir, text_file, run, steps=2, overwrite=True))

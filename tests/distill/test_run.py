@@ -7,9 +7,8 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -64,6 +63,14 @@ def test_a_run_leaves_what_the_contract_says(
     assert {p.name for p in run.iterdir()} >= {"adapters", "base", "model", "checkpoints", "report.html"}
 
 
+@pytest.fixture(scope="module")
+def finished(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests that change it take a copy."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert command(flags(model_dir, text_file, run)) == 0
+    return run
+
+
 @pytest.mark.parametrize("bits", [None, 4], ids=["float32", "4-bit"])
 def test_stock_mlx_lm_serves_both_exports(tmp_path: Path, text_file: Path, bits: int | None) -> None:
     source = tiny_model(tmp_path / "source", bits=bits)
@@ -103,34 +110,27 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     "asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"]
 )
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
-    model_dir: Path, text_file: Path, tmp_path: Path, asked: signal.Signals
+    model_dir: Path, text_file: Path, tmp_path: Path, commands: Commands, asked: signal.Signals
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ["--lora-dropout", "0.1", "--steps", "40", "--keep", "last"]  # the start is the same in any run
+    more = ["--lora-dropout", "0.1", "--steps", "30", "--keep", "last"]  # the start is the same in any run
     assert command(flags(model_dir, text_file, whole, *more)) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_linearard.distill", *flags(model_dir, text_file, broken, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = commands.start("distill", flags(model_dir, text_file, broken, *more), tmp_path)
     metrics = broken / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         time.sleep(0.01)
     process.send_signal(asked)
-    assert process.wait(60) == 130, process.communicate()
+    assert process.wait(60) == 130, process.errors.read_text()
     assert not (broken / "model").exists()
     assert command([*flags(model_dir, text_file, broken, *more), "--resume"]) == 0
     assert same(parameters(whole), parameters(broken))
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 31))
 
 
 def test_a_checkpoint_of_another_run_is_refused(
-    model_dir: Path, text_file: Path, tmp_path: Path, commands: Commands
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    run = tmp_path / "run"
-    assert command(flags(model_dir, text_file, run)) == 0
-    words = flags(model_dir, text_file, run, "--resume", "--lora-scale", "3")
+    words = flags(model_dir, text_file, finished, "--resume", "--lora-scale", "3")
     status, errors = commands.run("distill", words, tmp_path)
     assert status == 2 and "lora_scale was 2.0 and is 3.0" in errors
 
@@ -142,10 +142,9 @@ def test_a_dry_run_writes_nothing(model_dir: Path, text_file: Path, tmp_path: Pa
 
 
 def test_overwrite_takes_the_evaluation_of_the_old_run_with_it(
-    model_dir: Path, text_file: Path, tmp_path: Path
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    assert command(flags(model_dir, text_file, run)) == 0
+    run = shutil.copytree(finished, tmp_path / "run")
     more = ["--suite", "ppl", "--data", str(text_file), "--lengths", "64", "--tokens", "256"]
     assert evaluate(["--run", str(run), *more]) == 0
     assert list((run / "results.items").iterdir()) and "ppl" in (run / "results.json").read_text()
@@ -154,11 +153,10 @@ def test_overwrite_takes_the_evaluation_of_the_old_run_with_it(
 
 
 def test_a_busier_machine_resumes_with_the_sizes_it_began_with(
-    model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sizes that a user leaves open depend on the machine's speed, which a resumed run measures again."""
-    run = tmp_path / "run"
-    assert command(flags(model_dir, text_file, run)) == 0
+    run = shutil.copytree(finished, tmp_path / "run")
     own = mlx_linearard.distill.plan.size_run
 
     def smaller(config: DistillConfig, *rest):
@@ -172,10 +170,9 @@ def test_a_busier_machine_resumes_with_the_sizes_it_began_with(
 
 @pytest.mark.parametrize("form", ["mlx", "hf", "peft", "adapters"])
 def test_a_finished_run_goes_to_every_form(
-    model_dir: Path, text_file: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    assert command(flags(model_dir, text_file, run)) == 0
+    run, out = finished, tmp_path / "out"
 
     def other_file_system(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from forked import Commands, Started
 from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
@@ -36,7 +37,8 @@ def flags(model: Path, text: Path, output: Path, *more: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------
 # A kill
 
-KILLED = ["--steps", "150", "--save-every", "2", "--eval-every", "25", "--keep", "last"]
+STEPS = 60
+KILLED = ["--steps", str(STEPS), "--save-every", "2", "--eval-every", "20", "--keep", "last"]
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +49,11 @@ def whole(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     return run
 
 
-def started(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mlx_linearard.distill", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(process: subprocess.Popen[bytes], condition) -> None:
+def wait_for(process: Started, condition) -> None:
     """Wait until the condition holds or the process has ended."""
     while process.poll() is None and not condition():
         time.sleep(0.0005)
@@ -69,28 +65,28 @@ def is_saving(run: Path) -> bool:
 
 @pytest.mark.parametrize("kills", [pytest.param(4, id="4"), pytest.param(25, id="25", marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_instants_resumes_to_the_same(
-    whole: Path, model_dir: Path, text_file: Path, tmp_path: Path, kills: int
+    whole: Path, model_dir: Path, text_file: Path, tmp_path: Path, commands: Commands, kills: int
 ) -> None:
     """SIGKILL at seeded instants, every third during a save; each time the run resumes, at last to its end."""
     seeded, run, inside = random.Random(kills), tmp_path / "run", 0
     arguments = flags(model_dir, text_file, run, *KILLED)
-    instants = sorted(seeded.sample(range(140), kills))
+    instants = sorted(seeded.sample(range(STEPS - 5), kills))
     for number, step in enumerate(instants):
-        process = started(*arguments)
+        process = commands.start("distill", arguments, tmp_path)
         wait_for(process, lambda step=step: lines_in(run / "metrics.jsonl") >= step)
         if number % 3 == 1:
             wait_for(process, lambda: is_saving(run))
         else:
             time.sleep(seeded.uniform(0, 0.03))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.errors.read_text()
         inside += is_saving(run)
         if run.exists():  # a kill may come before anything is written
             arguments = [*flags(model_dir, text_file, run, *KILLED), "--resume"]
     assert inside >= kills // 5, f"only {inside} kills hit a save"
     assert command(arguments) == 0
     assert same_adapters(whole, run)
-    assert [m["step"] for m in metrics(run)] == list(range(1, 151))
+    assert [m["step"] for m in metrics(run)] == list(range(1, STEPS + 1))
     assert [m["loss"] for m in metrics(run)] == [m["loss"] for m in metrics(whole)]
     for name in ("results.json", "evaluations.jsonl"):
         assert (run / name).exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.models import llama
 
 from mlx_linearard.doctor import __main__ as command
 from mlx_linearard.doctor import benchmark, checks, series
@@ -24,6 +25,7 @@ FACTS = {
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.TransformerBlock, "__call__", llama.TransformerBlock.__call__)  # mlx-lm checkpoints all
     monkeypatch.setattr(benchmark, "in_own_process", series.rows)
 
 
@@ -124,6 +126,7 @@ def quick(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_t
     own = benchmark.benchmark
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(command, "default_model", lambda progress: model_dir)
+    monkeypatch.setattr(checks, "HEAD_SIZES", (16,))
     monkeypatch.setattr(benchmark, "benchmark", lambda *a, **k: own(*a, **k, loss_lengths=(32,), step_lengths=(16,)))
 
 

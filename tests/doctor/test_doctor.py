@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from mlx_linearard.doctor import checks
 from mlx_linearard.machine import on_gpu
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "mlx-linearard"
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of these tests' own; attention is measured once, and then read from there."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "mlx-linearard"
 
 
 def test_the_command_prints_machine_and_self_test(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +48,7 @@ def test_a_user_without_a_home_folder_is_examined_too(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(checks, "HEAD_SIZES", (16,))  # nothing is kept, so attention is measured again
     monkeypatch.setattr(checks.cache_directory.__globals__["Path"], "home", no_home)
     assert doctor.run([]) == 0
     assert "model cache      none: this user has no home folder: set HOME" in capsys.readouterr().out

@@ -8,8 +8,6 @@ import lzma
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from launched import hears_ctrl_c
+from forked import Commands
 from tiny import PROSE, tiny_model
 
 from mlx_linearard import evaluate as room
@@ -128,25 +126,20 @@ def test_a_log_holds_any_text(tmp_path: Path) -> None:
     ("sent", "status"), [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGINT, 130)]
 )
 def test_a_stopped_process_measures_nothing_twice(
-    models: list[Path], tmp_path: Path, sent: signal.Signals, status: int
+    models: list[Path], tmp_path: Path, commands: Commands, sent: signal.Signals, status: int
 ) -> None:
     """The numbers are those of a run that was not stopped, and each item is measured once."""
     items = tmp_path / "few.jsonl"
     items.write_text("".join(json.dumps(item) + "\n" for item in ITEMS * 10))
     arguments = ["--model", f"a={models[0]}", "--suite", "choice", "--data", str(items), "--out"]
-    command = [sys.executable, "-m", "mlx_linearard.evaluate", *arguments]
     broken, whole = tmp_path / "broken.json", tmp_path / "whole" / "whole.json"  # a folder of its own: no shared log
-    errors = tmp_path / "errors"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, str(broken)], stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=hears_ctrl_c
-        )
+    process = commands.start("evaluate", [*arguments, str(broken)], tmp_path)
     while process.poll() is None and len(measured := _lines(tmp_path)) < 20:
         time.sleep(0.005)
     process.send_signal(sent)
     assert process.wait() == status and not broken.exists()
     if sent == signal.SIGINT:
-        printed = errors.read_text()
+        printed = process.errors.read_text()
         assert "resumes from them" in printed and printed.endswith("stopped\n") and "Traceback" not in printed
     assert run([*arguments, str(broken)]) == 0
     lines = _lines(tmp_path)

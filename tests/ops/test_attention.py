@@ -112,6 +112,7 @@ def test_peaked_scores_stay_finite():
     assert_exact(got, exact(q, k, v, c, visible=allowed("causal", 97, 97)))
 
 
+@pytest.mark.usefixtures("compiling")
 def test_inside_compile_and_checkpoint():
     q, k, v = inputs(33, 33)
 
@@ -149,6 +150,7 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
     assert_exact(got, exact(q, k, v, c, visible=allowed("causal", 97, 97)))
 
 
+@pytest.mark.usefixtures("compiling")
 def test_the_stages_of_a_gpu_arefused_under_a_gradient_too(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "on_gpu", lambda: True)
     q, k, v = inputs(97, 97)

@@ -135,6 +135,7 @@ def test_quantized_and_capped_heads_get_their_gradient():
     assert np.array(got) == pytest.approx(np.array(mx.grad(dense)(x)), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("transform", [mx.compile, mx.checkpoint], ids=["compile", "checkpoint"])
 def test_inside_transformations(transform):
     x, y, w = hidden(0), hidden(1), weight(2)

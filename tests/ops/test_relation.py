@@ -168,6 +168,7 @@ def test_half_precision_gradient_is_rounded_once():
     assert mx.mean(got == full.astype(mx.bfloat16)).item() > 0.98  # up to ties moved by the last float32 bit
 
 
+@pytest.mark.usefixtures("compiling")
 def test_every_way_to_the_gradient_agrees():
     x, y = vectors((1, 2, 33, 8))
 
@@ -223,6 +224,7 @@ def test_the_stages_of_a_gpu_compute_the_same(monkeypatch):
         check(x.astype(mx.bfloat16), y, (None), (1e-3, 1e-7, 4e-3), causal=causal, workspace_bytes=TINY)
 
 
+@pytest.mark.usefixtures("compiling")
 def test_the_stages_of_a_gpu_are_fused_under_a_gradient_too(monkeypatch, tmp_path):
     """A compiled function runs operation by operation on traced arrays, with several times the memory traffic."""
     monkeypatch.setattr(relation, "on_gpu", lambda: True)

@@ -164,6 +164,7 @@ def test_the_stages_of_a_gpu_compute_the_same(as_on_a_gpu, monkeypatch, dtype):
         assert relative(a, b) < (1e-5 if dtype == mx.float32 else 1e-2)
 
 
+@pytest.mark.usefixtures("compiling")
 def test_the_stages_are_fused_under_a_gradient_too(as_on_a_gpu, tmp_path):
     """A compiled function runs operation by operation on traced arrays."""
     x, y, w = (normal(shape, i, mx.bfloat16) for i, shape in enumerate([(1, 30, 12), (1, 30, 12), (101, 12)]))
