@@ -9,8 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on CUDA, float32 products are exact to float32; read when mlx starts
+
+import mlx.core as mx
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network, and must not wait for one
 os.environ["MLX_LINEARARD_CACHE"] = ""  # a test finds no measurement of another
