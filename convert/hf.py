@@ -108,7 +108,7 @@ def to_hf(
         arrays = {name.removeprefix(PREFIX): arrays.pop(name) for name in list(arrays)}
     if kind.experts:
         arrays = unstack(arrays, kind.experts)
-    if kind.shifted:
+    if kind.pattern in ("interval", "conv"):
         arrays = as_transformers(arrays, kind.shifted)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)

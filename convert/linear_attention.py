@@ -1,4 +1,4 @@
-"""The weights of models with layers of linear attention as transformers' files have them."""
+"""The weights of models with layers of linear attention or convolution as transformers' files have them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_transformers(arrays: dict[str, mx.array], shifted: Iterable[str]) -> dict
         array = arrays.pop(name)
         if name.endswith(endings):
             array = array - 1
-        elif name.endswith("conv1d.weight"):
+        elif name.endswith(("conv1d.weight", "conv.conv.weight")):
             array = array.moveaxis(2, 1)
         result[name] = array
     return result

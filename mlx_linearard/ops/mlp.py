@@ -24,7 +24,7 @@ PositionWise = Callable[[mx.array], mx.array]
 
 def active_width(config: Mapping[str, Any]) -> int:
     """The width of a position's feed-forward part; for a mixture, those of its chosen and shared experts together."""
-    dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    dense = _dense(config)
     chosen, inner, shared = _experts(config, dense)
     return max(dense, chosen * inner + shared)
 
@@ -35,7 +35,7 @@ def width_of(config: Mapping[str, Any]) -> int:
     mlx sorts a mixture's positions by expert, so a gradient holds 11 arrays as wide as an expert and 8 as wide as the
     hidden state, for each chosen expert (measured on the CPU).
     """
-    dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    dense = _dense(config)
     chosen, inner, shared = _experts(config, dense)
     return max(dense, chosen * (11 * inner // ALONE + int(config["hidden_size"])) + shared)
 
@@ -46,10 +46,19 @@ def kept_width(config: Mapping[str, Any]) -> int:
     Four arrays; for each chosen expert 1.75 as wide as the expert and 3.5 as wide as the hidden state (measured on
     the CPU).
     """
-    dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    dense = _dense(config)
     chosen, inner, shared = _experts(config, dense)
     experts = chosen * (7 * inner // 4 + 7 * int(config["hidden_size"]) // 2) + 4 * shared
     return experts if chosen else 4 * dense
+
+
+def _dense(config: Mapping[str, Any]) -> int:
+    """The width of the feed-forward part of a layer without experts. LFM2 makes two thirds of it a round number."""
+    dense = int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    if not config.get("block_auto_adjust_ff_dim"):
+        return dense
+    scaled = int(float(config.get("block_ffn_dim_multiplier") or 1.0) * (2 * dense // 3))
+    return ceil_div(scaled, int(config["block_multiple_of"])) * int(config["block_multiple_of"])
 
 
 def _experts(config: Mapping[str, Any], dense: int) -> tuple[int, int, int]:

@@ -269,6 +269,21 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_moe_text": Family(
         fixed=_MULTIMODAL, defaults=_LINEAR, experts="list", architecture="Qwen3_5MoeForCausalLM", **_QWEN3_5
     ),
+    "lfm2": _ntk(
+        theta=1000000.0,
+        rotated="those with full attention; the convolutions have none",
+        pattern="conv",
+        fixed={**_TIED, "tie_embedding": (True,)},
+        defaults={
+            "block_auto_adjust_ff_dim": True,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_multiple_of": 256,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+        },
+        feed_forward="feed_forward",
+        architecture="Lfm2ForCausalLM",
+    ),
     "internlm2": Family(
         ("linear", "ntk"), DYNAMIC_TOO, fixed=_SILU, projections=("wqkv",), feed_forward="feed_forward"
     ),

@@ -37,7 +37,8 @@ class Family:
     pattern   how mlx-lm is told which layers slide: "layer_types", "period" (sliding_window_pattern n: every n-th
               layer has full attention), "letters" (sliding_window_pattern: L for a sliding layer, G for another),
               "interval" (full_attention_interval n: every n-th layer has full attention, and the others linear
-              attention, which does not slide); "" if every layer must have full attention
+              attention, which does not slide), "conv" (full_attn_idxs: the layers with full attention; the others are
+              convolutions); "" if every layer must have full attention
     slides    where transformers applies sliding_window and mlx-lm does not: on "all" or "some" layers, on
               "request" (use_sliding_window), or nowhere ("")
 

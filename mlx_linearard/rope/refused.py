@@ -42,7 +42,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     _UNCHECKED: (
         "afmoe", "dbrx", "dots1", "exaone_moe", "gptj", "hunyuan_v1_dense", "internlm3", "iquestcoder", "laguna",
-        "lfm2", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "nanochat",
+        "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "nanochat",
         "olmo_hybrid", "phimoe", "solar_open",
     ),
     "mlx-lm leaves out the correction of its routers that transformers applies, so both choose other experts": (

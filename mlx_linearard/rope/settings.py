@@ -16,6 +16,7 @@ from .lookup import family_or_default, window_binds
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 LINEAR = "linear_attention"
+CONVOLUTION = "conv"
 
 
 def state_defaults(config: dict[str, Any]) -> None:
@@ -33,6 +34,22 @@ def state_defaults(config: dict[str, Any]) -> None:
         config["full_attention_interval"] = period
     if kind.pattern == "letters":
         _state_letters(config)
+    if kind.pattern == "conv":
+        _state_convolutions(config)
+
+
+def _state_convolutions(config: dict[str, Any]) -> None:
+    """Write layer_types and full_attn_idxs as one says the other, and the widths by both names."""
+    layers, chosen = config.get("num_hidden_layers"), config.get("full_attn_idxs")
+    if config.get("layer_types") is None and isinstance(layers, int):
+        full = range(layers) if not isinstance(chosen, list) else chosen
+        config["layer_types"] = [FULL if layer in full else CONVOLUTION for layer in range(layers)]
+    if isinstance(config.get("layer_types"), list):
+        config["full_attn_idxs"] = [i for i, name in enumerate(config["layer_types"]) if name == FULL]
+    if config.get("block_ff_dim") is not None:
+        config["intermediate_size"] = config["block_ff_dim"]
+    if "hidden_size" in config:
+        config["block_dim"] = config["hidden_size"]  # transformers has no other
 
 
 def _state_letters(config: dict[str, Any]) -> None:
@@ -88,6 +105,8 @@ def _layers(config: Mapping[str, Any], model_type: str) -> str | None:
     pattern, window = family_or_default(config).pattern, config.get("sliding_window")
     if pattern == "interval":
         return _interval(config, model_type)
+    if pattern == "conv":
+        return _convolutions(config)
     needs_window = pattern and (pattern != "letters" or config.get("sliding_window_pattern") is not None)
     if needs_window and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         return f"mlx-lm's {model_type} needs a positive sliding_window, and the config has {window!r}"
@@ -123,6 +142,16 @@ def _interval(config: Mapping[str, Any], model_type: str) -> str | None:
     if not isinstance(layer_types, list) or layer_types != _pattern(count or len(layer_types), period, LINEAR):
         return f"mlx-lm's {model_type} has full attention in every n-th layer only, which layer_types do not say"
     return None
+
+
+def _convolutions(config: Mapping[str, Any]) -> str | None:
+    layer_types, count = config.get("layer_types"), config.get("num_hidden_layers")
+    if layer_types is None:
+        return None
+    if not isinstance(layer_types, list) or len(layer_types) != count or FULL not in layer_types:
+        return f"layer_types must be a list with one entry for each of the {count} layers, and full attention in some"
+    others = [name for name in layer_types if name not in (FULL, CONVOLUTION)]
+    return f"mlx-lm's lfm2 has no layers as {others[0]!r} of layer_types" if others else None
 
 
 def _never_slides(config: Mapping[str, Any]) -> bool:

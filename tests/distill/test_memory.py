@@ -118,14 +118,25 @@ def test_the_plan_knows_experts(tmp_path: Path, kind: str, dtype: str) -> None:
     assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.15)
 
 
+HYBRIDS = {
+    "qwen3_5": {
+        **{"linear_num_value_heads": 8, "linear_num_key_heads": 4},
+        **{"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    },
+    "lfm2": {
+        **{"layer_types": ["conv", "full_attention", "conv", "conv"], "block_dim": 128, "intermediate_size": 768},
+    },
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["all", "none"])
-def test_the_plan_knows_linear_attention(tmp_path: Path, recompute: str) -> None:
-    sizes = {"linear_num_value_heads": 8, "linear_num_key_heads": 4}
-    dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "max_position_embeddings": 2048}
-    wide = {"hidden_size": 128, "head_dim": 32, **sizes, **dims}
-    folder = family_models.write(tmp_path / "m", "qwen3_5", **wide)
-    options = {"seq_len": 1024, "objective": "logits", "batch_size": 1, "grad_accum": 1, "recompute": recompute}
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_the_plan_knows_hybrids(tmp_path: Path, kind: str, recompute: str) -> None:
+    wide = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    folder = family_models.write(tmp_path / "m", kind, **wide, **HYBRIDS[kind])
+    options = {"seq_len": 1024, "objective": "logits", "batch_size": 1, "grad_accum": 1, "method": "ntk"}
+    options["recompute"] = recompute
     found = planned(folder, **options)
     resident = mx.get_active_memory()
     assert found.memory.total == pytest.approx(peak(folder, found, **options) - resident, rel=0.15)
@@ -152,6 +163,8 @@ def test_shape_fills_in_what_a_config_leaves_out() -> None:
     assert (shape.kv_heads, shape.head_dim, shape.ffn, shape.tied) == (4, 16, 256, False)
     mixture = Shape.of({**CONFIG, "num_experts_per_tok": 8, "moe_intermediate_size": 48})
     assert mixture.ffn == 384
+    lfm2 = {"intermediate_size": 12288, "block_auto_adjust_ff_dim": True, "block_multiple_of": 256}  # LFM2-1.2B
+    assert Shape.of({**CONFIG, **lfm2, "block_ffn_dim_multiplier": 1.0}).ffn == 8192
 
 
 def test_a_dry_run_reads_no_weights(

@@ -97,6 +97,11 @@ OWN: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "attention_bias": True, "partial_rotary_factor": 0.5, "rope_scaling": None},
     },
     "internlm2": {"bias": False},
+    "lfm2": {
+        **{"norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "tie_word_embeddings": True, "block_dim": 64},
+        **{"block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True},
+        **{"layer_types": ["conv", "full_attention"], "pad_token_id": 0},
+    },
     "qwen3_next": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 64, "norm_topk_prob": True},
     "qwen3_5_text": {**_LINEAR, **_MROPE},
     "qwen3_5_moe_text": {**_LINEAR, **_MROPE, **_EXPERTS, "shared_expert_intermediate_size": 64},

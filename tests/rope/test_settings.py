@@ -6,7 +6,7 @@ import pytest
 
 from mlx_linearard.rope import FAMILIES, disagreement, ignored_setting, normalise, scale_rope
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
 
 def config(kind="llama", **changes):
@@ -96,6 +96,20 @@ def test_the_layers_of_a_hybrid_follow_an_interval():
         refused("qwen3_next", "layer_types", layer_types=layer_types, full_attention_interval=2)
     for interval in (0, -1, 2.5, True, "6", 7):
         refused("qwen3_next", "full_attention_interval", full_attention_interval=interval)
+
+
+def test_the_convolutions_of_lfm2_are_named_by_either_key():
+    mixed = [CONV, CONV, FULL, CONV, FULL, CONV]
+    for settings in (config("lfm2", layer_types=mixed), config("lfm2", full_attn_idxs=[2, 4])):
+        said = normalise({**settings, "block_ff_dim": 96})
+        assert said["layer_types"] == mixed and said["full_attn_idxs"] == [2, 4] and ignored_setting(said) is None
+        assert (said["intermediate_size"], said["block_dim"]) == (96, said["hidden_size"])
+    both = normalise(config("lfm2", layer_types=mixed, full_attn_idxs=[0]))  # layer_types win in transformers
+    assert both["full_attn_idxs"] == [2, 4]
+    assert normalise(config("lfm2"))["full_attn_idxs"] == list(range(6))
+    for layer_types in ([CONV] * 6, [FULL], [FULL] * 5 + [SLIDING], "conv"):
+        refused("lfm2", "layer_types", layer_types=layer_types)
+    refused("lfm2", "tie_embedding", tie_embedding=False)
 
 
 def test_the_layers_of_gemma3_follow_a_period():
