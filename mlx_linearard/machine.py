@@ -14,6 +14,7 @@ import mlx.core as mx
 from .errors import UserError, one_line
 
 SLOW_BLAS_GFLOPS = 20.0  # the Linux wheel's own BLAS reaches 3 to 5, OpenBLAS on two cores about 200
+OPENBLAS = "/usr/lib/{machine}-linux-gnu/openblas-pthread/libopenblas.so.0"  # of Debian and Ubuntu
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ class Machine:
         """How to make a slow machine fast; None if nothing is known to help."""
         if self.gpu or platform.system() != "Linux" or self.gflops > SLOW_BLAS_GFLOPS:
             return None
+        library = OPENBLAS.format(machine=platform.machine())
+        install = "" if Path(library).exists() else "install libopenblas0-pthread and "
         return (
             f"matrix products run at {self.gflops:.0f} GFLOP/s on mlx's built-in BLAS; OpenBLAS is about 40 times "
-            "faster: install libopenblas0-pthread and put its libopenblas.so.0 into LD_PRELOAD"
+            f"faster: {install}type LD_PRELOAD={library} before the command"
         )
 
 
