@@ -49,6 +49,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--q-group-size", type=integer(1), help="weights per scale (mlx; default: 64)")
     parser.add_argument(
+        "--learn",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="train the scales of a quantized model on N texts of the run's data (mlx); 160 halved the loss measured",
+    )
+    parser.add_argument(
         "--no-measure",
         dest="measure",
         action="store_false",

@@ -18,7 +18,8 @@ from ..models.weights import weight_files
 from ..report.card import base_name, bits_of, origin_of_run, write_card
 from ..report.load import RunFacts, read_run
 from ..rope import native_window
-from .quantized import advice, float_type, measure_cost, scheme_for, sizes, smaller
+from .learned import learn, texts_of
+from .quantized import ADVICE, float_type, measure_cost, scheme_for, sizes, smaller
 from .upload import check_upload, token_of_hub, upload
 
 _FROM, _CARD = "from", "card"  # what an export notes: what it was made from, and what its card says beside the run
@@ -34,6 +35,7 @@ def export(
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
+    learn: int = 0,
     measure: bool = True,
     overwrite: bool = False,
     upload_repo: str | None = None,
@@ -52,6 +54,8 @@ def export(
         quantize: quantize the fused model (`mlx`, `gguf`), with `q_bits` per weight and one scale per `q_group_size`
             weights. Without `q_bits`, 4 bits; `gguf`, which has 8 bits only, takes no group size.
             For a quantized base, the base's own bits and group size are the default of `mlx`.
+        learn: train the scales of the quantized model (`mlx`) on this many texts of the run's training data, by
+            mlx-lm's learned quantization; 0 for none.
         measure: measure what quantizing cost (`mlx`), and add it to the run's results and to the card.
         overwrite: replace `out_dir`, if this tool wrote it.
         upload_repo: a repository of the hub, OWNER/NAME, to which the export is uploaded. It is made private unless
@@ -78,12 +82,14 @@ def export(
         raise UserError(
             f"--q-bits {q_bits}: GGUF is written with 8 bits (q8_0); llama.cpp's llama-quantize makes smaller files"
         )
+    if learn and not (quantize and format == "mlx"):
+        raise UserError("--learn trains a quantized model: it needs -q and --format mlx")
     if dtype and format in ("peft", "adapters"):
         raise UserError(f"--dtype needs --format mlx, hf or gguf, not {format}")
     if overwrite:
         check_overwrite(out_dir, [run.root])
     facts, file, out = read_run(run.root), "", Path(out_dir)
-    made = _made(run, format, dtype, quantize, q_bits, q_group_size)
+    made = _made(run, format, dtype, quantize, q_bits, q_group_size, learn)
     if upload_repo is not None:
         check_upload(upload_repo, token_of_hub())
         if not overwrite and _is_made(out, made):
@@ -96,7 +102,7 @@ def export(
     weights: list[str] = []
     if format == "mlx" and quantize:
         scheme = scheme_for(run, q_bits, q_group_size)
-        weights = _quantized(run, out, facts, scheme, dtype, measure, overwrite, progress)
+        weights = _quantized(run, out, facts, scheme, dtype, learn, measure, overwrite, progress)
         facts = read_run(run.root)
     elif format == "mlx":
         if progress and "quantization" in read_config(run.base):
@@ -123,6 +129,7 @@ def _quantized(
     facts: RunFacts,
     scheme: Scheme,
     dtype: str | None,
+    learned: int,
     measured: bool,
     overwrite: bool,
     progress: Callable[[str], None] | None,
@@ -132,6 +139,7 @@ def _quantized(
     dtype = dtype or float_type(run)
     size = sizes(run, scheme, dtype).line(scheme)
     say(size)
+    texts = texts_of(run, facts, learned) if learned else []
     from_hf(
         run.model,
         out,
@@ -142,13 +150,18 @@ def _quantized(
         overwrite=overwrite,
         progress=progress,
     )
-    cost = measure_cost(run, out, facts, scheme, say) if measured else None
+    done = [f"Quantized: {size}."]
+    if learned:
+        say(f"training the scales on {learned} texts, by mlx-lm's learned quantization")
+        learn(run, out, texts)
+        done.append(f"Its scales were trained on {learned} texts by mlx-lm's learned quantization (DWQ).")
+    cost = measure_cost(run, out, facts, scheme, say, learned=bool(learned)) if measured else None
     if cost is None:
-        return [f"Quantized: {size}.", "What that cost was not measured."]
+        return [*done, "What that cost was not measured."]
     say(cost.sentence())
-    if cost.much:
-        say(advice(run, out))
-    return [f"Quantized: {size}.", cost.sentence()]
+    if cost.much and not learned:
+        say(ADVICE)
+    return [*done, cost.sentence()]
 
 
 def _write_card(

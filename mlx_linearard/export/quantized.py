@@ -18,7 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..cli import path_word, shell_command
 from ..convert.hf import quantized_bytes
 from ..errors import UserError
 from ..evaluate.held_out import Fidelity, measure
@@ -37,6 +36,7 @@ from ..results.store import update_results
 from ..rope import native_window
 
 WORKSPACE = 256 << 20  # bytes for tiles of logits
+ADVICE = "the same command with --learn 160 --overwrite trains the scales, which loses less; so do more --q-bits"
 MUCH = 0.5  # quantizing that adds more than this part of the restored model's KL is worth a better method
 Progress = Callable[[str], None]
 
@@ -112,7 +112,9 @@ def smaller(run: RunDir) -> str:
     )
 
 
-def measure_cost(run: RunDir, folder: Path, facts: RunFacts, scheme: Scheme, progress: Progress) -> Cost | None:
+def measure_cost(
+    run: RunDir, folder: Path, facts: RunFacts, scheme: Scheme, progress: Progress, *, learned: bool = False
+) -> Cost | None:
     """Measure the quantized model in `folder`, and add it to the run's results and report.
 
     Returns None, after saying why, if the run kept no held-out text or its base model is gone.
@@ -128,7 +130,8 @@ def measure_cost(run: RunDir, folder: Path, facts: RunFacts, scheme: Scheme, pro
     native, native_config = _load(Path(base))
     side = _Side(native, native_config, tokenizer_of(Path(base), native_config), windows)
     quantized, _ = _load(folder)
-    found = {f"{RESTORED}-{name}": side.compare(quantized)}
+    own_label = f"{RESTORED}-{name}" + ("-learned" if learned else "")
+    found = {own_label: side.compare(quantized)}
     alike = _quantized_alike(Path(base), check_model_dir(folder).quantized)
     if alike is not None:
         found[f"{NATIVE}-{name}"] = side.compare(alike)
@@ -136,21 +139,14 @@ def measure_cost(run: RunDir, folder: Path, facts: RunFacts, scheme: Scheme, pro
     restored, _ = _load(run.model)
     to_restored = dataclasses.replace(side, teacher=restored).compare(quantized, only_reference=True).kl
     rows = {label: fidelity.row for label, fidelity in found.items()}
-    own = rows[f"{RESTORED}-{name}"]
+    own = rows[own_label]
     other = {"kl_to_restored": to_restored, "quantization": scheme.settings()}
-    rows[f"{RESTORED}-{name}"] = dataclasses.replace(own, other=other)
+    rows[own_label] = dataclasses.replace(own, other=other)
     if own.kl is None or to_restored is None:
         raise UserError(f"{run.held_out_tokens} has no window within the native one, so nothing can be compared")
     _keep(run, rows, found)
     native_alike = rows.get(f"{NATIVE}-{name}", Row()).kl
     return Cost(to_restored, own.kl, facts.row(RESTORED).kl, native_alike)
-
-
-def advice(run: RunDir, folder: Path) -> str:
-    """How mlx-lm's learned quantization is tried, which is trained to lose less."""
-    better = folder.with_name(f"{folder.name}-dwq")
-    command = ("--model", path_word(run.model), "--quantized-model", path_word(folder), "--mlx-path", path_word(better))
-    return f"mlx-lm's learned quantization may lose less: {shell_command('mlx_lm.dwq', *command)}"
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,27 @@ def test_a_quantized_base_gives_a_model_of_its_size(tmp_path: Path, text_file: P
 def test_a_large_cost_points_to_learned_quantization(run_copy: Path, tmp_path: Path) -> None:
     said: list[str] = []
     export(run_copy, tmp_path / "out", quantize=True, q_bits=2, q_group_size=32, progress=said.append)
-    assert said[-1].startswith("mlx-lm's learned quantization may lose less: mlx_lm.dwq --model ")
+    assert "--learn 160 --overwrite trains the scales" in said[-1]
+
+
+def test_learned_quantization_loses_less_at_the_same_size(run_copy: Path, tmp_path: Path) -> None:
+    """By mlx-lm's own DWQ, measured beside the plain quantization; stock mlx-lm loads what it wrote."""
+    quantized = {"quantize": True, "q_bits": 2, "q_group_size": 32}
+    plain = export(run_copy, tmp_path / "plain", **quantized)
+    learned = export(run_copy, tmp_path / "learned", learn=64, **quantized)
+    results = json.loads((run_copy / "results.json").read_text())
+    before, after = (results[name]["kl_to_restored"] for name in ("restored-2bit-g32", "restored-2bit-g32-learned"))
+    assert 0 < after < before
+    assert weight_bytes(learned) == weight_bytes(plain) and load_model(learned)[0]
+    one, other = (mx.load(str(folder / "model.safetensors")) for folder in (plain, learned))
+    changed = {name.rpartition(".")[2] for name in one if not mx.array_equal(one[name], other[name]).item()}
+    assert changed == {"scales", "biases"}
+    assert "trained on 64 texts" in (learned / "README.md").read_text()
+    with pytest.raises(UserError, match=r"--learn 999999 needs \d+ tokens and the run's data have \d+: give at most"):
+        export(run_copy, tmp_path / "more", learn=999999, **quantized)
+    assert not (tmp_path / "more").exists()
+    with pytest.raises(UserError, match="--learn trains a quantized model: it needs -q"):
+        export(run_copy, tmp_path / "more", learn=1)
 
 
 def test_what_cannot_be_measured_is_said(run_copy: Path, tmp_path: Path) -> None:
