@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_linearard.convert.default_model import default_model
 from tiny import PROSE, tiny_model
 from tiny_runs import Stopped, StopsAt, same_adapters, small
 
@@ -20,6 +22,7 @@ from mlx_linearard.distill.prepare import load, make_plan
 from mlx_linearard.distill.step import TrainState, _target_weights, train
 from mlx_linearard.distributed.ranks import Share
 from mlx_linearard.errors import UserError
+from mlx_linearard.evaluate.__main__ import run as evaluate_command
 from mlx_linearard.machine import Machine
 from mlx_linearard.report.content import notes, provenance
 from mlx_linearard.report.load import read_run
@@ -82,6 +85,37 @@ def test_each_kind_of_row_trains_and_resumes(chat_dir: Path, data: Path, tmp_pat
     assert ("Text", f"Trained on {words}; the held-out text is {words}.") in provenance(facts)
     warned = any("no conversation is trained on" in note.text for note in notes(facts))
     assert warned == (kind == "text") == any("no conversation is trained on" in line for line in heard.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROWS)
+def test_smollm2_trains_resumes_and_is_evaluated_on_each_kind_of_row(data: Path, tmp_path: Path, kind: str) -> None:
+    """The command lines of a user, on the real model; the tokens are those of mlx-lm's own data set classes."""
+    from mlx_lm.tuner.datasets import create_dataset
+
+    model, folder = default_model(), data / kind
+    (shutil.copytree(folder, tmp_path / "data") / "test.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
+    masked = {} if kind == "text" else {"objective": "ce", "mask_prompt": True}
+    options = {"steps": 2, "save_every": 1, "eval_tokens": 64, "learning_rate": 1e-4, "grad_accum": 1, **masked}
+    whole = small(model, tmp_path / "data", tmp_path / "whole", **options)
+    job = load(make_plan(whole, Machine("one", False, 16 << 30, 100.0)))
+    settings = SimpleNamespace(mask_prompt=bool(masked))
+    theirs = create_dataset(ROWS[kind][:30], job.pair.tokenizer, settings)
+    assert job.text.training.tolist() == [token for row in ROWS[kind][:30] for token in theirs.process(row)[0]]
+    del job
+    assert mlx_linearard.distill(whole)
+    stopped = small(model, tmp_path / "data", tmp_path / "stopped", **options)
+    with pytest.raises(Stopped):
+        mlx_linearard.distill(stopped, StopsAt(2))
+    assert mlx_linearard.distill(DistillConfig(**{**vars(stopped), "resume": True}))
+    assert same_adapters(tmp_path / "whole", tmp_path / "stopped")
+    flags = ["--suite", "ppl", "--data", str(tmp_path / "data"), "--lengths", "32", "--tokens", "64"]
+    assert evaluate_command(["--run", str(tmp_path / "whole"), *flags]) == 0
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    perplexities = [
+        results[name]["ppl"]["metrics"]["perplexity@32"]["value"] for name in ("native", "scaled", "restored")
+    ]
+    assert all(1 < value < 1000 for value in perplexities), perplexities
 
 
 def job_of(model: Path, data: Path, output: Path, **changes: object):
