@@ -26,7 +26,7 @@ TINY = {"seq_len": 32, "grad_accum": 1, "steps": 2, "lora_rank": 4, "eval_tokens
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "long.txt"
-    path.write_text("".join(f"{i}. {PROSE}" for i in range(9000)))
+    path.write_text("".join(f"{i}. {PROSE}" for i in range(2500)))
     return path
 
 
