@@ -198,7 +198,6 @@ FAR = ("--method", "yarn", "--long-weight", "0.5", "--long-objective", "longce+r
     [
         pytest.param(2, PASSES, id="2 by passes"),
         pytest.param(2, (*PASSES, *FAR), id="2 with a long part", marks=pytest.mark.slow),
-        pytest.param(2, ROWS, id="2 by rows", marks=pytest.mark.slow),
         pytest.param(4, PASSES, id="4 by passes", marks=pytest.mark.slow),
         pytest.param(4, ROWS, id="4 by rows", marks=pytest.mark.slow),
         pytest.param(4, BOTH, id="4 by both", marks=pytest.mark.slow),
@@ -253,7 +252,7 @@ def patched(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------
 # A rank that dies
 
-LONG = ("--grad-accum", "4", "--steps", "80", "--save-every", "2", "--eval-every", "30", "--keep", "last")
+LONG = ("--grad-accum", "4", "--steps", "50", "--save-every", "2", "--eval-every", "20", "--keep", "last")
 LIMIT = 30.0  # seconds
 
 
@@ -287,7 +286,7 @@ def test_ranks_killed_at_random_instants_end_the_run_and_it_resumes(
     """Any rank; every other time the first one, during a save. The last launch has another number of ranks."""
     seeded, run, inside = random.Random(size), tmp_path / "run", 0
     arguments = flags(model_dir, text_file, run, *LONG)
-    for number, step in enumerate(sorted(seeded.sample(range(5, 50), 4))):
+    for number, step in enumerate(sorted(seeded.sample(range(5, 40), 4))):
         lost = seeded.randrange(1, size) if number % 2 else 0
         step = max(step, lines_in(run / "metrics.jsonl") + 1)  # one that only this launch can have made
         with launch(size, arguments) as started:
@@ -409,7 +408,7 @@ def test_ctrl_c_in_the_terminal_saves(model_dir: Path, text_file: Path, tmp_path
         os.killpg(started.process.pid, signal.SIGINT)
         assert started.wait() < LIMIT
     step = lines_in(run / "metrics.jsonl")
-    assert 7 <= step < 80 and checkpoint.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step
+    assert 7 <= step < 50 and checkpoint.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step
 
 
 @pytest.mark.slow
@@ -438,7 +437,6 @@ def test_a_launcher_that_is_gone_leaves_nobody_behind(
         pytest.param(("--grad-accum", "3"), "2 processes cannot share the 3 blocks of a step evenly", id="share"),
         pytest.param(("--typo",), "unrecognized arguments: --typo", id="flag", marks=pytest.mark.slow),
         pytest.param(("--model", "/nowhere"), "/nowhere is not a model directory", id="model", marks=pytest.mark.slow),
-        pytest.param(("--data", "/nowhere"), "/nowhere does not exist", id="data", marks=pytest.mark.slow),
         pytest.param(("--compare", "ce,logits"), "leave mlx.launch out", id="compare", marks=pytest.mark.slow),
     ],
 )
