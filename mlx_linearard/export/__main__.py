@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..cli import Parser, add_old_name, integer, path_word, run_command, shell_command
+from ..cli import Parser, add_old_name, integer, path_word, run_command, runnable, shell_command
 from ..config import DTYPES
 from ..files import RunDir, read_config
 from .formats import FORMATS, export
 
 NEXT: dict[str, Callable[[Path], str]] = {
-    "mlx": lambda out: shell_command("mlx_lm.generate", "--model", path_word(out), "--prompt", "Hello"),
+    "mlx": lambda out: _runs("mlx_lm.generate", "--model", path_word(out), "--prompt", "Hello"),
     "hf": lambda out: f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})",
     "peft": lambda out: (
         f"peft.PeftModel.from_pretrained(model, {str(out)!r}), on the base that adapter_config.json names"
@@ -20,10 +20,15 @@ NEXT: dict[str, Callable[[Path], str]] = {
     "gguf": lambda out: shell_command(
         "llama-server", "-m", path_word(next(iter(sorted(out.glob("*.gguf"))), out)), "-c", 0
     ),
-    "adapters": lambda out: shell_command(
+    "adapters": lambda out: _runs(
         "mlx_lm.server", "--model", path_word(out / "base"), "--adapter-path", path_word(out / "adapters")
     ),
 }
+
+
+def _runs(*words: str) -> str:
+    """A command line that runs with what is installed."""
+    return shell_command(*runnable(words))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +85,7 @@ def _base_first(run_dir: Path, format: str) -> str:
     base = RunDir(run_dir).base
     if format != "peft" or "quantization" not in read_config(base):
         return ""
-    copied = shell_command("mlx_linearard.convert", "to-hf", path_word(base), "BASE")
+    copied = _runs("mlx_linearard.convert", "to-hf", path_word(base), "BASE")
     return f"{copied} (transformers cannot load weights that mlx quantized) and load the model from BASE, then "
 
 

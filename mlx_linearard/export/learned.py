@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,16 @@ def texts_of(run: RunDir, facts: RunFacts, count: int) -> list[tuple[list[int], 
     return [(tokens[i : i + LENGTH].tolist(), 0) for i in range(0, needed, LENGTH)]
 
 
+@contextlib.contextmanager
+def _only_a_live_line() -> Iterator[None]:
+    """Without what mlx-lm prints: on a terminal its changing line stays, elsewhere nothing does."""
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent), contextlib.ExitStack() as more:
+        if not sys.stderr.isatty():
+            more.enter_context(contextlib.redirect_stderr(silent))
+        yield
+
+
 def learn(run: RunDir, folder: Path, texts: list[tuple[list[int], int]]) -> None:
     """Train the scales and biases of the quantized model in `folder` towards the restored model's logits.
 
@@ -64,7 +76,7 @@ def learn(run: RunDir, folder: Path, texts: list[tuple[list[int], int]]) -> None
     teacher = load_frozen(run.model, check_model_dir(run.model).config)
     floats = [a.dtype for name, a in named_arrays(student.parameters()) if name.endswith("scales")]
     dtype = next((dtype for dtype in floats if dtype in FLOAT_NAMES), mx.bfloat16)
-    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; its progress goes to standard error
+    with _only_a_live_line():
         dwq_quantize(
             student,
             lambda batch, *_, **__: teacher(batch),

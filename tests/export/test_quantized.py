@@ -90,11 +90,14 @@ def test_a_large_cost_points_to_learned_quantization(run_copy: Path, tmp_path: P
     assert "--learn 160 --overwrite trains the scales" in said[-1]
 
 
-def test_learned_quantization_loses_less_at_the_same_size(run_copy: Path, tmp_path: Path) -> None:
+def test_learned_quantization_loses_less_at_the_same_size(
+    run_copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """By mlx-lm's own DWQ, measured beside the plain quantization; stock mlx-lm loads what it wrote."""
     quantized = {"quantize": True, "q_bits": 2, "q_group_size": 32}
     plain = export(run_copy, tmp_path / "plain", **quantized)
     learned = export(run_copy, tmp_path / "learned", learn=64, **quantized)
+    assert capfd.readouterr() == ("", "")
     results = json.loads((run_copy / "results.json").read_text())
     before, after = (results[name]["kl_to_restored"] for name in ("restored-2bit-g32", "restored-2bit-g32-learned"))
     assert 0 < after < before
