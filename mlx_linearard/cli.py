@@ -20,6 +20,15 @@ from .errors import INTERRUPTED_STATUS, LOST_STATUS, USER_ERROR_STATUS, LostProc
 LARGEST = 2**31 - 1  # the largest integer option: sizes and counts are 32-bit numbers in mlx
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of an option that has one; a switch and a required option have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError for a wrong command line. Subparsers made with `add_subparsers` do the same.
 
@@ -27,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, description: str = "", *, common: Sequence[str] = (), **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        options.setdefault("formatter_class", _Help)
         super().__init__(prog=prog, description=description, allow_abbrev=False, add_help=not common, **options)
         self._common = common
         if common:
