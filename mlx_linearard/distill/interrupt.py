@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
@@ -61,24 +60,24 @@ def answered(signals: Collection[int], answer: Callable[[], object]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_answer_first, args=(ours, before, signals, answer), daemon=True)
+    reader, writer = os.pipe()  # not sockets: the loss of a rank closes every connection of this process
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer_first, args=(reader, before, signals, answer), daemon=True)
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        theirs.close()
+        os.close(writer)
         thread.join()
-        ours.close()
+        os.close(reader)
 
 
-def _answer_first(numbers: socket.socket, onward: int, signals: Collection[int], answer: Callable[[], object]) -> None:
+def _answer_first(reader: int, onward: int, signals: Collection[int], answer: Callable[[], object]) -> None:
     """Answer the first number of `signals`, and write all numbers to the file `onward` (-1: none) until they end."""
     waiting = True
-    while received := numbers.recv(64):
+    while received := os.read(reader, 64):
         if onward >= 0:
             with contextlib.suppress(OSError):
                 os.write(onward, received)
