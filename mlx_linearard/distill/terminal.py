@@ -111,11 +111,11 @@ def _aligned(cells: Sequence[Sequence[str]]) -> str:
 def print_result(result: Result, printer: Printer) -> None:
     """The table, what happened in plain words, and what to type next."""
     printer.table({name: getattr(result, name).as_json() for name in ("native", "scaled", "restored")})
-    skipped = f"; the guard skipped {result.skipped} of them" if result.skipped else ""
+    skipped = f"; the guard skipped {result.skipped} of the steps" if result.skipped else ""
     _ending(
         result.run.root,
         printer,
-        f"Exported is the state after step {result.exported_step} of {result.steps}{skipped}; "
+        f"The state after step {result.exported_step} of {result.steps} is exported{skipped}; "
         f"{duration(result.seconds)} in all; the report is {result.run.report}.",
     )
 

@@ -135,7 +135,7 @@ def test_without_evaluations_the_start_stands_against_the_end(
     results = facts(run)
     assert results["run"]["exported_step"] == 0
     assert results["restored"] == results["scaled"]
-    assert "Exported is the state after step 0 of 3" in capsys.readouterr().out
+    assert "The state after step 0 of 3 is exported" in capsys.readouterr().out
     base, model = (load_model(run / name)[0] for name in ("base", "model"))
     tokens = mx.array([[5, 6, 7]])
     assert mx.abs(base(tokens) - model(tokens)).max().item() < 1e-5
