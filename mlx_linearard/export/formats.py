@@ -18,7 +18,7 @@ from ..models.weights import weight_files
 from ..report.card import base_name, bits_of, origin_of_run, write_card
 from ..report.load import RunFacts, read_run
 from ..rope import native_window
-from .learned import learn, texts_of
+from .learned import texts_of, train_scales
 from .quantized import ADVICE, float_type, measure_cost, scheme_for, sizes, smaller
 from .upload import check_upload, token_of_hub, upload
 
@@ -153,7 +153,7 @@ def _quantized(
     done = [f"Quantized: {size}."]
     if learned:
         say(f"training the scales on {learned} texts, by mlx-lm's learned quantization")
-        learn(run, out, texts)
+        train_scales(run, out, texts)
         done.append(f"Its scales were trained on {learned} texts by mlx-lm's learned quantization (DWQ).")
     cost = measure_cost(run, out, facts, scheme, say, learned=bool(learned)) if measured else None
     if cost is None:

@@ -64,7 +64,7 @@ def _only_a_live_line() -> Iterator[None]:
         yield
 
 
-def learn(run: RunDir, folder: Path, texts: list[tuple[list[int], int]]) -> None:
+def train_scales(run: RunDir, folder: Path, texts: list[tuple[list[int], int]]) -> None:
     """Train the scales and biases of the quantized model in `folder` towards the restored model's logits.
 
     The directory is replaced when the training is complete.

@@ -15,9 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from ..ops.tiling import FLOAT32
 from .trees import named_modules
-
-FLOAT32 = 4  # bytes
 
 
 class Float32Experts(SwitchLinear):
