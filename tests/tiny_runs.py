@@ -21,6 +21,7 @@ def small(model: Path, text: Path, output: Path, **changes: Any) -> DistillConfi
         "seq_len": 32,
         "grad_accum": 2,
         "steps": 8,
+        "long_weight": 0.0,
         "lora_rank": 4,
         "learning_rate": 2e-3,
         "eval_tokens": 128,

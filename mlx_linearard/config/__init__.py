@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, objectives_of, shortened
 from .mlx_lm_names import OTHER, SAME, translated
 from .option import flag, type_of
-from .options import ALSO, LEARNING_RATE, DistillConfig
+from .options import ALSO, LEARNING_RATE, LONG_WEIGHT, DistillConfig
 from .yaml_file import read_yaml, read_yaml_and_notes, to_yaml
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LARGEST_COUNT",
     "LEARNING_RATE",
     "LONG_OBJECTIVES",
+    "LONG_WEIGHT",
     "OBJECTIVES",
     "OTHER",
     "SAME",

@@ -32,8 +32,7 @@ from .option import complaint, documented, flag, option
 
 # The defaults of what is trained: what was measured best so far (docs/measured.md).
 METHOD, OBJECTIVE, LEARNING_RATE = "yarn", "logits", 3e-4
-LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce", 0.0, 1.0
-LEFT_OUT = ", or 0 if text or memory allow no block longer than the native window" if LONG_WEIGHT else ""
+LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce+recall", 0.2, 0.1
 ALSO = {"lengths": "eval_lengths"}  # a name that other commands use as well -> the option's name
 
 
@@ -132,7 +131,8 @@ class DistillConfig:
     long_weight: float | None = option(
         None,
         "weight of the long part of every step: one block of long text, which teaches the student to use its new "
-        f"window; 0 leaves it out (default: {LONG_WEIGHT:g}{LEFT_OUT})",
+        f"window; 0 leaves it out (default: {LONG_WEIGHT:g}, or 0 if text, memory or time allow no block longer than "
+        "the native window)",
         check=not_negative,
         metavar="W",
         group="long text",
@@ -191,7 +191,7 @@ class DistillConfig:
     )
     steps: int | None = option(
         None,
-        "optimizer steps; by default 144, or sized to the machine without --model and --data",
+        "optimizer steps; by default 172, or sized to the machine without --model and --data",
         check=positive,
         metavar="N",
         group="training",

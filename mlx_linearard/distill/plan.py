@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import rope
-from ..config import DistillConfig
+from ..config import LONG_WEIGHT, DistillConfig
 from ..convert.default_model import cache_directory
 from ..distributed.ranks import ALONE, Ranks, Share
 from ..errors import UserError
@@ -31,6 +31,9 @@ from .long_text import LongSizes
 from .memory import FLOAT32, SHORTEST, MemoryPlan, Step, advice, keeping, kept_line, longest, plan_memory
 from .objective import Objective, resolve_objective
 from .sizing import Sizing, is_demo, long_sizes, size_run
+from .timing import Clock
+
+MOST_LONG_TIMES = 8  # a long part that nobody asked for makes a step at most this many times longer
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,20 @@ def _no_long_part(plan: Plan) -> str | None:
     fits = plan.long_step is None or plan_memory(plan.long_step).total <= plan.machine.usable
     if not fits or sizing.long_seq_len <= sizing.window[0]:
         return f"this machine's memory holds no block longer than the native window of {sizing.window[0]} tokens"
+    if (times := _long_times(plan)) > MOST_LONG_TIMES:
+        return (
+            f"a block of {sizing.long_seq_len} tokens would take about {times:.0f} times as long as the rest of a "
+            f"step; --long-weight {LONG_WEIGHT:g} trains on it anyway"
+        )
     return None
+
+
+def _long_times(plan: Plan) -> float:
+    """How many times as long as the rest of a step the block of long text takes."""
+    if plan.sizing.long is None:
+        return 0.0
+    clock = Clock(Shape.of(plan.native), plan.machine, plan.config)
+    return clock.long_part(plan.sizing.long) / clock.training(plan.sizing.tokens_per_step, plan.sizing.seq_len)
 
 
 def _plan(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import path_word
-from ..config import LEARNING_RATE
+from ..config import LEARNING_RATE, LONG_WEIGHT
 from ..errors import UserError
 from ..files import RunDir, read_config, read_yaml
 from ..rope import family_or_default, normalise
@@ -21,7 +21,6 @@ from .suites import COPYING, KEPT, shortfalls
 from .verdict import Measured, finished, long_of
 
 DISTILL, EVALUATE = "mlx_linearard.distill", "mlx_linearard.evaluate"
-LONG_WEIGHT = 0.2  # of the long part: lowered perplexity at long lengths at little cost in KL
 MORE_SAMPLES = 32
 Command = tuple[object, ...]
 

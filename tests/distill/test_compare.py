@@ -29,7 +29,7 @@ from mlx_linearard.results.verdict import verdict
 
 FLAGS = [
     "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "2e-3",
-    "--eval-tokens", "256", "--save-every", "1", "--eval-lengths", "32,200",
+    "--long-weight", "0", "--eval-tokens", "256", "--save-every", "1", "--eval-lengths", "32,200",
 ]  # fmt: skip
 
 

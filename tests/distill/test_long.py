@@ -20,6 +20,7 @@ from tiny_runs import Stopped, StopsAt, metrics, same_adapters, small
 
 import mlx_linearard
 from mlx_linearard.config import DistillConfig, read_yaml
+from mlx_linearard.config.options import LONG_OBJECTIVE
 from mlx_linearard.distill.compare import compare_objectives
 from mlx_linearard.distill.listener import Listener
 from mlx_linearard.distill.long import LongPart
@@ -238,7 +239,7 @@ def test_the_teacher_reads_nothing_beyond_its_window(model_dir: Path, objective:
 # ---------------------------------------------------------------------------------------------------
 # Runs
 
-LONG = {"method": "yarn", "objective": "logits", "long_weight": 0.5, "long_seq_len": 200}
+LONG = {"method": "yarn", "objective": "logits", "long_weight": 0.5, "long_seq_len": 200, "long_objective": "ce"}
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,7 @@ def test_a_run_trains_both_parts_and_says_so(
     model_dir: Path, text_file: Path, tmp_path: Path, objective: str, long: str
 ) -> None:
     options = {**LONG, "objective": objective, "long_objective": long, "long_weight": 5.0}
+    options |= {"recall_weight": 1.0} if "+" in long else {}
     result = mlx_linearard.distill(small(model_dir, text_file, tmp_path / "run", **options))
     lines = metrics(tmp_path / "run")
     assert result.steps == 8 and all(line["long"] > 0 and line["tokens"] == 264 for line in lines)
@@ -303,7 +305,7 @@ def test_another_long_part_is_another_run(model_dir: Path, text_file: Path, tmp_
     with pytest.raises(UserError, match=r"long_weight was 0\.5 and is 0\.2"):
         mlx_linearard.distill(small(model_dir, text_file, run, **{**LONG, "long_weight": 0.2}, resume=True))
     with pytest.raises(UserError, match=r"long_objective was .ce. and is .longce."):
-        mlx_linearard.distill(small(model_dir, text_file, run, **LONG, long_objective="longce", resume=True))
+        mlx_linearard.distill(small(model_dir, text_file, run, **{**LONG, "long_objective": "longce"}, resume=True))
     other = tmp_path / "other.txt"
     other.write_text("Some other long text. " * 400)
     with pytest.raises(UserError, match="long_data"):
@@ -316,7 +318,7 @@ def test_another_long_part_is_another_run(model_dir: Path, text_file: Path, tmp_
         ({"long_seq_len": 200}, "--long-seq-len belong.*give --long-weight"),
         ({"long_objective": "recall"}, "--long-objective belong.*give --long-weight"),
         ({"long_weight": 0.2, "long_objective": "recall+ce"}, "must be one of ce, longce, recall, ce.recall"),
-        ({"long_weight": 0.2, "recall_passage": 32}, "needs recall in --long-objective"),
+        ({"long_weight": 0.2, "long_objective": "ce", "recall_passage": 32}, "needs recall in --long-objective"),
         ({"long_weight": 0.2, "long_objective": "recall", "recall_weight": 2.0}, "give ce.recall or longce.recall"),
         ({"long_weight": 0.2, "long_objective": "recall", "recall_passage": 65}, "2 to 64 tokens"),
         ({"long_weight": 0.2, "long_objective": "recall", "long_seq_len": 15}, "at least 16 tokens"),
@@ -370,7 +372,7 @@ def prose(folder: Path, tokens: int) -> Path:
     ("tokens", "length", "says"),
     [
         (4000, 256, None),
-        (300, 192, "the long text has 241 tokens: every step reads 192 of them"),
+        (260, 192, "the long text has 209 tokens: every step reads 192 of them"),
         (200, 0, "no long part: the text has 161 tokens, too few for a block longer than the native window of 128"),
     ],
 )
@@ -379,6 +381,7 @@ def test_a_default_long_part_follows_the_text(
 ) -> None:
     """It is never a reason to refuse a run, a run that leaves it out resumes, and so does one that has it."""
     options = {"method": "yarn", "objective": "logits", "steps": 2, "eval_tokens": 32, "save_every": 1}
+    options |= {"long_weight": None}
     config = small(model_dir, prose(tmp_path, tokens), tmp_path / "run", **options)
     said = Says()
     assert mlx_linearard.distill(config, said) is not None
@@ -395,7 +398,7 @@ def test_what_the_user_asks_for_is_not_left_out(model_dir: Path, tmp_path: Path)
     text = prose(tmp_path, 200)
     for given in ({"long_weight": 0.25}, {"long_seq_len": 256}, {"long_objective": "longce"}):
         with pytest.raises(UserError, match="the long text has 161 tokens, too few for one block"):
-            mlx_linearard.distill(small(model_dir, text, tmp_path / "run", **given))
+            mlx_linearard.distill(small(model_dir, text, tmp_path / "run", **{"long_weight": None, **given}))
     config = small(model_dir, text, tmp_path / "run", long_weight=0.0, eval_tokens=32)
     assert mlx_linearard.distill(config) is not None
 
@@ -403,14 +406,27 @@ def test_what_the_user_asks_for_is_not_left_out(model_dir: Path, tmp_path: Path)
 @pytest.mark.usefixtures("by_default")
 def test_a_default_long_part_follows_the_memory(text_file: Path, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", **WIDE)
-    plan = plan_of(folder, text_file, tmp_path, long_weight=None, long_seq_len=None)
+    default = {"seq_len": 512, "long_weight": None, "long_seq_len": None, "long_objective": LONG_OBJECTIVE}
+    plan = plan_of(folder, text_file, tmp_path, **default)
     assert plan.long_optional and plan.sizing.long_seq_len == 1024 and plan.config.long_weight == 0.25
     at_window = plan_memory(dataclasses.replace(plan.long_step, seq_len=512)).total
-    without = plan_of(folder, text_file, tmp_path, at_window, long_weight=None, long_seq_len=None)
+    without = plan_of(folder, text_file, tmp_path, at_window, **default)
     assert without.long_step is None and without.config.long_weight == 0.0
     assert any("no block longer than the native window of 512 tokens" in line for line in without.lines())
     with pytest.raises(UserError, match="--long-seq-len"):
-        plan_of(folder, text_file, tmp_path, at_window, long_weight=None, long_seq_len=1024)
+        plan_of(folder, text_file, tmp_path, at_window, **{**default, "long_seq_len": 1024})
+
+
+@pytest.mark.usefixtures("by_default")
+def test_a_default_long_part_follows_the_time(tmp_path: Path) -> None:
+    """A block of twice a large window takes many times as long as the short text; whoever asks for it gets it."""
+    folder = tiny_model(tmp_path / "m", max_position_embeddings=32768)
+    for weight, length in ((None, 0), (0.25, 65536)):
+        config = small(folder, tmp_path / "no.txt", tmp_path / "run", seq_len=2048, long_weight=weight)
+        plan = plan_run(config, inspect_model(config, folder), Machine("tiny", True, 1 << 40, 90000.0))
+        assert plan.sizing.long_seq_len == length
+        said = [line for line in plan.lines() if "as long as the rest of a step" in line]
+        assert len(said) == (not length) and all("no long part: a block of 65536 tokens" in line for line in said)
 
 
 @pytest.mark.usefixtures("by_default")
@@ -425,7 +441,7 @@ def test_a_slow_demonstration_has_no_long_part(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("by_default")
 def test_a_comparison_has_the_default_long_part_and_resumes(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    options = {"method": "yarn", "steps": 2, "eval_tokens": 32}
+    options = {"method": "yarn", "steps": 2, "eval_tokens": 32, "long_weight": None}
     config = small(model_dir, text_file, tmp_path / "out", compare="logits,ce", **options)
     assert compare_objectives(config) is not None
     more = dataclasses.replace(config, compare="logits,ce,relation", resume=True)

@@ -34,13 +34,17 @@ STEP = Step(
 
 
 def planned(folder: Path, **options: object) -> Plan:
-    config = DistillConfig(model=str(folder), **{"lora_rank": 8, "objective": "relation", **options})
+    config = DistillConfig(
+        model=str(folder), **{"lora_rank": 8, "objective": "relation", "long_weight": 0.0, **options}
+    )
     return plan_run(config, inspect_model(config, folder), MACHINE)
 
 
 def peak(folder: Path, found: Plan, **options: object) -> int:
     """mlx's peak over the first steps of a run; the last one needs as much memory as any later one."""
-    config = DistillConfig(model=str(folder), **{"lora_rank": 8, "objective": "relation", **options})
+    config = DistillConfig(
+        model=str(folder), **{"lora_rank": 8, "objective": "relation", "long_weight": 0.0, **options}
+    )
     pair = load_pair(
         folder,
         method=config.method,

@@ -27,7 +27,7 @@ from mlx_linearard.evaluate.__main__ import run as evaluate
 
 FLAGS = [
     "--seq-len", "32", "--grad-accum", "2", "--steps", "4", "--lora-rank", "4", "--learning-rate", "2e-3",
-    "--eval-tokens", "128", "--save-every", "2",
+    "--long-weight", "0", "--eval-tokens", "128", "--save-every", "2",
 ]  # fmt: skip
 
 

@@ -28,7 +28,9 @@ SMOLLM2: dict[str, Any] = {
 
 
 def sized(machine: Machine = SLOW, **options: Any) -> Sizing:
-    return size_run(DistillConfig(**{"model": "a model", "data": "a text", **options}), SMOLLM2, machine)
+    return size_run(
+        DistillConfig(**{"model": "a model", "data": "a text", "long_weight": 0.0, **options}), SMOLLM2, machine
+    )
 
 
 @pytest.mark.parametrize("objective", ["relation", "logits", "relation+logits", "ce"])
