@@ -37,7 +37,7 @@ def study_of(runner: ModuleType, output: Path, runs: dict, evaluations: list | N
 
 
 def test_each_kind_of_run_has_its_commands(runner: ModuleType, tmp_path: Path) -> None:
-    runs = {"native": {"method": "native"}, "untrained": {"steps": 0, "yarn_beta_fast": 12.0}, "a": {"steps": 3}}
+    runs: dict = {"native": {"method": "native"}, "untrained": {"steps": 0, "yarn_beta_fast": 12.0}, "a": {"steps": 3}}
     evaluations = [{"suite": "ppl"}, {"suite": "choice", "data": ["choice={items}/x.jsonl", "y"]}]
     study = study_of(runner, tmp_path / "out", runs, evaluations)
     words = {name: [words[2:] for _, words in study.commands(name)] for name in runs}
@@ -50,6 +50,9 @@ def test_each_kind_of_run_has_its_commands(runner: ModuleType, tmp_path: Path) -
     assert words["a"][0][:3] == ["mlx_linearard.distill", "--config", str(runner.RECIPE)]
     assert words["a"][0][-4:] == ["--method", "yarn", "--steps", "3"]
     assert words["a"][1][2] == f"a={tmp_path / 'out' / 'a' / 'model'}"
+    runs["native"]["evaluate"] = [{"suite": "far"}]
+    (only,) = (words[2:] for _, words in study.commands("native"))
+    assert only[5:] == ["--data", "V", "--suite", "far"]
 
 
 def test_a_failed_training_is_not_evaluated_and_is_tried_again(

@@ -4,8 +4,8 @@
 
 A study is a YAML file with three parts: `shared`, the options of `distill` that all runs have beside
 examples/recipe.yaml; `runs`, a name for each run and its own options; and `evaluate`, the options of each call of
-`evaluate` on the finished model, the most important first. `method: native` measures the model as it is, and
-`steps: 0` the scaled model without training.
+`evaluate` on the finished model, the most important first. A run's own `evaluate` replaces these calls.
+`method: native` measures the model as it is, and `steps: 0` the scaled model without training.
 
 --jobs runs that many side by side on one device; their times are then not comparable. The CSV is written as each
 command ends. A second call continues: what is finished is not repeated. --limit-minutes asks what still runs to save
@@ -67,7 +67,8 @@ class Study:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def options(self, name: str) -> Options:
-        return {**self.shared, **self.runs[name]}
+        """The options of a run, without its evaluations."""
+        return {key: value for key, value in {**self.shared, **self.runs[name]}.items() if key != "evaluate"}
 
     def folder(self, name: str) -> Path:
         """The run directory or the scaled model of a run."""
@@ -107,7 +108,7 @@ class Study:
         else:
             data = {"model": given.model, "data": given.data, "valid_data": given.valid_data, "output": folder}
             yield "training", command("distill", "--config", str(RECIPE), *flags({**data, **options}))
-        for evaluation in self.evaluations:
+        for evaluation in self.runs[name].get("evaluate", self.evaluations):
             wanted = {"data": [given.valid_data], **evaluation}
             wanted["data"] = [str(source).format(items=given.items) for source in wanted["data"]]
             if "fidelity" in str(wanted["suite"]).split(","):

@@ -50,6 +50,15 @@ def nll(subject: Subject, tokens: np.ndarray) -> np.ndarray:
     return -logs[np.arange(len(tokens) - 1), tokens[1:]]
 
 
+def test_further_texts_overlap_but_no_token_is_scored_twice() -> None:
+    documents = [np.arange(size) + 10_000 * i for i, size in enumerate((700, 430))]
+    few, many = (FarContext(documents, (200,), near=90, samples=n, last=60)._texts(200) for n in (5, 100))
+    assert [int(text[0]) for text in few] == [0, 10_000, 200, 10_200, 400]
+    assert [list(text) for text in many[:5]] == [list(text) for text in few] and len(many) > 10
+    scored = np.concatenate([text[-60:] for text in many])
+    assert len(set(scored)) == len(scored) and all(len(text) == 201 for text in many)
+
+
 @pytest.mark.parametrize("chunk", [None, 13])
 def test_the_gain_is_that_of_two_plain_passes(folder: Path, chunk: int | None) -> None:
     subject = load_subject(open_directory(folder / "scaled"), chunk=chunk)

@@ -75,9 +75,16 @@ class FarContext:
         return items
 
     def _texts(self, length: int) -> list[np.ndarray]:
-        """At most `samples` texts: the first of each document, then the second of each, and so on."""
+        """At most `samples` texts: the first of each document, then the second of each, and so on.
+
+        When no text is left that shares no token with another, texts follow that begin `last` tokens later, and so on:
+        no token is scored in two of them.
+        """
         rounds = max(map(len, self.documents), default=0) // length
-        starts = ((document, i * length) for i in range(rounds) for document in self.documents)
+        shifts = range(0, length - self.last + 1, self.last)
+        starts = (
+            (document, i * length + shift) for shift in shifts for i in range(rounds) for document in self.documents
+        )
         texts = (document[start : start + length + 1] for document, start in starts)
         return [text for text in texts if len(text) == length + 1][: self.samples]
 
