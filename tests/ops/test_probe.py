@@ -209,6 +209,7 @@ def test_plan_and_objective_follow_the_choice(
     config = small(model_dir, text_file, tmp_path / "run", seq_len=96, layers="all", long_weight=0.5, long_seq_len=96)
     inspected, machine = inspect_model(config, model_dir), Machine("test", False, 1 << 40, 100.0)
     monkeypatch.setattr(planning, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(probing, "on_gpu", lambda: False)
     assert attention_choice(config, inspected) is None
     monkeypatch.setattr(probing, "on_gpu", lambda: True)
     probes(monkeypatch)
