@@ -164,9 +164,9 @@ def _escaped_bytes(character: str) -> str:
 def run_command(body: Callable[[], int | None]) -> int:
     """Run a command's body and return its exit status.
 
-    0: done. 2: a user's mistake. 3: another process of this run was lost. 130: interrupted. Each status except 0
-    comes with one line on standard error. Any other exception is a bug and keeps its traceback,
-    after a hint if one is known.
+    0: done. 2: a user's mistake, or a failure of the platform whose remedy is known, such as a full memory. 3: another
+    process of this run was lost. 130: interrupted. Each status except 0 comes with one line on standard error. Any
+    other exception is a bug and keeps its traceback.
 
     If standard output is closed or full, the command continues without it. Characters that a stream cannot encode
     are escaped.
@@ -184,9 +184,10 @@ def run_command(body: Callable[[], int | None]) -> int:
             print("stopped", file=sys.stderr)
             return INTERRUPTED_STATUS
         except (RuntimeError, MemoryError, OSError) as error:
-            if hint := remedy(error):
-                print(f"hint: {hint}", file=sys.stderr)
-            raise
+            if (help_ := remedy(error)) is None:
+                raise
+            print(error_line(f"{help_} ({error})"), file=sys.stderr)
+            return USER_ERROR_STATUS
 
 
 # ---------------------------------------------------------------------------------------------------

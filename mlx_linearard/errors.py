@@ -10,7 +10,10 @@ _WATCHDOG = (
     "the display watchdog stopped a long GPU command: set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, "
     "or make tiles smaller with --workspace"
 )
-_MEMORY = "out of memory: lower --seq-len, --batch-size or --workspace"
+_MEMORY = (
+    "the device's memory is full: close other programs that use it, give --recompute all (training), or lower "
+    "--seq-len, --batch-size or --workspace"
+)
 
 # Part of an error message of the platform -> the remedy (from users' reports of mlx on Macs).
 REMEDIES: tuple[tuple[str, str], ...] = (

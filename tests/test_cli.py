@@ -100,15 +100,32 @@ def test_each_end_has_its_status(
     assert capsys.readouterr().err == line
 
 
-def test_a_bug_keeps_its_traceback_and_has_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("[METAL] Command buffer execution failed: Impacting Interactivity", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", "close other programs that use it"),
+    ],
+)
+def test_a_known_failure_is_a_line_with_its_remedy(
+    message: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        raise RuntimeError(message)
+
+    assert run_command(body) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and remedy in said and message in said
+
+
+def test_a_bug_keeps_its_traceback() -> None:
     streams = sys.stdout, sys.stderr
 
     def body() -> None:
-        raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
+        raise RuntimeError("Something else")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Something else"):
         run_command(body)
-    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in capsys.readouterr().err
     assert (sys.stdout, sys.stderr) == streams
 
 
