@@ -33,6 +33,7 @@ from .objective import Objective, resolve_objective
 from .sizing import Sizing, is_demo, long_sizes, size_run
 from .timing import Clock
 
+WHOLE_BATCHES = "with --lora-dropout it needs complete batches per process: raise --grad-accum"
 MOST_LONG_TIMES = 8  # a long part that nobody asked for makes a step at most this many times longer
 
 
@@ -173,15 +174,23 @@ def plan_run(
 
     Args:
         attention: which attention runs under a gradient; None: the default, without a probe.
+    Raises:
+        UserError: the sizes do not fit the model, or the processes cannot have the long part that is asked for.
     """
 
     def plan(weight: float) -> Plan:
         return _plan(dataclasses.replace(config, long_weight=weight), inspected, machine, ranks, attention)
 
     wanted = plan(config.weight_of_long)
-    if wanted.sizing.long is None or config.needs_long:
+    if wanted.sizing.long is None:
         return wanted
-    if why := _no_long_part(wanted):
+    shares_rows = ranks.share(wanted.sizing.grad_accum, wanted.sizing.batch_size).parts > 1
+    impossible = WHOLE_BATCHES if shares_rows and config.lora_dropout else None
+    if config.needs_long and impossible:
+        raise UserError(f"--long-weight: {impossible}")
+    if config.needs_long:
+        return wanted
+    if why := impossible or _no_long_part(wanted):
         return dataclasses.replace(plan(0.0), note=f"no long part: {why}")
     return dataclasses.replace(wanted, long_optional=True)
 

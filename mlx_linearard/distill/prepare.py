@@ -277,8 +277,6 @@ def _load(plan: Plan, listener: Listener, ranks: Ranks, text: Text | None) -> Jo
     check_finite(dict(named_arrays(pair.teacher.parameters())), plan.path)
     share = ranks.share(sizing.grad_accum, sizing.batch_size)
     if share.parts > 1:
-        if config.long_weight and config.lora_dropout:
-            raise UserError("--long-weight with --lora-dropout needs complete batches per process: raise --grad-accum")
         drop_rows(pair.student, share.part, share.parts)
     for line in amount_of(text, sizing).lines(sizing):
         listener.say(line)

@@ -129,6 +129,24 @@ def test_the_time_is_that_of_the_machines_and_the_memory_that_of_a_share(model_d
     assert (step.grad_accum, step.batch) == (1, 1)
 
 
+@pytest.mark.parametrize("weight", [None, 0.2])
+def test_rows_that_are_shared_with_dropout_have_no_long_part(
+    model_dir: Path, text_file: Path, weight: float | None
+) -> None:
+    """The part that nobody asked for is left out; who asks for it is told what to do."""
+    options = {"grad_accum": 1, "batch_size": 16, "long_weight": weight, "lora_dropout": 0.1}
+    config = small(model_dir, text_file, Path("unused"), **options)
+    inspected, machine = inspect_model(config, model_dir), machine_of_speed(100.0)
+    assert plan_run(config, inspected, machine).sizing.long
+    four = Ranks(0, 4, ("a",) * 4)
+    if weight:
+        with pytest.raises(UserError, match="--long-weight: with --lora-dropout it needs"):
+            plan_run(config, inspected, machine, four)
+    else:
+        plan = plan_run(config, inspected, machine, four)
+        assert plan.sizing.long is None and "with --lora-dropout it needs" in str(plan.note)
+
+
 def test_one_process_is_alone_whatever_it_asks() -> None:
     with joined() as ranks:
         assert ranks is ALONE and ranks.leads
@@ -188,8 +206,21 @@ def alone(model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
 
 
 PASSES = ("--grad-accum", "4", "--steps", "8", "--eval-every", "3")
-ROWS = ("--grad-accum", "1", "--batch-size", "4", "--steps", "8", "--objective", "relation+logits")
-BOTH = ("--grad-accum", "2", "--batch-size", "2", "--steps", "8", "--objective", "ce", "--fine-tune-type", "dora")
+SHORT = ("--long-weight", "0")  # with dropout, processes that share rows have no long part
+ROWS = ("--grad-accum", "1", "--batch-size", "4", "--steps", "8", "--objective", "relation+logits", *SHORT)
+BOTH = (
+    "--grad-accum",
+    "2",
+    "--batch-size",
+    "2",
+    "--steps",
+    "8",
+    "--objective",
+    "ce",
+    "--fine-tune-type",
+    "dora",
+    *SHORT,
+)
 FAR = ("--method", "yarn", "--long-weight", "0.5", "--long-objective", "longce+recall", "--long-seq-len", "200")
 
 
