@@ -63,6 +63,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights in memory")
     parser.add_argument("--objective", choices=OBJECTIVES, default="relation", help="the objective of the step")
     parser.add_argument("--long-objective", choices=LONG_OBJECTIVES, help="of the long parts (ce, longce, ce+recall)")
+    parser.add_argument(
+        "--recompute", choices=("auto", "all", "none"), default="auto", help="the --recompute of distill"
+    )
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -79,7 +82,7 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
     check_model_dir(smol)  # a mistake is reported before any file is made
     wide, small = (random_model(scratch / name, smol, bits) for name, bits in (("wide-246m", None), ("wide-4bit", 4)))
     short, long = options.lengths
-    only = options.long_objective
+    only, with_relations = options.long_objective, "relation" in options.objective
     chosen: list[tuple[Path, int, str, str | None]] = [
         (smol, short, "last", None),
         (smol, long, "last", None),
@@ -95,13 +98,16 @@ def configurations(options: argparse.Namespace, scratch: Path) -> list[dict[str,
         {
             "path": str(path),
             "seq_len": length,
-            "layers": layers,
             "dtype": options.dtype,
             "workspace": options.workspace,
             "objective": options.objective,
-            **({"long_weight": 0.2, "long_objective": term, "long_seq_len": 4 * long} if term else {}),
+            "recompute": options.recompute,
+            **({"layers": layers} if with_relations else {}),
+            **({"long_objective": term, "long_seq_len": 4 * long} if term else {}),
+            "long_weight": 0.2 if term else 0.0,
         }
         for path, length, layers, term in chosen
+        if with_relations or layers == "last"
     ]
 
 
@@ -170,7 +176,8 @@ def child(work: dict[str, Any]) -> None:
     long = None
     if sizes := run.sizing.long:
         text = np.random.default_rng(0).integers(0, 1000, sizes.seq_len + 1).astype(np.int32)
-        long = LongPart.of(config, sizes, LongBlocks.of(text, sizes.text, 0, np.zeros(1, np.int64)))
+        blocks = LongBlocks.of(text, sizes.text, 0, np.zeros(1, np.int64))
+        long = LongPart.of(config, sizes, blocks, run.attention, run.long_step.kept if run.long_step else 0)
     peak = 0
     for _ in range(STEPS):
         tokens = mx.random.randint(0, 1000, (1, run.sizing.seq_len + 1))
@@ -185,6 +192,7 @@ def child(work: dict[str, Any]) -> None:
                 "model": path.name,
                 "dtype": run.dtype or "file's",
                 "objective": config.objective,
+                "recompute": config.recompute,
                 "length": config.seq_len,
                 "layers": config.layers,
                 "long": f"{config.long_objective} {sizes.seq_len}" if sizes else "",
