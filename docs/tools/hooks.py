@@ -39,6 +39,6 @@ def options() -> str:
             if item.metadata["group"] == group:
                 value = f" {item.metadata['metavar']}" if item.metadata["metavar"] else ""
                 default = "" if item.default is None or item.default is False else f" Default: `{item.default}`."
-                text = item.metadata["help"].replace("*", "\\*").replace("<", "&lt;")
+                text = item.metadata["help"].replace("*", "\\*").replace("[", "\\[").replace("<", "&lt;")
                 lines.append(f"- `--{flag(item.name)}{value}`: {text}.{default}")
     return "\n".join(lines)
