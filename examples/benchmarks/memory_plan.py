@@ -26,7 +26,7 @@ from typing import Any
 from step import lengths
 
 from mlx_linearard.cli import run_command
-from mlx_linearard.config import DTYPES, LONG_OBJECTIVES, OBJECTIVES
+from mlx_linearard.config import DTYPES, LONG_OBJECTIVES, OBJECTIVES, RECOMPUTES
 from mlx_linearard.doctor.measuring import file_name
 
 ALLOWED = 0.15
@@ -63,9 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights in memory")
     parser.add_argument("--objective", choices=OBJECTIVES, default="relation", help="the objective of the step")
     parser.add_argument("--long-objective", choices=LONG_OBJECTIVES, help="of the long parts (ce, longce, ce+recall)")
-    parser.add_argument(
-        "--recompute", choices=("auto", "all", "none"), default="auto", help="the --recompute of distill"
-    )
+    parser.add_argument("--recompute", choices=RECOMPUTES, default="auto", help="the --recompute of distill")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument("--out", default="examples/benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -177,7 +175,7 @@ def child(work: dict[str, Any]) -> None:
     if sizes := run.sizing.long:
         text = np.random.default_rng(0).integers(0, 1000, sizes.seq_len + 1).astype(np.int32)
         blocks = LongBlocks.of(text, sizes.text, 0, np.zeros(1, np.int64))
-        long = LongPart.of(config, sizes, blocks, run.attention, run.long_step.kept if run.long_step else 0)
+        long = LongPart.of(config, sizes, blocks, run.attention, run.kept_of_long)
     peak = 0
     for _ in range(STEPS):
         tokens = mx.random.randint(0, 1000, (1, run.sizing.seq_len + 1))

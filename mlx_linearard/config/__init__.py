@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, objectives_of, shortened
+from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, RECOMPUTES, objectives_of, shortened
 from .mlx_lm_names import OTHER, SAME, translated
 from .option import flag, type_of
 from .options import ALSO, LEARNING_RATE, LONG_WEIGHT, DistillConfig
@@ -17,6 +17,7 @@ __all__ = [
     "LONG_WEIGHT",
     "OBJECTIVES",
     "OTHER",
+    "RECOMPUTES",
     "SAME",
     "DistillConfig",
     "flag",

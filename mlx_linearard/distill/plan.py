@@ -34,7 +34,7 @@ from .sizing import Sizing, is_demo, long_sizes, size_run
 from .timing import Clock
 
 WHOLE_BATCHES = "with --lora-dropout it needs complete batches per process: raise --grad-accum"
-MOST_LONG_TIMES = 8  # a long part that nobody asked for makes a step at most this many times longer
+MOST_LONG_TIMES = 8  # a default long block takes at most this many times as long as the rest of a step
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Plan:
     @property
     def run(self) -> RunDir:
         return RunDir(self.config.output)
+
+    @property
+    def kept_of_long(self) -> int:
+        """How many layers keep the activations of the long block."""
+        return self.long_step.kept if self.long_step else 0
 
     def objective(self, student: Any) -> Objective:
         """The objective of the run, for its student."""
@@ -186,9 +191,9 @@ def plan_run(
         return wanted
     shares_rows = ranks.share(wanted.sizing.grad_accum, wanted.sizing.batch_size).parts > 1
     impossible = WHOLE_BATCHES if shares_rows and config.lora_dropout else None
-    if config.needs_long and impossible:
-        raise UserError(f"--long-weight: {impossible}")
     if config.needs_long:
+        if impossible:
+            raise UserError(f"--long-weight: {impossible}")
         return wanted
     if why := impossible or _no_long_part(wanted):
         return dataclasses.replace(plan(0.0), note=f"no long part: {why}")
@@ -213,8 +218,7 @@ def _no_long_part(plan: Plan) -> str | None:
 
 def _long_times(plan: Plan) -> float:
     """How many times as long as the rest of a step the block of long text takes."""
-    if plan.sizing.long is None:
-        return 0.0
+    assert plan.sizing.long is not None
     clock = Clock(Shape.of(plan.native), plan.machine, plan.config)
     return clock.long_part(plan.sizing.long) / clock.training(plan.sizing.tokens_per_step, plan.sizing.seq_len)
 

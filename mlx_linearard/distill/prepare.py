@@ -352,7 +352,7 @@ def long_part_of(plan: Plan, text: Text, tokenizer: Tokenizer) -> LongPart | Non
         return None
     tokens = text.training if text.long is None else text.long
     blocks = LongBlocks.of(tokens, sizes.text, plan.config.seed, text.long_starts, text.first)
-    return LongPart.of(plan.config, sizes, blocks, plan.attention, plan.long_step.kept if plan.long_step else 0)
+    return LongPart.of(plan.config, sizes, blocks, plan.attention, plan.kept_of_long)
 
 
 def blocks_of(config: DistillConfig, sizing: Sizing, text: Text) -> Blocks:

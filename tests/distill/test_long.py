@@ -419,7 +419,7 @@ def test_a_default_long_part_follows_the_memory(text_file: Path, tmp_path: Path)
 
 @pytest.mark.usefixtures("by_default")
 def test_a_default_long_part_follows_the_time(tmp_path: Path) -> None:
-    """A block of twice a large window takes many times as long as the short text; whoever asks for it gets it."""
+    """A block of twice a large window takes many times as long as the short text. With --long-weight the run has it."""
     folder = tiny_model(tmp_path / "m", max_position_embeddings=32768)
     for weight, length in ((None, 0), (0.25, 65536)):
         config = small(folder, tmp_path / "no.txt", tmp_path / "run", seq_len=2048, long_weight=weight)

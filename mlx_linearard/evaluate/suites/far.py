@@ -77,8 +77,8 @@ class FarContext:
     def _texts(self, length: int) -> list[np.ndarray]:
         """At most `samples` texts: the first of each document, then the second of each, and so on.
 
-        When no text is left that shares no token with another, texts follow that begin `last` tokens later, and so on:
-        no token is scored in two of them.
+        These share no token. Further texts begin `last` tokens later, and so on: they share tokens with earlier texts,
+        but no token is scored in two texts.
         """
         rounds = max(map(len, self.documents), default=0) // length
         shifts = range(0, length - self.last + 1, self.last)
