@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_linearard.cli import run_command
-from mlx_linearard.config import DTYPES
+from mlx_linearard.config import DTYPES, RECOMPUTES
 from mlx_linearard.doctor.measuring import file_name
 from mlx_linearard.doctor.series import SERIES, Work, in_own_process
 
@@ -32,7 +32,12 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare_model(options, Path(scratch))
-        rows = [row for name in options.series for row in run_series(options, model, name)]
+        rows = [
+            row
+            for name in options.series
+            for recompute in (options.recompute if name != "mlx-lm" else options.recompute[:1])
+            for row in run_series(options, model, name, recompute)
+        ]
     report(rows, Path(options.out))
 
 
@@ -50,6 +55,13 @@ def series(text: str) -> list[str]:
     return names
 
 
+def recomputes(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(RECOMPUTES) - {"auto"}:
+        raise argparse.ArgumentTypeError(f"{text}: must be all, feed-forward or none, or several of them")
+    return names
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -64,7 +76,10 @@ def arguments() -> argparse.Namespace:
         "--memory-limit", type=int, default=None, metavar="MB", help="the --memory-limit of distill, for every series"
     )
     parser.add_argument(
-        "--recompute", choices=("all", "none"), default="all", help="the --recompute of distill, for every series"
+        "--recompute",
+        type=recomputes,
+        default="all",
+        help="the --recompute of distill for every series: all, feed-forward or none, or several, separated by commas",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the dtype of the files)"
@@ -132,7 +147,7 @@ def random_quantized(config: dict[str, Any], folder: Path, tokenizer_from: Path)
 # Series
 
 
-def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict[str, Any]]:
+def run_series(options: argparse.Namespace, model: Path, name: str, recompute: str) -> list[dict[str, Any]]:
     """One series in a process of its own; its rows, also those before a failure."""
     work = Work(
         series=name,
@@ -143,7 +158,7 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
         workspace=options.workspace << 20,
         dtype=options.dtype,
         memory_limit=options.memory_limit,
-        recompute=options.recompute,
+        recompute=recompute,
     )
     rows = []
     for row in in_own_process(work):
@@ -152,7 +167,7 @@ def run_series(options: argparse.Namespace, model: Path, name: str) -> list[dict
             continue
         rows.append(row)
         speed = f"{row['peak_mb']:.0f} MB, {row['tokens_per_second']:.0f} tokens/s"
-        print(f"{name} T={row['length']}: {speed}", file=sys.stderr, flush=True)
+        print(f"{line_of(row)} T={row['length']}: {speed}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -175,9 +190,8 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
 
     if not rows:
         sys.exit("nothing was measured")
-    names = list(dict.fromkeys(r["series"] for r in rows))
-    for name in names:
-        own = [r for r in rows if r["series"] == name]
+    for name in dict.fromkeys(map(line_of, rows)):
+        own = [r for r in rows if line_of(r) == name]
         print(f"\n{name}: exponent {exponent(own):.2f} on {own[0]['machine']}, {own[0]['model']}")
         for r in own:
             memory = f"peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})"
@@ -200,14 +214,20 @@ LINES = {
 }
 
 
+def line_of(row: dict[str, Any]) -> str:
+    """The name of a row's line: its series and, if it keeps activations, what it computes again."""
+    name = LINES.get(row["series"], row["series"])
+    return name if row["recompute"] in ("", "all") else f"{name}, recompute {row['recompute']}"
+
+
 def panels(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, tuple[list[int], list[float]]]]]:
     """Memory and speed against length, a line for each series."""
 
     def lines(key: str, unit: float) -> dict[str, tuple[list[int], list[float]]]:
         drawn = {}
-        for name in dict.fromkeys(r["series"] for r in rows):  # all series, so that each keeps its colour
-            own = [r for r in rows if r["series"] == name and r[key]]
-            drawn[LINES.get(name, name)] = [r["length"] for r in own], [r[key] * unit for r in own]
+        for name in dict.fromkeys(map(line_of, rows)):  # all series, so that each keeps its colour
+            own = [r for r in rows if line_of(r) == name and r[key]]
+            drawn[name] = [r["length"] for r in own], [r[key] * unit for r in own]
         return drawn
 
     both = {"peak memory": ("GB", lines("peak_mb", 1e-3)), "speed": ("tokens/s", lines("tokens_per_second", 1))}

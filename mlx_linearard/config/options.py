@@ -287,9 +287,9 @@ class DistillConfig:
     workspace: int = option(256, "MB for tiles of scores", check=positive, metavar="MB")
     recompute: str = option(
         "auto",
-        "which layers' activations are computed again in the backward pass instead of kept in memory: all (least "
-        "memory), none (fastest), or auto: only those that do not fit into --memory-limit, by default half of the "
-        "machine's memory",
+        "which activations are computed again in the backward pass instead of kept in memory: all (least memory), "
+        "feed-forward (of these parts of the layers), none (fastest), or auto: only those that do not fit into "
+        "--memory-limit, by default half of the machine's memory",
         choices=RECOMPUTES,
     )
     memory_limit: int | None = option(

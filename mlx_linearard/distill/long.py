@@ -30,6 +30,7 @@ from ..ops.fused import Choice
 from ..ops.logits import cross_entropy, gain_cross_entropy, logits_kl, token_nll
 from ..ops.mlp import width_of
 from ..ops.tiling import in_order
+from .kept import NOTHING, Kept
 from .long_text import LongBlocks, LongSizes, pairs_of, passages_of, short_windows
 from .objective import Objective, student_hidden
 
@@ -100,7 +101,7 @@ class LongPart:
         sizes: LongSizes,
         blocks: LongBlocks,
         attention: Choice | None = None,
-        kept: int = 0,
+        kept: Kept = NOTHING,
     ) -> LongPart:
         """The long part that the options ask for, over blocks of `sizes.text` tokens; `kept` is the objective's."""
         workspace = config.workspace << 20

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from ..config import DistillConfig
 from ..models.shape import Shape
 from ..ops import attention, gated_delta, logits, mlp, relation
 from ..ops.tiling import FLOAT32
+from .kept import NOTHING, Kept, kept_always
 
 # CUDA only, in arrays as large as a hidden state: mlx runs ahead of the device by ten batches of operations, and the
 # results of these are not yet released. ops/tiling.py makes a batch as small as three operations.
@@ -63,7 +65,7 @@ class Step:
     gpu: bool
     recalled: int = 0  # positions of a long block whose logits are compared with the teacher's, beside `logits`
     fused: bool | None = None  # whether mlx's attention runs under a gradient; None: the default, without a probe
-    kept: int = 0  # number of layers that keep their activations for the backward pass
+    kept: Kept = NOTHING  # which layers keep activations for the backward pass
     copied: int = 0  # bytes of the float32 copies of a layer's experts (models.experts.copied_bytes)
 
     @property
@@ -85,18 +87,25 @@ class Step:
     def retained(self) -> int:
         """Bytes that a layer keeps beyond its input, instead of recomputing them.
 
-        That is its inputs' norm and its middle, q, k, v the output of attention, what the feed-forward part keeps
-        (`ops.mlp.kept_width`), and x A of the adapters with, in half precision, the float32 copies of x. Copies of
-        experts are kept too. With layers of linear attention it is the mean of both kinds.
+        That is what attention keeps, and the feed-forward part (`ops.mlp.kept_width`), with copies of experts.
         """
-        q, ffn = self.shape.heads * self.shape.head_dim, self.shape.ffn_kept
+        return self.retained_attention + self.tokens * self.shape.ffn_kept * self.wide + self.copied
+
+    @property
+    def retained_attention(self) -> int:
+        """Bytes that a layer keeps beyond its input if it computes its feed-forward part again.
+
+        That is its input's norm and its middle, q, k, v, the output of attention, and x A of the adapters with, in
+        half precision, the float32 copies of x. With layers of linear attention it is the mean of both kinds.
+        """
+        q = self.shape.heads * self.shape.head_dim
         attention = (self.qkv + q) * self.size
         if linear := self.shape.linear:  # measured on the CPU
             kept = (10 * linear.keys + 8 * linear.values) * FLOAT32
             attention = round(attention + linear.share * (kept - attention))
-        numbers = 2 * self.shape.width * self.size + attention + ffn * self.wide
+        numbers = 2 * self.shape.width * self.size + attention
         adapted = self.rank + (self.shape.width if self.rank and self.size != FLOAT32 else 0)
-        return self.tokens * (numbers + adapted * FLOAT32) + self.copied
+        return self.tokens * (numbers + adapted * FLOAT32)
 
     @property
     def related(self) -> int:
@@ -132,21 +141,30 @@ def plan_memory(step: Step) -> MemoryPlan:
 
 
 def keeping(step: Step, config: DistillConfig, usable: int) -> Step:
-    """`step` with as many layers keeping their activations as --recompute says, on a machine of `usable` bytes."""
-    if config.recompute == "all":
-        return step
-    if config.recompute == "none":
-        return dataclasses.replace(step, kept=step.layers)
+    """`step` with as many layers keeping activations as --recompute says, on a machine of `usable` bytes.
+
+    By default the layers keep what attention needs first, and then everything, the last layers first.
+    """
+    layers = step.layers
+    if (always := kept_always(config.recompute, layers)) is not None:
+        return dataclasses.replace(step, kept=always)
     limit = int(KEPT_SHARE * usable) if config.memory_limit is None else min(config.memory_limit << 20, usable)
-    plans = (plan_memory(dataclasses.replace(step, kept=n)).total for n in range(1, step.layers + 1))
-    return dataclasses.replace(step, kept=sum(1 for _ in itertools.takewhile(lambda total: total <= limit, plans)))
+    more = [Kept(0, n) for n in range(1, layers + 1)] + [Kept(n, layers - n) for n in range(1, layers + 1)]
+    steps = (dataclasses.replace(step, kept=kept) for kept in more)
+    fitting = itertools.takewhile(lambda fuller: plan_memory(fuller).total <= limit, steps)
+    return functools.reduce(lambda _, fuller: fuller, fitting, step)
 
 
 def kept_line(step: Step, name: str) -> str:
-    """How many layers keep their activations, in one line; `name` is put after "activations"."""
-    rest = "the others compute them again" if step.kept < step.layers else "none are computed again"
-    held = step.kept * step.retained / 1e9
-    return f"activations{name}: {step.kept} of {step.layers} layers keep theirs ({held:.2f} GB), {rest}"
+    """Which layers keep their activations, in one line; `name` is put after "activations"."""
+    whole, attention = step.kept.whole, step.kept.attention
+    held = (whole * step.retained + attention * step.retained_attention) / 1e9
+    parts = [f"{whole} of {step.layers} layers keep theirs"] if whole else []
+    if attention:
+        parts.append(f"{attention} {'' if whole else f'of {step.layers} '}layers keep those of attention")
+    rest = "the others compute them again" if whole + attention < step.layers else ""
+    rest = rest or ("the rest is computed again" if attention else "none are computed again")
+    return f"activations{name}: {', '.join(parts)} ({held:.2f} GB), {rest}"
 
 
 def relation_workspace(workspace: int, shape: Shape, relations: str, tokens: int, size: int, *, gpu: bool) -> int:
@@ -216,12 +234,18 @@ def _update(step: Step) -> MemoryPlan:
 def _moments_keeping(step: Step) -> Iterator[tuple[str, int, int]]:
     """The moments at which the layers that keep their activations hold them: the gradient enters the last of them.
 
-    What this layer keeps is a part of what its gradient holds. Its feed-forward part is not in chunks. Without logits
-    the last layer ends at its q, k, v and keeps little.
+    What this layer keeps is a part of what its gradient holds. A feed-forward part that is kept is not in chunks.
+    Without logits the last layer ends at its q, k, v and keeps little.
     """
     if not step.kept:
         return
-    held = (step.kept - (not step.logits and not step.recalled)) * step.retained
+    full, half = step.retained, step.retained_attention
+    whole, attention = step.kept.whole, step.kept.attention
+    held = whole * full + attention * half
+    if not step.logits and not step.recalled:  # without the last layer
+        held -= full if whole else half
+        whole, attention = (whole - 1, attention) if whole else (whole, attention - 1)
+    own = full if whole else half if attention else 0  # of the first layer that the gradient enters
     wide = mlp.ALONE * step.tokens * step.shape.ffn_held * step.wide + step.copied
     for moment, activations, workspace in _moments(step):
         if moment in ("relations", "logits"):
@@ -229,8 +253,8 @@ def _moments_keeping(step: Step) -> Iterator[tuple[str, int, int]]:
         elif moment == LINEAR:  # almost all of what its gradient holds is kept
             yield moment, held, workspace
         else:
-            whole = activations + (wide if moment == "feed-forward" else workspace)
-            yield moment, held + max(0, whole - step.retained), 0
+            space = wide if moment == "feed-forward" and whole else workspace
+            yield moment, held + max(0, activations + space - own), 0
 
 
 def _moments(step: Step) -> Iterator[tuple[str, int, int]]:
@@ -284,7 +308,7 @@ def advice(step: Step, limit: int, config: DistillConfig) -> Iterator[str]:
     def fits(**changes: Any) -> bool:
         return plan_memory(dataclasses.replace(step, **changes)).total <= limit
 
-    options = ["--recompute auto"] if step.kept and fits(kept=0) else []
+    options = ["--recompute auto"] if step.kept and fits(kept=NOTHING) else []
     if (length := longest(step, limit, step.seq_len)) >= SHORTEST:
         options.append(f"--seq-len {length // SHORTEST * SHORTEST}")
     if batch := bisect.bisect_left(range(1, step.batch), True, key=lambda n: not fits(batch=n)):

@@ -3,7 +3,7 @@
 Teacher and student run layer by layer, as pairs. One closure per layer runs both, consumes q, k and v inside
 the layer, and returns the hidden states, the relation losses and the gradients of the losses in q, k and v.
 Nothing else of the layer is kept; the backward pass recomputes the student's half of the layer from its input.
-The last `Objective.kept` layers keep their activations instead: the same operations, more memory, less time.
+`Objective.kept` names layers that keep activations instead: the same operations, more memory, less time.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ..models.shape import Shape
 from ..ops.attention import attention_in_training, attention_no_grad
 from ..ops.fused import Choice
 from ..ops.logits import cross_entropy, logits_kl
-from ..ops.mlp import in_chunks, width_of
+from ..ops.mlp import PositionWise, in_chunks, width_of
 from ..ops.relation import relation_kl_with_grad
 from ..ops.tiling import first, in_order
+from .kept import NOTHING, Kept
 from .memory import relation_workspace
 
 RELATIONS = "qkv"
@@ -45,7 +46,7 @@ class Objective:
     ce_weight: float = 0.0
     workspace_bytes: int = 256 << 20
     attention: Choice | None = None  # which attention runs under a gradient; None: the default, without a probe
-    kept: int = 0  # how many of the layers that run keep their activations, from the last one on
+    kept: Kept = NOTHING  # which of the layers that run keep activations
 
     @property
     def needs_logits(self) -> bool:
@@ -165,7 +166,7 @@ def _run_layers(
             calls_s[index],
             supervised=index in objective.layers,
             stops=index == last and not objective.needs_logits,
-            keeps=index > last - objective.kept,
+            keeps=objective.kept.of_layer(last - index),
             dropout_seed=None if dropout_seed is None else dropout_seed * total + index,
         )
         hidden_t, hidden_s, loss = layer(hidden_t, hidden_s, leaves_of.get(index, {}))
@@ -191,14 +192,14 @@ class _PairedLayer:
     call_s: Call
     supervised: bool
     stops: bool  # True: nothing after this layer's q, k, v is needed
-    keeps: bool  # True: the student's activations stay in memory until the backward pass
+    keeps: tuple[bool, bool]  # whether the student's activations stay in memory: attention's, the feed-forward part's
     dropout_seed: int | None
 
     def __call__(
         self, hidden_t: mx.array, hidden_s: mx.array, leaves: Leaves
     ) -> tuple[mx.array, mx.array, mx.array | None]:
         names = list(leaves)
-        if self.keeps:
+        if any(self.keeps):
             return self._keeping(names, hidden_t, hidden_s, *leaves.values())
         function: Any = mx.custom_function(partial(self._forward, names))
         function.vjp(partial(self._backward, names))
@@ -316,12 +317,17 @@ class _PairedLayer:
         if self.dropout_seed is not None:
             mx.random.seed(self.dropout_seed)  # the same dropout in both passes
         with holding(layer, dict(zip(names, leaves, strict=True))):
-            wrap = _whole if self.keeps else self._in_chunks
-            next_hidden = run_layer(layer, hidden, self.call_s, attend, wrap)
+            next_hidden = run_layer(layer, hidden, self.call_s, attend, self._feed_forward)
         return [next_hidden, *(seen if self.supervised else [])]
 
-    def _in_chunks(self, feed_forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-        return in_chunks(feed_forward, width_of(self.pair.native_config), self.objective.workspace_bytes)
+    def _in_chunks(self, feed_forward: PositionWise, recompute: bool = False) -> PositionWise:
+        width, workspace = width_of(self.pair.native_config), self.objective.workspace_bytes
+        return in_chunks(feed_forward, width, workspace, recompute=recompute)
+
+    def _feed_forward(self, part: PositionWise) -> PositionWise:
+        """The student's feed-forward part, as it is if its activations are kept."""
+        attention, whole = self.keeps
+        return part if whole else self._in_chunks(part, recompute=attention)
 
     def _backward(
         self, names: list[str], primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
@@ -342,11 +348,6 @@ class _PairedLayer:
 def _scaled(gradients: Sequence[mx.array], cotangents: mx.array) -> list[mx.array]:
     """The gradient of each loss times the loss's cotangent; the cotangents are (R,)."""
     return [g * cotangents[i].astype(g.dtype) for i, g in enumerate(gradients)]
-
-
-def _whole(feed_forward: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """A feed-forward part as it is: in chunks it would be recomputed."""
-    return feed_forward
 
 
 def _pick(relations: str, *qkv: mx.array) -> list[mx.array]:

@@ -26,6 +26,7 @@ from ..models.shape import Shape
 from ..models.trees import named_modules
 from ..ops.fused import Choice
 from ..ops.probe import choice_of
+from .kept import NOTHING, Kept
 from .long_text import SHORTEST as SHORTEST_LONG
 from .long_text import LongSizes
 from .memory import FLOAT32, SHORTEST, MemoryPlan, Step, advice, keeping, kept_line, longest, plan_memory
@@ -58,9 +59,9 @@ class Plan:
         return RunDir(self.config.output)
 
     @property
-    def kept_of_long(self) -> int:
-        """How many layers keep the activations of the long block."""
-        return self.long_step.kept if self.long_step else 0
+    def kept_of_long(self) -> Kept:
+        """Which layers keep the activations of the long block."""
+        return self.long_step.kept if self.long_step else NOTHING
 
     def objective(self, student: Any) -> Objective:
         """The objective of the run, for its student."""
@@ -110,7 +111,7 @@ class Plan:
 
     def _least(self, step: Step) -> Step:
         """`step` with as few kept activations as --recompute allows."""
-        return step if self.config.recompute == "none" else dataclasses.replace(step, kept=0)
+        return dataclasses.replace(step, kept=NOTHING) if self.config.recompute == "auto" else step
 
     def check(self) -> None:
         """Raise UserError, with flags that help, if the plan exceeds the machine's memory; --force allows it."""
@@ -272,7 +273,7 @@ def _long_step(config: DistillConfig, step: Step, layers: int, sizes: LongSizes 
         supervised=0,
         logits=None if config.long_objective == "recall" else "ce",
         recalled=sizes.recalled,
-        kept=0,
+        kept=NOTHING,
         batch=1,
         seq_len=sizes.seq_len,
         grad_accum=max(2, step.grad_accum),

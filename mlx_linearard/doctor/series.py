@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from ..config import OBJECTIVES
 from ..distill.gradient import Gradients
+from ..distill.kept import NOTHING, kept_always
 from ..distill.objective import resolve_objective
 from ..distill.step import Schedule, TrainState, train_step
 from ..files import read_config
@@ -61,7 +62,7 @@ class Work:
     workspace: int = 256 << 20  # bytes
     dtype: str | None = None  # dtype of the weights in memory; None keeps the dtype of the files
     memory_limit: int | None = None  # MB
-    recompute: str = "all"  # all or none, as distill's --recompute
+    recompute: str = "all"  # all, feed-forward or none, as distill's --recompute
 
     def timed(self, length: int) -> int:
         """How many steps are timed."""
@@ -116,8 +117,8 @@ def own_step(work: Work) -> Measure:
     pair = load_pair(work.model, method="linear", factor=FACTOR, lora_rank=RANK, lora_scale=SCALE, dtype=work.dtype)
     name, layers = (work.series, "last") if work.series in OBJECTIVES else ("relation", work.series)
     objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work.workspace)
-    if work.recompute == "none":
-        objective = dataclasses.replace(objective, kept=objective.last_layer(len(pair.student.layers)) + 1)
+    kept = kept_always(work.recompute, objective.last_layer(len(pair.student.layers)) + 1)
+    objective = dataclasses.replace(objective, kept=kept or NOTHING)
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state, gradients_of = TrainState.start(pair, schedule), Gradients(pair)
 

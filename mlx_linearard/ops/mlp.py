@@ -86,14 +86,17 @@ def peak_bytes(positions: int, width: int, size: int, *, workspace: int) -> int:
     return (ALONE if chunk >= positions else ARRAYS) * chunk * width * size
 
 
-def in_chunks(feed_forward: PositionWise, width: int, workspace: int) -> PositionWise:
-    """`feed_forward`, a frozen function of (B, T, D), run forward and backward in chunks of positions."""
+def in_chunks(feed_forward: PositionWise, width: int, workspace: int, *, recompute: bool = False) -> PositionWise:
+    """`feed_forward`, a frozen function of (B, T, D), run forward and backward in chunks of positions.
+
+    `recompute`: a single chunk too is run again in the backward pass. Several chunks always are.
+    """
 
     def chunked(x: mx.array) -> mx.array:
         flat = x.reshape(1, -1, x.shape[-1])
         positions = flat.shape[1]
         chunk = chunk_size(positions, width, x.dtype.size, workspace)
-        if chunk >= positions:
+        if chunk >= positions and not recompute:
             return feed_forward(x)
         slices = [slice(start, start + chunk) for start in range(0, positions, chunk)]
 
@@ -106,6 +109,8 @@ def in_chunks(feed_forward: PositionWise, width: int, workspace: int) -> Positio
             def back(x: mx.array, cotangent: mx.array) -> mx.array:
                 return mx.vjp(feed_forward, [x], [cotangent])[1][0]
 
+            # Not before the gradient has arrived: otherwise the activations of all layers would be in memory.
+            (flat,) = in_order([flat], [cotangent])
             return mx.concatenate(list(_each(back, slices, flat, cotangent)), axis=1)
 
         out: Any = forward(flat)

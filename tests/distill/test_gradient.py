@@ -14,6 +14,7 @@ from tiny import tiny_model
 
 from mlx_linearard.distill import gradient
 from mlx_linearard.distill.gradient import BlockLoss, Gradients
+from mlx_linearard.distill.kept import NOTHING, Kept
 from mlx_linearard.distill.memory import keeping, plan_memory
 from mlx_linearard.distill.objective import resolve_objective
 from mlx_linearard.distill.step import Schedule, TrainState, _updated, train_step
@@ -48,7 +49,7 @@ def test_layers_that_keep_their_activations_give_the_same_bits(tmp_path: Path, d
         objective = resolve_objective(pair.student, name, layers=layers)
         expected = gradients_of(BlockLoss(objective), parameters, {"tokens": TOKENS})
         assert any(bool(mx.any(g != 0)) for _, g in tree_flatten(expected[2]))
-        for kept in (1, 3):
+        for kept in (Kept(1), Kept(3), Kept(0, 3), Kept(1, 1)):
             loss = BlockLoss(dataclasses.replace(objective, kept=kept))
             assert same(gradients_of(loss, parameters, {"tokens": TOKENS}), expected), (name, layers, kept)
 
@@ -59,9 +60,9 @@ def test_dropout_is_the_same_whether_activations_are_kept(tmp_path: Path) -> Non
     objective = resolve_objective(pair.student, "logits")
     found = [
         gradients_of(BlockLoss(dataclasses.replace(objective, kept=kept)), parameters, {"tokens": TOKENS}, seed)
-        for kept, seed in ((0, 7), (3, 7), (3, 8))
+        for kept, seed in ((NOTHING, 7), (Kept(3), 7), (Kept(0, 3), 7), (Kept(3), 8))
     ]
-    assert same(found[0], found[1]) and not same(found[1], found[2])
+    assert same(found[0], found[1]) and same(found[0], found[2]) and not same(found[1], found[3])
     assert not Gradients(pair, compiles=True).compiles
 
 
@@ -154,13 +155,21 @@ def test_auto_keeps_what_fits_and_none_keeps_all() -> None:
     from mlx_linearard.config import DistillConfig
 
     deep = dataclasses.replace(STEP, layers=12, logits="ce", seq_len=2048)
-    least, most = plan_memory(deep).total, plan_memory(dataclasses.replace(deep, kept=12)).total
-    assert keeping(deep, DistillConfig(recompute="all"), 1 << 50).kept == 0
-    assert keeping(deep, DistillConfig(recompute="none"), 1).kept == 12
-    assert keeping(deep, DistillConfig(), 2 * least - 2).kept == 0
-    assert keeping(deep, DistillConfig(), 2 * most).kept == 12
-    some = keeping(deep, DistillConfig(), least + most)
-    assert 0 < some.kept < 12 and plan_memory(some).total <= (least + most) // 2
-    assert plan_memory(dataclasses.replace(some, kept=some.kept + 1)).total > (least + most) // 2
+    half, full = Kept(attention=12), Kept(whole=12)
+    least, middle, most = (plan_memory(dataclasses.replace(deep, kept=kept)).total for kept in (NOTHING, half, full))
+    assert least < middle < most
+    assert keeping(deep, DistillConfig(recompute="all"), 1 << 50).kept == NOTHING
+    assert keeping(deep, DistillConfig(recompute="feed-forward"), 1).kept == half
+    assert keeping(deep, DistillConfig(recompute="none"), 1).kept == full
+    assert keeping(deep, DistillConfig(), 2 * least - 2).kept == NOTHING
+    assert keeping(deep, DistillConfig(), 2 * middle).kept == Kept(1, 11)  # what the last layer keeps is needed at once
+    assert keeping(deep, DistillConfig(), 2 * most).kept == full
+    for limit in ((least + middle) // 2, (middle + most) // 2):
+        some = keeping(deep, DistillConfig(), 2 * limit)
+        assert plan_memory(some).total <= limit
+        whole, attention = some.kept.whole, some.kept.attention
+        assert 0 < attention < 12 and (whole == 0 if limit < middle else 1 < whole == 12 - attention)
+        more = Kept(whole, attention + 1) if limit < middle else Kept(whole + 1, attention - 1)
+        assert plan_memory(dataclasses.replace(some, kept=more)).total > limit
     limited = keeping(deep, DistillConfig(memory_limit=most >> 20), 1 << 50)
-    assert 0 < limited.kept <= 12 and plan_memory(limited).total <= most
+    assert 0 < limited.kept.whole <= 12 and plan_memory(limited).total <= most

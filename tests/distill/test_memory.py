@@ -82,6 +82,7 @@ def test_weights_and_adapters_are_what_loading_takes(tmp_path: Path, bits: int |
     [
         {"seq_len": 512, "recompute": "all"},
         {"seq_len": 512, "recompute": "none"},
+        {"seq_len": 512, "recompute": "feed-forward"},
         # Minutes on mlx's own BLAS.
         pytest.param({"seq_len": 512, "layers": "all"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 1024, "layers": "all", "workspace": 8, "grad_accum": 2}, marks=pytest.mark.slow),
@@ -89,7 +90,7 @@ def test_weights_and_adapters_are_what_loading_takes(tmp_path: Path, bits: int |
         pytest.param({"seq_len": 512, "objective": "ce"}, marks=pytest.mark.slow),
         pytest.param({"seq_len": 128, "batch_size": 4, "fine_tune_type": "full"}, marks=pytest.mark.slow),
     ],
-    ids=["last", "kept", "all", "workspace", "logits", "ce", "full"],
+    ids=["last", "kept", "attention kept", "all", "workspace", "logits", "ce", "full"],
 )
 def test_the_plan_is_near_the_peak(tmp_path: Path, options: dict) -> None:
     folder = tiny_model(tmp_path / "m", **LONG)
@@ -134,7 +135,7 @@ HYBRIDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.parametrize("recompute", ["all", "feed-forward", "none"])
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_the_plan_knows_hybrids(tmp_path: Path, kind: str, recompute: str) -> None:
     wide = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 4, "max_position_embeddings": 2048}

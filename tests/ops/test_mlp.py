@@ -85,6 +85,18 @@ def test_values_and_gradients_are_those_of_one_piece(config: dict, shape: tuple[
         assert relative(gradient, want_gradient) <= relative(whole_gradient, want_gradient) + 1e-7
 
 
+def test_one_chunk_is_computed_again_only_if_asked() -> None:
+    part, (x, cotangent) = part_of(DENSE), (mx.random.normal((1, 50, 64), key=mx.random.key(i)) for i in range(2))
+    results = []
+    for recompute, runs in ((False, 1), (True, 2)):
+        calls = []
+        counted = in_chunks(lambda x, c=calls: c.append(x) or part(x), WIDTH, 1 << 30, recompute=recompute)
+        results.append(mx.vjp(counted, [x], [cotangent]))
+        assert len(calls) == runs
+    for one, other in zip(*results, strict=True):
+        assert mx.array_equal(one[0], other[0])
+
+
 def exact(part: nn.Module, x: mx.array, cotangent: mx.array) -> tuple[np.ndarray, np.ndarray]:
     """down(silu(gate x) * up x) and its gradient in float64."""
     gate, up, down = (np.array(part[name].weight, np.float64) for name in ("gate_proj", "up_proj", "down_proj"))
