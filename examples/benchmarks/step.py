@@ -57,8 +57,8 @@ def series(text: str) -> list[str]:
 
 def recomputes(text: str) -> list[str]:
     names = text.split(",")
-    if not set(names) <= set(RECOMPUTES) - {"auto"}:
-        raise argparse.ArgumentTypeError(f"{text}: must be all, feed-forward or none, or several of them")
+    if not set(names) <= set(RECOMPUTES):
+        raise argparse.ArgumentTypeError(f"{text}: must be names of {', '.join(RECOMPUTES)}, separated by commas")
     return names
 
 
@@ -73,13 +73,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one step to warm up")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument(
-        "--memory-limit", type=int, default=None, metavar="MB", help="the --memory-limit of distill, for every series"
+        "--memory-limit", type=int, default=None, metavar="MB", help="the --memory-limit of distill, not for mlx-lm"
     )
     parser.add_argument(
         "--recompute",
         type=recomputes,
         default="all",
-        help="the --recompute of distill for every series: all, feed-forward or none, or several, separated by commas",
+        help="the --recompute of distill for every series, or several, separated by commas",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES[1:], help="of the weights in memory (default: the dtype of the files)"

@@ -25,13 +25,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import OBJECTIVES
+from ..config import OBJECTIVES, DistillConfig
 from ..distill.gradient import Gradients
-from ..distill.kept import NOTHING, kept_always
+from ..distill.kept import Kept
+from ..distill.memory import SHORTEST, keeping
 from ..distill.objective import resolve_objective
+from ..distill.plan import inspect_model, plan_run
 from ..distill.step import Schedule, TrainState, train_step
 from ..files import read_config
-from ..machine import describe
+from ..machine import describe, machine_of_speed
 from ..models.adapters import qkv_keys
 from ..models.pair import load_pair
 from ..ops.row_kernel import on_cuda
@@ -61,8 +63,8 @@ class Work:
     steps: int = 3  # timed, after one that warms up; 0 times the first one
     workspace: int = 256 << 20  # bytes
     dtype: str | None = None  # dtype of the weights in memory; None keeps the dtype of the files
-    memory_limit: int | None = None  # MB
-    recompute: str = "all"  # all, feed-forward or none, as distill's --recompute
+    memory_limit: int | None = None  # MB, distill's --memory-limit
+    recompute: str = "all"  # distill's --recompute
 
     def timed(self, length: int) -> int:
         """How many steps are timed."""
@@ -88,7 +90,7 @@ def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
         seconds: a length that would probably take longer than the rest of this time gets a row with a `note`.
     """
     end = None if seconds is None else time.monotonic() + seconds
-    if work.memory_limit:
+    if work.memory_limit and work.series != "mlx-lm":
         mx.set_memory_limit(work.memory_limit << 20)
     measure = mlx_lm_step(work) if work.series == "mlx-lm" else own_step(work)
     weights, took, last = mx.get_active_memory(), 0.0, 1
@@ -107,7 +109,7 @@ def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
             "weights_mb": round(weights / 1e6, 1),
             "tokens_per_second": round(speed, 1),
             "workspace_mb": work.workspace >> 20,
-            "memory_limit_mb": work.memory_limit or "",
+            "memory_limit_mb": "" if work.series == "mlx-lm" else work.memory_limit or "",
             "recompute": "" if work.series == "mlx-lm" else work.recompute,
         }
 
@@ -117,22 +119,44 @@ def own_step(work: Work) -> Measure:
     pair = load_pair(work.model, method="linear", factor=FACTOR, lora_rank=RANK, lora_scale=SCALE, dtype=work.dtype)
     name, layers = (work.series, "last") if work.series in OBJECTIVES else ("relation", work.series)
     objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work.workspace)
-    kept = kept_always(work.recompute, objective.last_layer(len(pair.student.layers)) + 1)
-    objective = dataclasses.replace(objective, kept=kept or NOTHING)
+    kept_of = _kept_of(work, name, layers)
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state, gradients_of = TrainState.start(pair, schedule), Gradients(pair)
 
     def measure(length: int) -> tuple[int, float]:
-        peak, speeds = 0, []
+        peak, speeds, chosen = 0, [], dataclasses.replace(objective, kept=kept_of(length))
         for step in range(work.timed(length) + 1):
             tokens = mx.random.randint(0, LARGEST_ID, (1, length + 1))
             mx.eval(tokens)
-            record = train_step(pair, objective, schedule, state, [tokens], gradients_of=gradients_of)
+            record = train_step(pair, chosen, schedule, state, [tokens], gradients_of=gradients_of)
             peak = max(peak, record.peak_memory)
             speeds += [record.tokens / record.seconds] if step or not work.steps else []
         return peak, _settled(speeds)
 
     return measure
+
+
+def _kept_of(work: Work, name: str, layers: str) -> Callable[[int], Kept]:
+    """What --recompute lets the layers of a step keep, by its length."""
+    config = DistillConfig(
+        model=work.model,
+        method="linear",
+        factor=FACTOR,
+        lora_rank=RANK,
+        objective=name,
+        layers=layers,
+        seq_len=SHORTEST,
+        batch_size=1,
+        grad_accum=1,
+        long_weight=0.0,
+        workspace=work.workspace >> 20,
+        dtype=work.dtype or "auto",
+        recompute=work.recompute,
+        memory_limit=work.memory_limit,
+    )
+    machine = machine_of_speed(1.0)
+    step = plan_run(config, inspect_model(config, Path(work.model)), machine).step
+    return lambda length: keeping(dataclasses.replace(step, seq_len=length), config, machine.usable).kept
 
 
 def _settled(speeds: list[float]) -> float:

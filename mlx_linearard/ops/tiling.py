@@ -105,12 +105,13 @@ def in_order(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> list[mx.a
 
 
 def usable(workspace: int, gpu: bool) -> float:
-    """The bytes of a workspace that are left for tiles.
+    """The bytes of a workspace that are left for tiles."""
+    return max(workspace - scratch(gpu), workspace / 4)
 
-    Measured on CUDA: cuBLAS takes up to 32 MiB per product, with several products in flight.
-    """
-    scratch = 96 * 2**20 if gpu and not mx.metal.is_available() else 0
-    return max(workspace - scratch, workspace / 4)
+
+def scratch(gpu: bool) -> int:
+    """The bytes that products take beside their results: on CUDA up to 32 MiB each, with several in flight."""
+    return 96 * 2**20 if gpu and not mx.metal.is_available() else 0
 
 
 def row_sizes(length: int, gpu: bool) -> list[int]:

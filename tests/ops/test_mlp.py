@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama, mixtral
 
+from mlx_linearard.machine import on_gpu
 from mlx_linearard.models.layers import FEED_FORWARD
 from mlx_linearard.ops.mlp import ALONE, ARRAYS, SMALLEST, active_width, chunk_size, in_chunks, peak_bytes, width_of
+from mlx_linearard.ops.tiling import scratch
 
 WIDTH = 384
 DENSE = {
@@ -130,4 +132,4 @@ def test_a_gradient_holds_a_chunk_and_not_the_sequence() -> None:
     assert slopes[0] > ALONE  # the activations of the sequence
     assert slopes[1] < 1.5  # inputs, results and their parts, six of 64 to WIDTH = 384
     beyond = peak(chunked, 4096) - 6 * 4096 * 64 * 4
-    assert beyond < 1.15 * ARRAYS * WIDTH * 4 * 512
+    assert beyond < 1.15 * ARRAYS * WIDTH * 4 * 512 + scratch(on_gpu())
