@@ -31,7 +31,7 @@ from .checks import (
 from .option import complaint, documented, flag, option
 
 # The defaults of what is trained: what was measured best so far (docs/measured.md).
-METHOD, OBJECTIVE, LEARNING_RATE = "yarn", "logits", 3e-4
+METHOD, OBJECTIVE, LEARNING_RATE, STEP_COUNT = "yarn", "logits", 3e-4, 157
 LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce+recall", 0.2, 0.1
 ALSO = {"lengths": "eval_lengths"}  # a name that other commands use as well -> the option's name
 
@@ -162,8 +162,8 @@ class DistillConfig:
     )
     long_seq_len: int | None = option(
         None,
-        "tokens of a block of long text; at most the new window, by default twice the native window, or as many as fit "
-        "the memory",
+        "tokens of a block of long text, its repeated passages included; at most the new window, by default twice the "
+        "native window and the passages, or as many as fit the memory",
         check=positive,
         metavar="T",
         group="long text",
@@ -191,7 +191,7 @@ class DistillConfig:
     )
     steps: int | None = option(
         None,
-        "optimizer steps; by default 172, or sized to the machine without --model and --data",
+        f"optimizer steps; by default {STEP_COUNT}, or sized to the machine without --model and --data",
         check=positive,
         metavar="N",
         group="training",

@@ -55,7 +55,7 @@ class LongSizes:
                 f"--recall-passage {passage} does not fit: the native model reads a passage twice, and a block has "
                 f"room for more than passages; give 2 to {most} tokens"
             )
-        length = passage or max(2, min(PASSAGE, native_window // 4, seq_len // REPEATED))
+        length = passage or _passage(native_window, seq_len)
         count = max(1, seq_len // REPEATED // length)
         text = seq_len - count * length
         return cls(seq_len, min(native_window, text // 2) if "longce" in objective else 0, count, length)
@@ -93,6 +93,22 @@ class LongSizes:
         """The positions that predict the tokens after the cue of occurrences at start, start + step, ..."""
         places = np.arange(self.cue - 1, self.passage - 1)
         return (start + step * np.arange(self.passages)[:, None] + places).reshape(-1).astype(np.int32)
+
+
+def length_around(objective: str, text: int, native_window: int, passage: int | None = None) -> int:
+    """The length of a block with `text` tokens of long text, so many that every distance in it is in the text.
+
+    The arguments are those of `LongSizes.of`. The passages that stand again come after the text.
+    """
+    if "recall" not in objective:
+        return text
+    length = passage or _passage(native_window, text)
+    return text + text // (REPEATED - 1) // length * length
+
+
+def _passage(native_window: int, seq_len: int) -> int:
+    """The tokens of a passage by default."""
+    return max(2, min(PASSAGE, native_window // 4, seq_len // REPEATED))
 
 
 @dataclass(frozen=True)

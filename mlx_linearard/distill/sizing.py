@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import rope
-from ..config import LEARNING_RATE, DistillConfig
+from ..config import LEARNING_RATE, STEP_COUNT, DistillConfig
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import UserError
 from ..machine import Machine
 from ..models.shape import Shape
 from .best import reference_length
-from .long_text import LongSizes
+from .long_text import LongSizes, length_around
 from .timing import Clock, Times, choose_eval_tokens
 
 STEP_TOKENS = 8192  # tokens per step of the measured recipe
-STEP_COUNT = 172
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,8 @@ def long_seq_len(config: DistillConfig, native_window: int) -> int:
     if not config.weight_of_long:
         return 0
     extended = int(native_window * config.factor)
-    length = config.long_seq_len or min(2 * native_window, extended)
+    text = length_around(config.long_objective, 2 * native_window, native_window, config.recall_passage)
+    length = config.long_seq_len or min(text, extended)
     if length > extended:
         raise UserError(f"--long-seq-len {length} is above the new window: give at most {extended} tokens")
     return length
