@@ -131,10 +131,11 @@ def draw(path: Path, panels: dict[str, tuple[str, dict[str, tuple[list, list]]]]
         for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             set_formatter(Plain(minor_thresholds=(2, 0.4)))
         axis.grid(alpha=0.3)
-        axis.legend()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    named = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(named.values(), named.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(3, len(named)))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     print(f"wrote {path}")
 
 
