@@ -29,7 +29,7 @@ OTHER = {
     "optimizer_config": "the optimizer is AdamW, with --learning-rate and --weight-decay",
     "lr_schedule": "the learning rate follows a cosine after --warmup steps",
     "train": "distill always trains",
-    "grad_checkpoint": "layers are always computed again in the backward pass",
+    "grad_checkpoint": "give --recompute all; by default only what does not fit is computed again",
     "resume_adapter_file": "a run continues with --resume, from its own checkpoints",
     "clear_cache_threshold": "give --cache-limit",
     "trust_remote_code": "no code of a model is run",

@@ -159,12 +159,10 @@ def kept_line(step: Step, name: str) -> str:
     """Which layers keep their activations, in one line; `name` is put after "activations"."""
     whole, attention = step.kept.whole, step.kept.attention
     held = (whole * step.retained + attention * step.retained_attention) / 1e9
-    parts = [f"{whole} of {step.layers} layers keep theirs"] if whole else []
-    if attention:
-        parts.append(f"{attention} {'' if whole else f'of {step.layers} '}layers keep those of attention")
-    rest = "the others compute them again" if whole + attention < step.layers else ""
-    rest = rest or ("the rest is computed again" if attention else "none are computed again")
-    return f"activations{name}: {', '.join(parts)} ({held:.2f} GB), {rest}"
+    if whole == step.layers:
+        return f"activations{name}: all {whole} layers keep theirs ({held:.2f} GB)"
+    more = f" and {attention} those of attention" if attention else ""
+    return f"activations{name}: of {step.layers} layers, {whole} keep theirs{more} ({held:.2f} GB)"
 
 
 def relation_workspace(workspace: int, shape: Shape, relations: str, tokens: int, size: int, *, gpu: bool) -> int:
