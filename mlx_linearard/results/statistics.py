@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,10 +28,21 @@ class Metric:
 
     kind: `decision` (samples 0 or 1, the value is their mean), `mean`, or `perplexity` (samples in nats, the
     value is the exponential of their mean).
+    grouped: an item is named GROUP/..., and the groups were chosen, not drawn, such as the tasks of an average: what
+    they differ by is no part of the standard error, nor of a test.
     """
 
     kind: str = MEAN
     higher_is_better: bool = True
+    grouped: bool = False
+
+    def groups(self, items: Iterable[str]) -> list[list[int]]:
+        """The places of the items of each group; one group if they are not grouped, or one group has a single item."""
+        names = [item.partition("/")[0] if self.grouped else "" for item in items]
+        found: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            found.setdefault(name, []).append(place)
+        return list(found.values()) if all(len(group) > 1 for group in found.values()) else [list(range(len(names)))]
 
 
 KL, AGREEMENT = "kl", "agreement"  # the metrics of held-out text, beside perplexity@LENGTH
@@ -39,15 +50,29 @@ HELD_OUT_METRICS = {KL: Metric(higher_is_better=False), AGREEMENT: Metric()}
 _PERPLEXITY = Metric(PERPLEXITY, higher_is_better=False)
 
 
-def summarize(values: Sequence[float], metric: Metric) -> Value:
-    """Mean and standard error (sample deviation over sqrt n); for a perplexity carried through the exponential."""
+def summarize(samples: Samples, metric: Metric) -> Value:
+    """Mean and standard error of samples by item; for a perplexity carried through the exponential.
+
+    The standard error is the sample deviation over sqrt n, or that of the groups together. One sample has none.
+    """
+    values = list(samples.values())
     n = len(values)
     mean = math.fsum(values) / n
-    stderr = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+    stderr = None
+    if n > 1:
+        squares = (_square_error([values[i] for i in group]) for group in metric.groups(samples))
+        stderr = math.sqrt(math.fsum(squares)) / n
     if metric.kind == PERPLEXITY:
         mean = math.exp(min(mean, MAX_NATS))
         stderr = None if stderr is None else mean * stderr
     return Value(mean, stderr, n)
+
+
+def _square_error(values: Sequence[float]) -> float:
+    """The square of the standard error of the sum of several values."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    return n * math.fsum((v - mean) ** 2 for v in values) / (n - 1)
 
 
 def margin(value: Value) -> float | None:
@@ -68,18 +93,26 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def bootstrap(differences: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+def bootstrap(
+    differences: Sequence[float],
+    groups: Sequence[Sequence[int]] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float, float]:
     """(low, high, p) of the mean of paired differences: its 95% percentile interval, and a two-sided p-value.
 
-    p is twice the smaller fraction of resampled means on one side of zero, never below 1 / resamples.
+    p is twice the smaller fraction of resampled means on one side of zero, never below 1 / resamples. Each of the
+    `groups`, places of differences, is resampled by itself.
     """
     values = np.asarray(differences, np.float64)
     rng = np.random.default_rng(seed)
     rows = max(1, 4_000_000 // len(values))
     parts = []
+    places = [np.array(group) for group in groups or [range(len(values))]]
     for done in range(0, resamples, rows):
-        chosen = rng.integers(0, len(values), (min(rows, resamples - done), len(values)))
-        parts.append(values[chosen].mean(axis=1))
+        drawn = (at[rng.integers(0, len(at), (min(rows, resamples - done), len(at)))] for at in places)
+        parts.append(values[np.concatenate(list(drawn), axis=1)].mean(axis=1))
     means = np.concatenate(parts)
     low, high = np.percentile(means, [2.5, 97.5])
     side = min((means <= 0).mean(), (means >= 0).mean())
@@ -117,7 +150,7 @@ def paired(a: tuple[str, Samples], b: tuple[str, Samples], metric: Metric) -> Pa
     else:
         test = "bootstrap"
         if len(shared) >= FEWEST:
-            low, high, p = bootstrap(differences)
+            low, high, p = bootstrap(differences, metric.groups(shared))
     result = outcome(mean, p, metric)
     return PairedTest(a[0], b[0], len(shared), mean, low, high, p, test, result, _words(a[0], b[0], result, p))
 
@@ -159,7 +192,7 @@ def compare(
 
 
 def _compared(rows: Mapping[str, Samples], label: str, metric: Metric, native: str, scaled: str) -> Compared:
-    value = summarize(list(rows[label].values()), metric)
+    value = summarize(rows[label], metric)
     if label == native:
         return Compared(value)
     kept = _on_shared(rows, (label, native), metric)
@@ -179,7 +212,8 @@ def _on_shared(rows: Mapping[str, Samples], labels: Sequence[str], metric: Metri
     if not all(label in rows for label in labels):
         return []
     shared = [item for item in rows[labels[0]] if all(item in rows[label] for label in labels)]
-    return [summarize([rows[label][item] for item in shared], metric).value for label in labels] if shared else []
+    on_shared = [{item: rows[label][item] for item in shared} for label in labels]
+    return [summarize(samples, metric).value for samples in on_shared] if shared else []
 
 
 def compare_objectives(models: Mapping[str, Mapping[str, Samples]], objectives: Sequence[str]) -> Comparison:

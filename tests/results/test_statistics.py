@@ -24,6 +24,7 @@ from mlx_linearard.results.statistics import (
 PPL = Metric(PERPLEXITY, higher_is_better=False)
 KL = Metric(higher_is_better=False)
 ACC = Metric(DECISION)
+AVERAGE = Metric(grouped=True)
 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:
@@ -45,12 +46,41 @@ def test_bootstrap_interval_matches_the_normal_one_and_repeats() -> None:
 
 def test_summary_has_the_standard_error_of_the_mean() -> None:
     values = [1.0, 0.0, 1.0, 1.0, 0.0]
-    found = summarize(values, ACC)
+    found = summarize(named(values), ACC)
     assert found.value == pytest.approx(0.6) and found.n == 5
     assert found.stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))
-    nats = summarize([2.0, 3.0], PPL)
+    nats = summarize(named([2.0, 3.0]), PPL)
     assert nats.value == pytest.approx(math.exp(2.5)) and nats.stderr == pytest.approx(math.exp(2.5) * 0.5)
-    assert summarize([1.0], ACC).stderr is None
+    assert summarize(named([1.0]), ACC).stderr is None
+
+
+def named(values: list[float]) -> dict[str, float]:
+    """Samples by item."""
+    return {str(i): value for i, value in enumerate(values)}
+
+
+def test_what_chosen_tasks_differ_by_is_not_an_error() -> None:
+    """The standard error of an average of tasks is that of their means: here of 30 and 40 samples."""
+    rng = np.random.default_rng(2)
+    tasks = {"easy": 90 + rng.normal(0, 5, 30), "hard": 10 + rng.normal(0, 8, 40)}
+    samples = {f"{task}/4096/{i}": float(v) for task, values in tasks.items() for i, v in enumerate(values)}
+    found = summarize(samples, AVERAGE)
+    errors = [len(v) * np.std(v, ddof=1) / math.sqrt(len(v)) for v in tasks.values()]
+    assert found.stderr == pytest.approx(math.hypot(*errors) / 70) and found.n == 70
+    assert found.value == pytest.approx(np.mean(np.concatenate(list(tasks.values()))))
+    assert summarize(samples, Metric()).stderr > 4 * found.stderr  # as if the tasks were drawn
+    single = {item: samples[item] for item in ("easy/4096/0", "easy/4096/1", "hard/4096/0")}
+    assert summarize(single, AVERAGE) == summarize(single, Metric())
+
+
+def test_paired_samples_of_tasks_are_drawn_task_by_task() -> None:
+    """A task that gains 10 and one that loses 10 for sure make a difference of 0 for sure."""
+    differences = [10.0] * 20 + [-10.0] * 20
+    groups = [range(20), range(20, 40)]
+    assert bootstrap(differences, groups)[:2] == (0.0, 0.0) and bootstrap(differences)[0] < -2
+    a = {f"{'up' if d > 0 else 'down'}/8/{i}": d + (i == 0) for i, d in enumerate(differences)}
+    test = paired(("a", a), ("b", dict.fromkeys(a, 0.0)), AVERAGE)
+    assert test and 0.0 == test.low <= test.difference <= test.high < 0.2
 
 
 def test_shares_of_native_and_of_the_loss() -> None:

@@ -114,9 +114,9 @@ class FarContext:
         return {"gain_by_position": {str(n): [gain.as_json() for gain in self._gains(records, n)] for n in lengths}}
 
     def _gains(self, records: Sequence[Record], length: int) -> Iterator[Gain]:
-        rows = np.array([record["gains"] for record in records if record["length"] == length], np.float64)
+        of_length = {record["id"]: record["gains"] for record in records if record["length"] == length}
         sizes = list(map(len, np.array_split(np.arange(self.last), self._parts)))
         edges = np.cumsum([0, *sizes]) + length - self.last
         for i, (start, end) in enumerate(itertools.pairwise(map(int, edges))):
-            part = summarize(rows[:, i].tolist(), Metric())
+            part = summarize({item: gains[i] for item, gains in of_length.items()}, Metric())
             yield Gain(start, end, part.value, part.stderr)

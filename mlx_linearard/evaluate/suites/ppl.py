@@ -83,8 +83,7 @@ class Perplexity:
         lengths = sorted({record["length"] for record in records})
         by_length = {}
         for length in lengths:
-            values = list(samples(records, f"perplexity@{length}").values())
-            by_length[str(length)] = summarize(values, self.metric("")).value
+            by_length[str(length)] = summarize(samples(records, f"perplexity@{length}"), self.metric("")).value
         longest = lengths[-1]
         rows = np.array([r["positions"] for r in records if r["length"] == longest], np.float64)
         edges = buckets(longest, longest - self.stride if self.stride else 0)

@@ -503,7 +503,7 @@ class Ruler:
         }
 
     def metric(self, name: str) -> Metric:
-        return Metric()
+        return Metric(grouped=name.startswith("average@"))
 
     def extras(self, records: Sequence[Record]) -> dict[str, Any]:
         return {}

@@ -98,7 +98,6 @@ def _both(before: Any, now: Any) -> Any:
 def summary(suite: Suite, records: Sequence[Record]) -> dict[str, Any]:
     """The entry of one suite of one model in results.json."""
     metrics: Mapping[str, Any] = {
-        name: summarize(list(samples(records, name).values()), suite.metric(name)).as_json()
-        for name in metric_names(records)
+        name: summarize(samples(records, name), suite.metric(name)).as_json() for name in metric_names(records)
     }
     return {"metrics": metrics, **suite.extras(records), "options": suite.options}
