@@ -110,7 +110,7 @@ def test_a_study_fills_its_table_and_continues(model_dir: Path, text_file: Path,
     assert float(rows["native"]["fidelity kl@32"]) == 0.0 < float(rows["untrained"]["fidelity kl@32"])
     assert all(float(row["ppl perplexity@32 stderr"]) > 0 for row in rows.values())
     assert [row["method"] for row in rows.values()] == ["native", "yarn", "yarn"]
-    assert rows["trained"]["long_weight"] == "0.2" and rows["trained"]["training_tokens"] == str(4 * (32 + 256))
+    assert rows["trained"]["long_weight"] == "0.2" and rows["trained"]["training_tokens"] == str(4 * (32 + 288))
     assert "long" in json.loads((tmp_path / "small" / "trained.metrics.jsonl").read_text().splitlines()[0])
     again = call(model_dir, text_file, study, tmp_path)
     assert "finished" not in again and "exit status" not in again
