@@ -19,6 +19,7 @@ import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,15 @@ def lengths(text: str) -> list[int]:
     return numbers
 
 
-def series(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= set(SERIES):
-        raise argparse.ArgumentTypeError(f"{text}: must be names of {', '.join(SERIES)}, separated by commas")
-    return names
+def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of an option that takes some of the `known` names."""
 
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text}: must be names of {', '.join(known)}, separated by commas")
+        return found
 
-def recomputes(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= set(RECOMPUTES):
-        raise argparse.ArgumentTypeError(f"{text}: must be names of {', '.join(RECOMPUTES)}, separated by commas")
     return names
 
 
@@ -69,7 +68,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), help="measure random 4-bit weights of this shape")
     parser.add_argument("--lengths", type=lengths, default="1024,2048,4096,8192")
-    parser.add_argument("--series", type=series, default="last,all,mlx-lm", help=f"names of {', '.join(SERIES)}")
+    parser.add_argument(
+        "--series", type=names_of(SERIES), default="last,all,mlx-lm", help=f"names of {', '.join(SERIES)}"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one step to warm up")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument(
@@ -77,7 +78,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--recompute",
-        type=recomputes,
+        type=names_of(RECOMPUTES),
         default="all",
         help="the --recompute of distill for every series, or several, separated by commas",
     )

@@ -55,7 +55,7 @@ class LongSizes:
                 f"--recall-passage {passage} does not fit: the native model reads a passage twice, and a block has "
                 f"room for more than passages; give 2 to {most} tokens"
             )
-        length = passage or _passage(native_window, seq_len)
+        length = _passage(passage, native_window, seq_len)
         count = max(1, seq_len // REPEATED // length)
         text = seq_len - count * length
         return cls(seq_len, min(native_window, text // 2) if "longce" in objective else 0, count, length)
@@ -102,13 +102,13 @@ def length_around(objective: str, text: int, native_window: int, passage: int | 
     """
     if "recall" not in objective:
         return text
-    length = passage or _passage(native_window, text)
+    length = _passage(passage, native_window, text)
     return text + text // (REPEATED - 1) // length * length
 
 
-def _passage(native_window: int, seq_len: int) -> int:
-    """The tokens of a passage by default."""
-    return max(2, min(PASSAGE, native_window // 4, seq_len // REPEATED))
+def _passage(passage: int | None, native_window: int, seq_len: int) -> int:
+    """The tokens of a passage; None chooses."""
+    return passage or max(2, min(PASSAGE, native_window // 4, seq_len // REPEATED))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -149,10 +147,12 @@ def keeping(step: Step, config: DistillConfig, usable: int) -> Step:
     if (always := kept_always(config.recompute, layers)) is not None:
         return dataclasses.replace(step, kept=always)
     limit = int(KEPT_SHARE * usable) if config.memory_limit is None else min(config.memory_limit << 20, usable)
-    more = [Kept(0, n) for n in range(1, layers + 1)] + [Kept(n, layers - n) for n in range(1, layers + 1)]
-    steps = (dataclasses.replace(step, kept=kept) for kept in more)
-    fitting = itertools.takewhile(lambda fuller: plan_memory(fuller).total <= limit, steps)
-    return functools.reduce(lambda _, fuller: fuller, fitting, step)
+    for kept in [Kept(0, n) for n in range(1, layers + 1)] + [Kept(n, layers - n) for n in range(1, layers + 1)]:
+        fuller = dataclasses.replace(step, kept=kept)
+        if plan_memory(fuller).total > limit:
+            break
+        step = fuller
+    return step
 
 
 def kept_line(step: Step, name: str) -> str:

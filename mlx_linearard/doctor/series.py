@@ -27,7 +27,7 @@ import mlx.core as mx
 
 from ..config import OBJECTIVES, DistillConfig
 from ..distill.gradient import Gradients
-from ..distill.kept import Kept
+from ..distill.kept import Kept, kept_always
 from ..distill.memory import SHORTEST, keeping
 from ..distill.objective import resolve_objective
 from ..distill.plan import inspect_model, plan_run
@@ -90,9 +90,10 @@ def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
         seconds: a length that would probably take longer than the rest of this time gets a row with a `note`.
     """
     end = None if seconds is None else time.monotonic() + seconds
-    if work.memory_limit and work.series != "mlx-lm":
+    own = work.series != "mlx-lm"
+    if work.memory_limit and own:
         mx.set_memory_limit(work.memory_limit << 20)
-    measure = mlx_lm_step(work) if work.series == "mlx-lm" else own_step(work)
+    measure = own_step(work) if own else mlx_lm_step(work)
     weights, took, last = mx.get_active_memory(), 0.0, 1
     for length in work.lengths:
         expected = took * (length / last) ** GROWTH
@@ -109,8 +110,8 @@ def rows(work: Work, seconds: float | None = None) -> Iterator[dict[str, Any]]:
             "weights_mb": round(weights / 1e6, 1),
             "tokens_per_second": round(speed, 1),
             "workspace_mb": work.workspace >> 20,
-            "memory_limit_mb": "" if work.series == "mlx-lm" else work.memory_limit or "",
-            "recompute": "" if work.series == "mlx-lm" else work.recompute,
+            "memory_limit_mb": (own and work.memory_limit) or "",
+            "recompute": work.recompute if own else "",
         }
 
 
@@ -119,7 +120,8 @@ def own_step(work: Work) -> Measure:
     pair = load_pair(work.model, method="linear", factor=FACTOR, lora_rank=RANK, lora_scale=SCALE, dtype=work.dtype)
     name, layers = (work.series, "last") if work.series in OBJECTIVES else ("relation", work.series)
     objective = resolve_objective(pair.student, name, layers=layers, workspace_bytes=work.workspace)
-    kept_of = _kept_of(work, name, layers)
+    always = kept_always(work.recompute, objective.last_layer(len(pair.student.layers)) + 1)
+    kept_of = _planned(work, name, layers) if always is None else lambda _: always
     schedule = Schedule(1000, 1, 1, 1e-4, 0, 0.0, 5.0, 0)
     state, gradients_of = TrainState.start(pair, schedule), Gradients(pair)
 
@@ -136,8 +138,8 @@ def own_step(work: Work) -> Measure:
     return measure
 
 
-def _kept_of(work: Work, name: str, layers: str) -> Callable[[int], Kept]:
-    """What --recompute lets the layers of a step keep, by its length."""
+def _planned(work: Work, name: str, layers: str) -> Callable[[int], Kept]:
+    """What --recompute auto lets the layers of a step keep, by its length."""
     config = DistillConfig(
         model=work.model,
         method="linear",
