@@ -2,11 +2,14 @@
 
     python examples/benchmarks/step.py                          # SmolLM2-135M, T = 1024 ... 8192
     python examples/benchmarks/step.py --shape llama-3-8b --lengths 4096,8192 --series last
+    python examples/benchmarks/step.py --turns 3 --lengths 1024 --series last,mlx-lm --recompute all,feed-forward
 
 Each series runs in its own process, so that no series counts the memory of another. `last` and `all` match the
 relations of the last layer or of all layers; `logits`, `relation+logits` and `ce` are the other objectives.
 `mlx-lm` is the training loop of mlx_lm.lora with --grad-checkpoint: the same adapters, model, length and optimizer,
 on the next-token loss, with mlx as that command runs it. Peak memory is mlx's own counter and includes the weights.
+Where speeds vary from minute to minute, --turns repeats all series one after another: the table shows every turn, and
+the pictures the medians.
 The exponent is the slope of log(peak - weights) over log(T).
 """
 
@@ -17,6 +20,7 @@ import csv
 import json
 import math
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -34,7 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = prepare_model(options, Path(scratch))
         rows = [
-            row
+            {**row, "turn": turn}
+            for turn in range(1, options.turns + 1)
             for name in options.series
             for recompute in (options.recompute if name != "mlx-lm" else options.recompute[:1])
             for row in run_series(options, model, name, recompute)
@@ -47,6 +52,13 @@ def lengths(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text}: a length must be at least 1")
     return numbers
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -71,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--series", type=names_of(SERIES), default="last,all,mlx-lm", help=f"names of {', '.join(SERIES)}"
     )
+    parser.add_argument("--turns", type=count, default=1, help="how often all series are measured, in turns")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one step to warm up")
     parser.add_argument("--workspace", type=int, default=256, help="MB for tiles and chunks")
     parser.add_argument(
@@ -198,7 +211,8 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
             memory = f"peak {r['peak_mb']:>8.0f} MB  (weights {r['weights_mb']:.0f})"
             print(f"  T={r['length']:>6}  {memory}  {r['tokens_per_second']:>9.0f} tokens/s")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"step-{file_name(rows[0]['model'])}-{file_name(rows[0]['machine'])}"
+    kind = "step-turns" if rows[-1]["turn"] > 1 else "step"
+    stem = f"{kind}-{file_name(rows[0]['model'])}-{file_name(rows[0]['machine'])}"
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -228,7 +242,8 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, tuple[l
         drawn = {}
         for name in dict.fromkeys(map(line_of, rows)):  # all series, so that each keeps its colour
             own = [r for r in rows if line_of(r) == name and r[key]]
-            drawn[name] = [r["length"] for r in own], [r[key] * unit for r in own]
+            xs = list(dict.fromkeys(r["length"] for r in own))
+            drawn[name] = xs, [unit * statistics.median(r[key] for r in own if r["length"] == x) for x in xs]
         return drawn
 
     both = {"peak memory": ("GB", lines("peak_mb", 1e-3)), "speed": ("tokens/s", lines("tokens_per_second", 1))}
