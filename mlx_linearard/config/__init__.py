@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checks import DTYPES, LARGEST_COUNT, LONG_OBJECTIVES, OBJECTIVES, RECOMPUTES, objectives_of, shortened
 from .mlx_lm_names import OTHER, SAME, translated
 from .option import flag, type_of
-from .options import ALSO, LEARNING_RATE, LONG_WEIGHT, STEP_COUNT, DistillConfig
+from .options import ALSO, LEARNING_RATE, LONG_WEIGHT, STEP_COUNT, STEP_TOKENS, DistillConfig, default_rate
 from .yaml_file import read_yaml, read_yaml_and_notes, to_yaml
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "RECOMPUTES",
     "SAME",
     "STEP_COUNT",
+    "STEP_TOKENS",
     "DistillConfig",
+    "default_rate",
     "flag",
     "objectives_of",
     "read_yaml",

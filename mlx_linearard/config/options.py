@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -31,9 +32,19 @@ from .checks import (
 from .option import complaint, documented, flag, option
 
 # The defaults of what is trained: what was measured best so far (docs/measured.md).
-METHOD, OBJECTIVE, LEARNING_RATE, STEP_COUNT = "yarn", "logits", 3e-4, 157
+METHOD, OBJECTIVE, STEP_COUNT = "yarn", "logits", 157
+STEP_TOKENS, LEARNING_RATE = 8192, 4.5e-4  # tokens per step, long text not counted, and the rate of such steps
 LONG_OBJECTIVE, LONG_WEIGHT, RECALL_WEIGHT = "ce+recall", 0.2, 0.1
 ALSO = {"lengths": "eval_lengths"}  # a name that other commands use as well -> the option's name
+
+
+def default_rate(tokens: int) -> float:
+    """The learning rate of a run whose steps have so many tokens, if none is given. Long text does not count.
+
+    The fewer the tokens, the more of a step's gradient is chance: the rate falls with their square root
+    (docs/measured.md, "The learning rate").
+    """
+    return float(f"{LEARNING_RATE * math.sqrt(min(1.0, tokens / STEP_TOKENS)):.2g}")
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,8 @@ class DistillConfig:
     )
     learning_rate: float | None = option(
         None,
-        f"peak learning rate of AdamW; by default {LEARNING_RATE:g}, less in the demonstration on a slow machine",
+        f"peak learning rate of AdamW; by default {LEARNING_RATE:g}, and for steps of fewer than {STEP_TOKENS} tokens "
+        "less, in proportion to the square root of their tokens",
         check=positive,
         metavar="LR",
         group="training",

@@ -205,9 +205,10 @@ def _sizes_of_output(config: DistillConfig) -> dict[str, Any]:
 def with_sizes(config: DistillConfig, sizes: Mapping[str, Any]) -> DistillConfig:
     """`config` with the sizes that it leaves open taken from `sizes`.
 
-    A resumed run keeps its sizes, although the machine may be busier now and look slower.
+    A resumed run keeps its sizes and its learning rate, although the machine may be busier now and look slower, or
+    another version would choose otherwise.
     """
-    names = ["seq_len", "grad_accum", "eval_tokens", "long_weight", "long_seq_len"] + (
+    names = ["seq_len", "grad_accum", "eval_tokens", "learning_rate", "long_weight", "long_seq_len"] + (
         [] if config.tokens else ["steps"]
     )
     return dataclasses.replace(

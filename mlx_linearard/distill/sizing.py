@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import rope
-from ..config import LEARNING_RATE, STEP_COUNT, DistillConfig
+from ..config import LEARNING_RATE, STEP_COUNT, STEP_TOKENS, DistillConfig, default_rate
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import UserError
 from ..machine import Machine
@@ -16,30 +16,23 @@ from .best import reference_length
 from .long_text import LongSizes, length_around
 from .timing import Clock, Times, choose_eval_tokens
 
-STEP_TOKENS = 8192  # tokens per step of the measured recipe
-
 
 @dataclass(frozen=True)
 class Demo:
-    """A demonstration: block length, blocks per step, steps, held-out tokens, with a long part or not, learning rate.
-
-    Few small steps need a low rate: 28 steps of 64 tokens at 3e-4 left the model where it was, at 1e-4 they won back a
-    third of the KL.
-    """
+    """A demonstration: block length, blocks per step, steps, held-out tokens, with a long part or not."""
 
     seq_len: int
     grad_accum: int
     steps: int
     eval_tokens: int
     long: bool
-    learning_rate: float = LEARNING_RATE
 
 
 # The demonstration by matrix speed in GFLOP/s: the first row whose speed the machine reaches.
 DEMOS: tuple[tuple[float, Demo], ...] = (
     (2000.0, Demo(2048, 4, STEP_COUNT, 32768, True)),
     (20.0, Demo(256, 2, 36, 2048, False)),
-    (0.0, Demo(64, 1, 28, 320, False, 1e-4)),
+    (0.0, Demo(64, 1, 28, 320, False)),
 )
 
 
@@ -133,7 +126,7 @@ def size_run(config: DistillConfig, native: dict[str, Any], machine: Machine, ra
         window=(native_window, int(native_window * config.factor)),
         processes=ranks.size,
         long=long,
-        learning_rate=config.learning_rate or (demo.learning_rate if demo else LEARNING_RATE),
+        learning_rate=config.learning_rate or default_rate(per_step),
         long_in_demo=demo is None or demo.long,
     )
 

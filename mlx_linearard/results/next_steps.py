@@ -113,7 +113,8 @@ def _lower_rate(run: RunDir) -> str:
     except UserError:
         config = None
     own = config.get("learning_rate") if isinstance(config, dict) else None
-    return f"{(own if isinstance(own, float) and 0 < own < 1 else LEARNING_RATE) / 3:.0e}".replace("e-0", "e-")
+    third = (own if isinstance(own, float) and 0 < own < 1 else LEARNING_RATE) / 3
+    return f"{third:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def _takes_yarn(info: RunInfo, run: RunDir) -> bool:

@@ -96,8 +96,19 @@ def test_a_resumed_run_keeps_the_held_out_text_it_began_with(model_dir: Path, te
         assert make_plan(resumed, machine).sizing.eval_tokens == began
 
 
-def test_only_a_slow_demonstration_learns_slowly() -> None:
-    demo = {"model": None, "data": None}
-    assert sized(**demo).learning_rate == 1e-4
-    assert sized(FAST, **demo).learning_rate == sized().learning_rate == 3e-4
-    assert sized(learning_rate=1e-3, **demo).learning_rate == 1e-3
+@pytest.mark.parametrize(
+    ("tokens", "rate"), [(64, 4e-5), (512, 1.1e-4), (2048, 2.2e-4), (8192, 4.5e-4), (16384, 4.5e-4)]
+)
+def test_smaller_steps_learn_more_slowly(tokens: int, rate: float) -> None:
+    small_steps = {"seq_len": 64, "grad_accum": tokens // 64}
+    assert sized(**small_steps).learning_rate == rate
+    assert sized(**small_steps, learning_rate=1e-3).learning_rate == 1e-3
+    assert sized(seq_len=2048, batch_size=2, steps=9).learning_rate == 4.5e-4  # accumulated to 8192 tokens
+
+
+def test_a_resumed_run_keeps_the_learning_rate_it_began_with(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    config = small(model_dir, text_file, tmp_path / "run", steps=2, learning_rate=None)
+    assert distill(config) is not None
+    began = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["learning_rate"]
+    (tmp_path / "run" / "config.yaml").write_text(f"learning_rate: {began / 2}\n")  # of an older version
+    assert make_plan(dataclasses.replace(config, resume=True), SLOW).sizing.learning_rate == began / 2

@@ -447,7 +447,7 @@ def test_yarn_is_advised_only_if_the_model_takes_it(
     assert any("YaRN" in text for text in told) == advised
 
 
-@pytest.mark.parametrize(("rate", "advised"), [(None, "1e-4"), (1e-4, "3e-5"), (3e-4, "1e-4"), (9.0, "1e-4")])
+@pytest.mark.parametrize(("rate", "advised"), [(None, "1.5e-4"), (1e-4, "3.3e-5"), (3e-4, "1e-4"), (9.0, "1.5e-4")])
 def test_a_run_that_became_worse_is_advised_a_third_of_its_rate(
     tmp_path: Path, rate: float | None, advised: str
 ) -> None:
