@@ -32,7 +32,7 @@ class Demo:
 DEMOS: tuple[tuple[float, Demo], ...] = (
     (2000.0, Demo(2048, 4, STEP_COUNT, 32768, True)),
     (20.0, Demo(256, 2, 36, 2048, False)),
-    (0.0, Demo(64, 1, 28, 320, False)),
+    (0.0, Demo(64, 1, 16, 256, False)),
 )
 
 
