@@ -47,18 +47,15 @@ def main() -> None:
     report(rows, Path(options.out))
 
 
-def lengths(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a length must be at least 1")
-    return numbers
-
-
 def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return number
+
+
+def lengths(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
